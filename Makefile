@@ -1,0 +1,41 @@
+# `make demo` and `make test` each do everything on a machine that has only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint types accuracy experiments clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m models.demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# How far each spline is from its oracle, and the published experiments beside our figures.
+accuracy: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
+
+experiments: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.experiments $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "jaxcode needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: what is installed already is not installed again.
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml
+	@echo "Installing jaxcode[$*] into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,95 @@
+"""Refusing arguments that make no sense, where their values are known.
+
+Under `jit` a value may not be known while the program is being traced; shapes and dtypes always are. A check looks at
+what is known and says what was given, what was expected and what to do.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether every leaf's value is known now, not only when the traced program runs."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`, as a Python int."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}") from None
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+    return count
+
+
+def check_vector(name: str, value: Any, least: int = 2) -> None:
+    """A one-dimensional array of finite real numbers, at least `least` of them."""
+    try:
+        shape, dtype = np.shape(value), _dtype(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; expected a one-dimensional array of numbers") from None
+    if len(shape) != 1 or shape[0] < least:
+        raise ValueError(f"{name} has shape {shape}; expected one dimension with at least {least} entries")
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{name} has dtype {dtype}; expected real numbers")
+    if is_concrete(value) and not np.all(np.isfinite(np.asarray(value, np.float64))):
+        raise ValueError(f"{name} is {np.asarray(value)}; expected finite numbers only")
+
+
+def check_ascending(name: str, value: Any, *, strictly: bool = False) -> None:
+    """Entries in ascending order; `strictly` also refuses equal ones."""
+    if not is_concrete(value):
+        return
+    steps = np.diff(np.asarray(value, np.float64))
+    wrong = np.flatnonzero(steps <= 0 if strictly else steps < 0)
+    if wrong.size:
+        at = int(wrong[0])
+        pair = tuple(float(v) for v in np.asarray(value, np.float64)[at : at + 2])
+        kind = "strictly ascending order (no two equal)" if strictly else "ascending order"
+        raise ValueError(f"{name}[{at}:{at + 2}] is {pair}; expected {kind}: sort the nodes first")
+
+
+def check_smoothing(name: str, value: Any) -> None:
+    """One real number, zero or more."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}; expected a single number, 0 or more")
+    if is_concrete(value):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {value!r}; expected a number, 0 or more") from None
+        if not 0 <= number < np.inf:
+            raise ValueError(f"{name} is {number}; expected a finite number, 0 (interpolate) or more (smooth)")
+
+
+def check_weights(name: str, value: Any, count: int) -> None:
+    """One finite number, zero or more, per knot."""
+    if np.shape(value) != (count,):
+        raise ValueError(f"{name} has shape {np.shape(value)}; expected one weight per knot, shape ({count},)")
+    if is_concrete(value):
+        numbers = np.asarray(value, np.float64)
+        if not np.all((numbers >= 0) & (numbers < np.inf)):
+            raise ValueError(f"{name} is {numbers}; expected finite weights, 0 (left out) or more")
+
+
+def check_mask(name: str, value: Any, count: int) -> None:
+    """A bool array with one entry per worker (or knot)."""
+    shape, dtype = np.shape(value), _dtype(value)
+    if shape != (count,):
+        raise ValueError(f"{name} has shape {shape}; expected one entry for each of the {count}, shape ({count},)")
+    if dtype != np.bool_:
+        raise ValueError(
+            f"{name} has dtype {dtype}; expected bool, True where the answer came (for a list of indices: "
+            f"mask = np.isin(np.arange({count}), indices))"
+        )
+
+
+def _dtype(value):
+    return value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype

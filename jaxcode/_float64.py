@@ -1,0 +1,90 @@
+"""Small computations in float64 inside programs of any precision."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+
+def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function compute in float64 whether JAX's x64 mode is on or off, and its derivatives too.
+
+    `jax.enable_x64(True)` around the body is enough for values and forward derivatives. A reverse derivative is traced
+    later, outside the body, where with x64 off the transposes of gather and dot ask for float64 and are given
+    float32. So the derivative is taken inside, in both directions, when the function is differentiated at all.
+
+    Args:
+        function: Pure, of positional arguments that are arrays. Inexact ones narrower than float64 are widened.
+
+    Returns:
+        The function, with float64 results; jit, vmap, jvp, vjp, and forward over reverse, work as usual.
+    """
+
+    @jax.custom_jvp
+    def widened(*args):
+        return function(*args)
+
+    def jvp(primals, tangents):
+        with jax.enable_x64(True):
+            moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+            def of_moving(*moved):
+                args = list(primals)
+                for i, value in zip(moving, moved, strict=True):
+                    args[i] = value
+                return function(*args)
+
+            at = tuple(primals[i] for i in moving)
+            out = widened(*primals)
+            moves = tuple(tangents[i] for i in moving)
+            return out, _linear(
+                lambda t: jax.jvp(of_moving, at, t)[1],
+                lambda ct: jax.vjp(of_moving, *at)[1](ct),
+                moves,
+                jax.eval_shape(of_moving, *at),
+            )
+
+    widened.defjvp(jvp, symbolic_zeros=True)
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        with jax.enable_x64(True):
+            return widened(*(_widen(a) for a in args))
+
+    return wrapped
+
+
+def _widen(value):
+    # A copy, because JAX remembers by identity how it converted a NumPy array, whatever x64 mode it was in: the same
+    # array given to a jitted function later, with x64 off, would come in as float64 where the program expects
+    # float32.
+    array = jnp.asarray(np.array(value) if isinstance(value, np.ndarray) else value)
+    return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+
+
+def _linear(forward, transpose, argument, result_shape):
+    """Applies a linear map whose transpose is given and traced now.
+
+    A linear solve is the one operation of JAX that carries both directions through every transformation: the map J is
+    read off the solution of [[1, 0], [-J, 1]] (a, b) = (argument, 0).
+    """
+    # The solve can be transposed only if all of its right-hand side depends on the argument.
+    zero = 0.0 * jnp.sum(jax.tree.leaves(argument)[0])
+    zeros = jax.tree.map(lambda s: jnp.broadcast_to(zero, s.shape), result_shape)
+
+    def add(x, y):
+        return jax.tree.map(jnp.add, x, y)
+
+    def negated(x):
+        return jax.tree.map(jnp.negative, x)
+
+    return jax.lax.custom_linear_solve(
+        matvec=lambda v: (v[0], add(v[1], negated(forward(v[0])))),
+        b=(argument, zeros),
+        solve=lambda _, v: (v[0], add(v[1], forward(v[0]))),
+        transpose_solve=lambda _, v: (add(v[0], transpose(v[1])), v[1]),
+    )[1]

@@ -1,0 +1,66 @@
+"""What workers compute: a callable, an nnx module or a linen module with its variables, as one pure function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen, nnx
+from jaxtyping import PyTree
+
+Params = PyTree
+PureFunction = Callable[[Params, PyTree], PyTree]
+
+
+def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> tuple[PureFunction, Params]:
+    """Separates what a model computes from its parameters, in evaluation mode.
+
+    Dropout is off and batch normalisation uses its running averages: an nnx module is copied and the copy put in
+    evaluation mode (`module.eval()`), the one given stays as it is; of a linen module no collection is mutable, and
+    where its own settings ask for training behaviour (`deterministic=False`, `use_running_average=False`) they must
+    be set in the module.
+
+    Args:
+        f: A callable of a batch; an `nnx.Module`, called with a batch; or a pair (linen module, its variables). The
+            leading axis of what it is given and of what it returns is the batch.
+
+    Returns:
+        A pure function `fn(params, batch)` and params, a pytree. A callable's params are empty: what it closes over
+        stays inside it.
+
+    Raises:
+        ValueError: If f is none of these, or is a class or a linen module without variables.
+
+    >>> fn, params = as_pure_function(lambda x: 2 * x)
+    >>> fn(params, 3)
+    6
+    """
+    if isinstance(f, nnx.Module):
+        return _from_nnx(f)
+    if isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], linen.Module):
+        module, variables = f
+        if not isinstance(variables, Mapping):
+            raise ValueError(
+                f"f is (linen module, {type(variables).__name__}); expected the variables that module.init returned, "
+                "a mapping such as {'params': ...}"
+            )
+        return module.apply, variables
+    if isinstance(f, linen.Module):
+        raise ValueError(
+            f"f is a linen {type(f).__name__} without variables; expected the pair (module, variables), "
+            "with variables = module.init(key, x) or a checkpoint"
+        )
+    if isinstance(f, type) or not callable(f):
+        raise ValueError(
+            f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
+        )
+    return lambda _, batch: f(batch), ()
+
+
+def _from_nnx(module: nnx.Module) -> tuple[PureFunction, Params]:
+    evaluating = nnx.clone(module)
+    evaluating.eval()
+    graph, state = nnx.split(evaluating)
+
+    def call(state, batch):
+        return nnx.merge(graph, state)(batch)
+
+    return call, state

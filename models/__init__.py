@@ -1,0 +1,11 @@
+"""Example models and data for jaxcode; not part of the installed library.
+
+===============  =====================================================================================
+``demo``         ``python -m models.demo``: a LeNet5 answers although a third of its workers never reply
+``comparison``   the schemes that the demo compares, on the same inputs and the same stragglers
+``plots``        the demo's two pictures
+``lenet5``       LeNet5 as ``flax.nnx`` and as ``flax.linen`` module
+``train``        a short training loop for ``flax.nnx`` classifiers
+``datasets``     scikit-learn's digits, MNIST and CIFAR-10 from files on disk
+===============  =====================================================================================
+"""

@@ -1,0 +1,258 @@
+"""The schemes that the demo compares: same model, same inputs, same stragglers."""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from scipy import stats
+from tqdm import tqdm
+
+import jaxcode as jc
+
+METRICS = ("accuracy", "relative_accuracy", "agreement", "rmse", "mean_error_norm", "lost")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to have N workers answer K inputs.
+
+    Attributes:
+        name: short name, for files.
+        label: what the table and the plot call it.
+        code: the code; a code for fewer than N workers uses the first of them.
+        decodes: whether the code decodes the model's logits or their softmax.
+        ordered: whether the images of a batch are sorted, each beside its like, before they are cut into
+            requests.
+    """
+
+    name: str
+    label: str
+    code: jc.AbstractCode
+    decodes: Literal["softmax", "logits"]
+    ordered: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` measured.
+
+    Attributes:
+        schemes: what was compared.
+        straggler_counts: how many of the N workers did not reply.
+        values: by name in ``METRICS``, float32 of shape (schemes, straggler counts, seeds).
+        base_accuracy: accuracy of the model itself, no stragglers, on the images of each seed.
+    """
+
+    schemes: tuple[Scheme, ...]
+    straggler_counts: tuple[int, ...]
+    values: dict[str, Float32[np.ndarray, "schemes counts seeds"]]
+    base_accuracy: Float32[np.ndarray, " seeds"]
+
+    def interval(self, metric: str) -> tuple[Float[np.ndarray, "schemes counts"], Float[np.ndarray, "schemes counts"]]:
+        """Mean over seeds, and half the width of its 95 % confidence interval (Student's t)."""
+        return mean_and_half_width(self.values[metric])
+
+
+def mean_and_half_width(
+    values: Float[np.ndarray, "*rest seeds"],
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
+    """Mean over the last axis and half the width of its 95 % confidence interval, by Student's t.
+
+    Raises:
+        ValueError: if there are fewer than two values, which have no interval.
+    """
+    values = np.asarray(values, np.float64)
+    num = values.shape[-1]
+    if num < 2:
+        raise ValueError(f"a confidence interval needs at least 2 seeds, got {num}")
+    half = stats.t.ppf(0.975, num - 1) * values.std(axis=-1, ddof=1) / np.sqrt(num)
+    return values.mean(axis=-1), half
+
+
+def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
+    """Published schemes as published, and what jaxcode makes of them.
+
+    LeTCC (arXiv 2406.00300) and BACC (2009.08327) have the nodes of their papers and decode softmax outputs,
+    as in their experiments. LeTCC's smoothing is the best of a grid on digits with (N, K, S) = (60, 20, 20),
+    1e-8 for the decoder and none for the encoder. On logits no smoothing was best.
+
+    Args:
+        num_data: K.
+        num_workers: N, at least K.
+
+    Returns:
+        What users do today, the published codes, then jaxcode's.
+    """
+    size = {"num_data": num_data, "num_workers": num_workers}
+    smoothed = jc.SplineCode.chebyshev(**size, decoder_smoothing=1e-8)
+    chebyshev = jc.SplineCode.chebyshev(**size)
+    repeated = jc.SplineCode.repeated(**size)
+    return (
+        Scheme("uncoded", f"uncoded, {num_data} workers", jc.UncodedCode(num_data), "softmax"),
+        Scheme("replication", "replication", jc.ReplicationCode(num_data, num_workers), "softmax"),
+        Scheme("bacc", "BACC, as published", jc.BerrutCode.chebyshev(**size), "softmax"),
+        Scheme("letcc", "LeTCC, as published", smoothed, "softmax"),
+        Scheme("logits", "LeTCC on logits", chebyshev, "logits"),
+        Scheme("ordered", "LeTCC on logits, ordered", chebyshev, "logits", ordered=True),
+        Scheme("repeated", "repeated, logits, ordered", repeated, "logits", ordered=True),
+    )
+
+
+def compare(
+    model: nnx.Module,
+    x: Float32[np.ndarray, "images height width channels"],
+    y: Int[np.ndarray, " images"],
+    schemes: Sequence[Scheme],
+    straggler_counts: Sequence[int],
+    *,
+    num_data: int,
+    num_workers: int,
+    batch_size: int,
+    num_seeds: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Run every scheme on the same batches under the same stragglers.
+
+    For each seed a batch is drawn from the images and cut into requests of K, and every request loses a
+    random set of workers of its own. A smaller straggler count loses a part of the same set. The model runs
+    once for each scheme and batch, since what a worker computes does not depend on who else replies; only the
+    decoding is done for every mask.
+
+    Args:
+        model: classifier in evaluation mode, from images to logits.
+        x: images to draw from.
+        y: their classes.
+        schemes: what to compare.
+        straggler_counts: how many of the N workers do not reply; each at most N - 2.
+        num_data: K, inputs in a request.
+        num_workers: N.
+        batch_size: images in a batch, at most the number of images; rounded down to a multiple of K.
+        num_seeds: number of batches, at least 2 for an interval.
+        seed: seed of batches and stragglers.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        Metrics of every scheme, straggler count and seed.
+    """
+    graph, state = nnx.split(model)
+    requests = batch_size // num_data
+
+    def apply(state: nnx.State, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
+        return nnx.merge(graph, state)(images)
+
+    # Ordering happens before the compiled part, so schemes that differ in nothing else share it.
+    run = {(s.code, s.decodes): jax.jit(partial(_measure, s, apply, num_data)) for s in schemes}
+    base = jax.jit(apply)
+    sample = jax.jit(partial(_sample_masks, requests=requests, num_workers=num_workers))
+    counts = jnp.asarray(straggler_counts)
+    values = {m: np.zeros((len(schemes), len(straggler_counts), num_seeds), np.float32) for m in METRICS}
+    base_accuracy = np.zeros(num_seeds, np.float32)
+    with tqdm(total=num_seeds * len(schemes), desc="comparing", unit="batch", disable=not progress) as bar:
+        for i in range(num_seeds):
+            drawn = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
+            images, labels = jnp.asarray(x[drawn]), jnp.asarray(y[drawn])
+            masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
+            path = order_by_likeness(x[drawn])
+            targets = base(state, images)
+            base_accuracy[i] = jc.metrics.accuracy(targets, labels)
+            for j, scheme in enumerate(schemes):
+                order = path if scheme.ordered else np.arange(len(drawn))
+                measured = run[scheme.code, scheme.decodes](state, images[order], labels[order], targets[order], masks)
+                for metric in METRICS:
+                    values[metric][j, :, i] = measured[metric]
+                bar.update()
+    return Comparison(tuple(schemes), tuple(straggler_counts), values, base_accuracy)
+
+
+def order_by_likeness(x: Float[np.ndarray, "images *pixels"]) -> Int[np.ndarray, " images"]:
+    """An order in which like follows like: from the first image, always the nearest of those left.
+
+    The smoother the curve through the inputs of a request, the better the spline; this makes it short.
+
+    Args:
+        x: images, nearness is the squared distance of their pixels.
+
+    Returns:
+        A permutation of the images that begins with 0.
+    """
+    flat = x.reshape(len(x), -1).astype(np.float64)
+    squares = (flat**2).sum(axis=1)
+    distances = squares[:, None] + squares[None] - 2 * flat @ flat.T
+    order = np.zeros(len(x), int)
+    for i in range(len(x)):
+        distances[:, order[i]] = np.inf
+        if i + 1 < len(x):
+            order[i + 1] = distances[order[i]].argmin()
+    return order
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """Write one row for each scheme, straggler count and metric: mean and 95 % interval over seeds."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("scheme", "num_stragglers", "metric", "mean", "low", "high"))
+        for metric in METRICS:
+            mean, half = comparison.interval(metric)
+            for i, scheme in enumerate(comparison.schemes):
+                for j, count in enumerate(comparison.straggler_counts):
+                    low, high = mean[i, j] - half[i, j], mean[i, j] + half[i, j]
+                    numbers = (f"{value:.6f}" for value in (mean[i, j], low, high))
+                    writer.writerow((scheme.name, count, metric, *numbers))
+
+
+def _sample_masks(
+    key: PRNGKeyArray, counts: Int[Array, " counts"], *, requests: int, num_workers: int
+) -> Bool[Array, "counts requests workers"]:
+    keys = jax.random.split(key, requests)
+
+    def sample(count: Int[Array, ""], key: PRNGKeyArray) -> Bool[Array, " workers"]:
+        return jc.stragglers.Uniform(count).sample(key, num_workers=num_workers)
+
+    return jax.vmap(lambda count: jax.vmap(partial(sample, count))(keys))(counts)
+
+
+def _measure(
+    scheme: Scheme,
+    apply: Callable[[nnx.State, Float[Array, "batch ..."]], Float[Array, "batch classes"]],
+    num_data: int,
+    state: nnx.State,
+    images: Float[Array, "batch height width channels"],
+    labels: Int[Array, " batch"],
+    targets: Float[Array, "batch classes"],
+    masks: Bool[Array, "counts requests workers"],
+) -> dict[str, Float[Array, " counts"]]:
+    """Metrics of one scheme on one batch, for each straggler count."""
+    requests = images.shape[0] // num_data
+    grouped = images.reshape(requests, num_data, *images.shape[1:]).swapaxes(0, 1)
+    coded = scheme.code.encode(grouped)
+    num_workers = coded.shape[0]
+    logits = apply(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
+    answers = logits if scheme.decodes == "logits" else jax.nn.softmax(logits)
+
+    def of_count(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
+        decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
+        decoded = decoded.reshape(targets.shape)
+        probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
+        lost = jnp.isnan(decoded).any(axis=-1)
+        # Whoever must answer without an answer gives every class the same probability.
+        filled = jnp.where(lost[:, None], 1 / targets.shape[-1], probabilities)
+        truth = jax.nn.softmax(targets)
+        return {
+            "accuracy": jc.metrics.accuracy(decoded, labels),
+            "relative_accuracy": jc.metrics.relative_accuracy(decoded, targets, labels),
+            "agreement": jc.metrics.agreement(decoded, targets),
+            "rmse": jc.metrics.rmse(filled, truth),
+            "mean_error_norm": jc.metrics.mean_error_norm(filled, truth),
+            "lost": jnp.mean(lost),
+        }
+
+    return jax.lax.map(of_count, masks)

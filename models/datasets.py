@@ -1,0 +1,236 @@
+"""Labelled images from files on disk: scikit-learn's digits, MNIST and CIFAR-10. Nothing is downloaded."""
+
+import gzip
+import io
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int32, Shaped, UInt8
+
+NAMES = ("digits", "mnist", "cifar10")
+VARIABLE = "JAXCODE_DATA"
+
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR10_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+_MNIST_HELP = (
+    "MNIST needs either mnist.npz (arrays x_train, y_train, x_test, y_test) or the four files "
+    "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
+    "(plain or with .gz), as published by LeCun, Cortes and Burges (http://yann.lecun.com/exdb/mnist). "
+    "Put them in one folder"
+)
+_CIFAR10_HELP = (
+    "CIFAR-10 needs either the binary version (cifar-10-binary.tar.gz from "
+    "https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: data_batch_1.bin to data_batch_5.bin and "
+    "test_batch.bin, or the folder cifar-10-batches-bin that holds them) or cifar10_train_jpeg.npz and "
+    "cifar10_test_jpeg.npz (arrays jpeg, offsets, labels). Put them in one folder"
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels, split into a training and a test part.
+
+    Attributes:
+        x_train: training images, channels last, float32 from 0 (black) to 1 (full intensity).
+        y_train: their classes, int32 in [0, number of classes).
+        x_test: test images, as ``x_train``.
+        y_test: their classes.
+        class_names: what class i is called.
+    """
+
+    x_train: Float32[np.ndarray, "train height width channels"]
+    y_train: Int32[np.ndarray, " train"]
+    x_test: Float32[np.ndarray, "test height width channels"]
+    y_test: Int32[np.ndarray, " test"]
+    class_names: tuple[str, ...]
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Load a data set by name.
+
+    * ``"digits"``: the 1797 handwritten digits that scikit-learn ships, 8 x 8 enlarged to 28 x 28 (cubic),
+      shuffled once and for all into 1397 training and 400 test images. Needs no files.
+    * ``"mnist"``: 28 x 28 x 1, from idx files (plain or gzip) or ``mnist.npz``.
+    * ``"cifar10"``: 32 x 32 x 3, from the binary batches or from JPEG images in ``.npz``: image i is the file
+      ``jpeg[offsets[i]:offsets[i + 1]]`` (uint8) of class ``labels[i]``. Needs Pillow.
+
+    Pixels are divided by their highest value, so that they lie in [0, 1]; no mean is taken away. Pickles are
+    never read.
+
+    Args:
+        name: one of ``NAMES``.
+        data_dir: folder with the files; by default the environment variable ``JAXCODE_DATA`` names it.
+
+    Returns:
+        The data set, in the order of the files (digits: a fixed shuffle).
+
+    Raises:
+        FileNotFoundError: if the files are not there; the message says which, and where they come from.
+        ValueError: if the name is unknown, or a file is damaged or not in the format its name says.
+
+    References:
+        LeCun, Bottou, Bengio, Haffner (1998) for MNIST; Krizhevsky (2009), Learning multiple layers of
+        features from tiny images, for CIFAR-10; Alpaydin and Kaynak (1998), Optical recognition of
+        handwritten digits, for digits.
+    """
+    if name == "digits":
+        return _digits()
+    if name == "mnist":
+        return _mnist(_folder(data_dir, _MNIST_HELP))
+    if name == "cifar10":
+        return _cifar10(_folder(data_dir, _CIFAR10_HELP))
+    raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+
+
+def _folder(data_dir: str | Path | None, help_text: str) -> Path:
+    chosen = data_dir or os.environ.get(VARIABLE)
+    if not chosen:
+        raise FileNotFoundError(f"{help_text} and name it: set the environment variable {VARIABLE}, or data_dir.")
+    if not Path(chosen).is_dir():
+        raise FileNotFoundError(f"the data folder {chosen} does not exist. {help_text}.")
+    return Path(chosen)
+
+
+def _digits() -> Dataset:
+    import jax
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = np.asarray(images, np.float32)[order].reshape(-1, 8, 8, 1) / 16
+    # Cubic enlargement overshoots at edges, by up to a tenth of the range.
+    x = np.clip(jax.image.resize(x, (len(x), 28, 28, 1), "cubic"), 0, 1).astype(np.float32)
+    y = np.asarray(labels, np.int32)[order]
+    return Dataset(x[:1397], y[:1397], x[1397:], y[1397:], tuple("0123456789"))
+
+
+def _mnist(folder: Path) -> Dataset:
+    path = folder / "mnist.npz"
+    if path.exists():
+        keys = ("x_train", "y_train", "x_test", "y_test")
+        x_train, y_train, x_test, y_test = _read_npz(path, keys)
+        if x_train.ndim == 3:
+            x_train, x_test = x_train[..., None], x_test[..., None]
+        parts = [(x_train, y_train, path), (x_test, y_test, path)]
+    else:
+        places = [folder, folder / "mnist", folder / "MNIST" / "raw"]
+        parts = []
+        for part in ("train", "t10k"):
+            images = _find(f"{part}-images-idx3-ubyte", places, _MNIST_HELP)
+            labels = _find(f"{part}-labels-idx1-ubyte", places, _MNIST_HELP)
+            parts.append((_read_idx(images, 3)[..., None], _read_idx(labels, 1), images))
+    return _dataset(parts, (28, 28, 1), tuple("0123456789"))
+
+
+def _cifar10(folder: Path) -> Dataset:
+    if (folder / "cifar10_train_jpeg.npz").exists():
+        paths = (folder / "cifar10_train_jpeg.npz", folder / "cifar10_test_jpeg.npz")
+        if not paths[1].exists():
+            raise FileNotFoundError(f"{paths[1]} is missing beside {paths[0].name}. {_CIFAR10_HELP}.")
+        parts = [(*_read_jpegs(path), path) for path in paths]
+    else:
+        places = [folder, folder / "cifar-10-batches-bin"]
+        train = [_find(name, places, _CIFAR10_HELP) for name in _CIFAR10_TRAIN]
+        test = _find("test_batch.bin", places, _CIFAR10_HELP)
+        batches = [_read_cifar_batch(path) for path in train]
+        x_train, y_train = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        parts = [(x_train, y_train, train[0]), (*_read_cifar_batch(test), test)]
+    return _dataset(parts, (32, 32, 3), _CIFAR10_CLASSES)
+
+
+def _find(name: str, places: list[Path], help_text: str) -> Path:
+    for place in places:
+        for path in (place / name, place / f"{name}.gz"):
+            if path.exists():
+                return path
+    raise FileNotFoundError(f"{name} is not in {places[0]}. {help_text}.")
+
+
+def _read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, not a whole gzip file ({error}); fetch it again") from error
+    # The format: two zero bytes, 0x08 for unsigned bytes, the number of axes, each axis as big-endian int32.
+    magic = bytes((0, 0, 8, ndim))
+    header = 4 + 4 * ndim
+    if len(data) < header or data[:4] != magic:
+        raise ValueError(f"{path} is not an idx file: it begins {data[:4].hex()}, expected {magic.hex()}")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", ndim, offset=4))
+    expected = header + int(np.prod(shape, dtype=object))
+    if len(data) != expected:
+        raise ValueError(f"{path} has {len(data)} bytes, its header asks for {expected}; fetch it again")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _read_cifar_batch(
+    path: Path,
+) -> tuple[UInt8[np.ndarray, "images 32 32 3"], UInt8[np.ndarray, " images"]]:
+    data = np.fromfile(path, np.uint8)
+    record = 1 + 3 * 32 * 32
+    if len(data) == 0 or len(data) % record:
+        raise ValueError(f"{path} has {len(data)} bytes, expected a multiple of {record}; fetch it again")
+    data = data.reshape(-1, record)
+    return data[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), data[:, 0]
+
+
+def _read_jpegs(path: Path) -> tuple[UInt8[np.ndarray, "images 32 32 3"], Shaped[np.ndarray, " images"]]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("JPEG images need Pillow: pip install 'jaxcode[models]'") from error
+
+    jpeg, offsets, labels = _read_npz(path, ("jpeg", "offsets", "labels"))
+    offsets = offsets.astype(np.int64)
+    whole = len(offsets) == len(labels) + 1 and offsets[0] == 0 and offsets[-1] == len(jpeg)
+    if not whole or np.any(np.diff(offsets) < 0):
+        raise ValueError(f"{path} is damaged: offsets do not cut jpeg into one piece for each label")
+    images = np.empty((len(labels), 32, 32, 3), np.uint8)
+    for i in range(len(labels)):
+        try:
+            file = io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())
+            with Image.open(file, formats=["JPEG"]) as image:
+                if image.size != (32, 32):
+                    width, height = image.size
+                    raise ValueError(f"{path}: image {i} is {width} x {height}, expected 32 x 32")
+                images[i] = np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} is damaged: image {i} is not a whole JPEG ({error})") from error
+    return images, labels
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> list[Shaped[np.ndarray, "..."]]:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with archive:
+            missing = [key for key in keys if key not in archive.files]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}, only {', '.join(archive.files)}")
+            return [archive[key] for key in keys]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an .npz file of {', '.join(keys)}: {error}") from error
+
+
+def _dataset(
+    parts: list[tuple[Shaped[np.ndarray, "..."], Shaped[np.ndarray, "..."], Path]],
+    image_shape: tuple[int, int, int],
+    class_names: tuple[str, ...],
+) -> Dataset:
+    arrays = []
+    for x, y, path in parts:
+        if x.dtype != np.uint8 or x.shape[1:] != image_shape:
+            raise ValueError(f"{path}: images are {x.dtype} {x.shape[1:]}, expected uint8 {image_shape}")
+        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or len(y) == 0:
+            raise ValueError(f"{path}: {len(x)} images, but labels are {y.dtype} of shape {y.shape}")
+        if y.min() < 0 or y.max() >= len(class_names):
+            last = len(class_names) - 1
+            raise ValueError(f"{path}: labels run from {y.min()} to {y.max()}, expected 0 to {last}")
+        arrays += [x.astype(np.float32) / 255, y.astype(np.int32)]
+    x_train, y_train, x_test, y_test = arrays
+    return Dataset(x_train, y_train, x_test, y_test, class_names)

@@ -1,0 +1,242 @@
+"""A LeNet5 answers although a third of its workers never reply: ``python -m models.demo``."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxcode as jc
+
+from . import datasets
+from .comparison import Comparison, compare, order_by_likeness, standard_schemes, write_csv
+from .datasets import Dataset
+from .lenet5 import LeNet5, num_parameters
+from .plots import plot_comparison, plot_request
+from .train import accuracy, fit
+
+_EPOCHS = {"digits": 15, "mnist": 3, "cifar10": 5}
+_TRAINING_BATCH = {"digits": 64, "mnist": 128, "cifar10": 128}
+
+_FOOTNOTE = """\
+Means over {num_seeds} batches of {batch} test images, with 95 % intervals (Student's t), of one trained
+network. Each request of {num_data} images loses {num_stragglers} random workers, the same for every scheme;
+uncoded has the first {num_data} workers. RelAcc: accuracy over that without stragglers.
+Agreement: the same class as without stragglers. RMSE: of the class probabilities, norm over
+classes. Lost: inputs without any answer; they count as wrong, and in the RMSE as equal
+probabilities. Ordered: the images of a batch are sorted, each beside its like, before they are
+cut into requests, so the whole batch must be at hand. Repeated: workers hold the inputs themselves,
+as in replication, and the spline fills in what nobody returned."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, ask once through a code, compare the schemes, draw; exits with code 2 on bad arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    problem = _problem(args)
+    if problem:
+        parser.error(problem)
+    try:
+        data = datasets.load(args.dataset, args.data_dir)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    if not args.num_data <= args.batch_size <= len(data.x_test):
+        parser.error(
+            f"--batch-size must be from --num-data ({args.num_data}) to the {len(data.x_test)} test images, "
+            f"got {args.batch_size}"
+        )
+    start = time.perf_counter()
+    model = _train(data, args)
+    _ask_once(model, data, args)
+    comparison = _compare(model, data, args)
+    _write(comparison, args)
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. Figures, pictures and settings are in {args.out}/")
+    for name in ("stragglers.png", "request.png", "figures.csv", "settings.json"):
+        print(f"  {args.out / name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.demo",
+        description="A LeNet5 classifies images although some of its workers never reply.",
+    )
+    epochs = ", ".join(f"{number} for {name}" for name, number in _EPOCHS.items())
+
+    def number(name: str, default: int | None, text: str) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=int, default=default, metavar="n", help=text + shown)
+
+    number("--num-data", 20, "K, images in a request")
+    number("--num-workers", 60, "N, workers that a request is spread over")
+    number("--num-stragglers", 20, "S, workers that never reply")
+    parser.add_argument(
+        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+    )
+    parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
+    number("--epochs", None, f"passes over the training images (default: {epochs})")
+    number("--batch-size", 400, "test images in a batch")
+    number("--num-seeds", 12, "batches to average over")
+    number("--seed", 0, "seed of weights, batches and stragglers")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
+    return parser
+
+
+def _problem(args: argparse.Namespace) -> str | None:
+    if args.num_data < 2:
+        return f"--num-data must be at least 2, got {args.num_data}"
+    if args.num_workers < args.num_data:
+        return f"--num-workers must be at least --num-data ({args.num_data}), got {args.num_workers}"
+    if not 0 <= args.num_stragglers <= args.num_workers - 2:
+        return (
+            f"--num-stragglers must be from 0 to --num-workers - 2 ({args.num_workers - 2}), since decoding "
+            f"takes two answers, got {args.num_stragglers}"
+        )
+    if args.epochs is not None and args.epochs < 1:
+        return f"--epochs must be at least 1, got {args.epochs}"
+    if args.num_seeds < 2:
+        return f"--num-seeds must be at least 2 for an interval, got {args.num_seeds}"
+    if args.seed < 0:
+        return f"--seed must not be negative, got {args.seed}"
+    return None
+
+
+def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
+    height, width, channels = data.x_train.shape[1:]
+    model = LeNet5((height, width, channels), len(data.class_names), rngs=nnx.Rngs(args.seed))
+    what = f"a LeNet5 ({num_parameters(model):,} parameters)"
+    print(f"1. Training {what} on {len(data.x_train):,} images of {args.dataset}.", flush=True)
+    start = time.perf_counter()
+    epochs = args.epochs or _EPOCHS[args.dataset]
+    fit(model, data, seed=args.seed, epochs=epochs, batch_size=_TRAINING_BATCH[args.dataset])
+    seconds = time.perf_counter() - start
+    score = accuracy(model, data.x_test, data.y_test)
+    print(f"   {score:.1%} of {len(data.x_test)} test images right, after {seconds:.0f} s.\n")
+    return model
+
+
+def _ask_once(model: LeNet5, data: Dataset, args: argparse.Namespace) -> None:
+    """The library in three lines, and one request as a picture."""
+    order = order_by_likeness(data.x_test[: args.batch_size])
+    images, labels = jnp.asarray(data.x_test[order]), data.y_test[order]
+    code = jc.SplineCode.chebyshev(num_data=args.num_data, num_workers=args.num_workers)
+    key = jax.random.key(args.seed)
+    returned = jc.stragglers.Uniform(args.num_stragglers).sample(key, num_workers=args.num_workers)
+
+    predict = jc.coded(model, code)
+    logits = predict(images, returned)
+
+    right, alone = (float(jc.metrics.accuracy(out, labels)) for out in (logits, model(images)))
+    print(
+        f"2. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
+        f"       code = jc.SplineCode.chebyshev(num_data={args.num_data}, num_workers={args.num_workers})\n"
+        "       predict = jc.coded(model, code)\n"
+        "       logits = predict(images, returned)\n\n"
+        f"   {right:.1%} of {len(images)} images right, sorted so that like follows like; "
+        f"{alone:.1%} when every worker replies.\n",
+        flush=True,
+    )
+    inputs = data.x_test[: args.num_data]
+    inputs = jnp.asarray(inputs[order_by_likeness(inputs)])
+    coded = code.encode(inputs)
+    decoded = jax.nn.softmax(code.decode(model(coded), returned))
+    plot_request(
+        np.asarray(inputs),
+        np.asarray(coded),
+        np.asarray(returned),
+        np.asarray(decoded),
+        np.asarray(jax.nn.softmax(model(inputs))),
+        data.class_names,
+        args.out / "request.png",
+    )
+
+
+def _compare(model: LeNet5, data: Dataset, args: argparse.Namespace) -> Comparison:
+    print(f"3. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
+    comparison = compare(
+        model,
+        data.x_test,
+        data.y_test,
+        standard_schemes(args.num_data, args.num_workers),
+        _straggler_counts(args.num_stragglers, args.num_workers),
+        num_data=args.num_data,
+        num_workers=args.num_workers,
+        batch_size=args.batch_size,
+        num_seeds=args.num_seeds,
+        seed=args.seed,
+    )
+    print(_table(comparison, args))
+    print(_verdict(comparison, args))
+    return comparison
+
+
+def _straggler_counts(num_stragglers: int, num_workers: int) -> list[int]:
+    """About eight counts from none to twice the chosen one, which is among them."""
+    top = min(2 * num_stragglers or num_workers // 2, num_workers - 2)
+    return sorted({num_stragglers, *(round(top * i / 8) for i in range(9))})
+
+
+def _table(comparison: Comparison, args: argparse.Namespace) -> str:
+    at = comparison.straggler_counts.index(args.num_stragglers)
+    metrics = {
+        "accuracy": "accuracy",
+        "relative_accuracy": "RelAcc",
+        "agreement": "agreement",
+        "rmse": "RMSE",
+        "lost": "lost",
+    }
+    intervals = {metric: comparison.interval(metric) for metric in metrics}
+    header = f"\n   {'':28}{'decodes':10}" + "".join(f"{title:14}" for title in metrics.values())
+    lines = [header.rstrip()]
+    for i, scheme in enumerate(comparison.schemes):
+        cells = (f"{mean[i, at]:.3f} ±{half[i, at]:.3f}" for mean, half in intervals.values())
+        lines.append(f"   {scheme.label:28}{scheme.decodes:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
+    base = float(comparison.base_accuracy.mean())
+    lines.append(f"   {'every worker replies':38}{base:.3f}")
+    footnote = _FOOTNOTE.format(
+        num_seeds=args.num_seeds,
+        batch=args.batch_size // args.num_data * args.num_data,
+        num_data=args.num_data,
+        num_stragglers=args.num_stragglers,
+    )
+    indented = "\n".join(f"   {line}" for line in footnote.splitlines())
+    return "\n".join(lines) + f"\n\n{indented}"
+
+
+def _verdict(comparison: Comparison, args: argparse.Namespace) -> str:
+    mean, _ = comparison.interval("agreement")
+    shares = mean[:, comparison.straggler_counts.index(args.num_stragglers)]
+    best = int(shares.argmax())
+    others = {s.name: share for s, share in zip(comparison.schemes, shares, strict=True)}
+    label, share = comparison.schemes[best].label, shares[best]
+    return (
+        f"\n   With {args.num_stragglers} of {args.num_workers} workers silent, {share:.1%} of the images "
+        f"keep their class ({label});\n"
+        f"   {others['replication']:.1%} do by replication, {others['uncoded']:.1%} uncoded."
+    )
+
+
+def _write(comparison: Comparison, args: argparse.Namespace) -> None:
+    write_csv(comparison, args.out / "figures.csv")
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir")}
+    settings |= {
+        "epochs": args.epochs or _EPOCHS[args.dataset],
+        "straggler_counts": list(comparison.straggler_counts),
+        "base_accuracy": float(comparison.base_accuracy.mean()),
+        "jax": jax.__version__,
+    }
+    (args.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    title = (
+        f"LeNet5 on {args.dataset}: {args.num_data} images coded for {args.num_workers} workers "
+        f"(mean and 95 % interval of {args.num_seeds} batches)"
+    )
+    plot_comparison(comparison, args.num_stragglers, title, args.out / "stragglers.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The demo's two pictures."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .comparison import Comparison
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; markers repeat what colours say.
+_STYLES = {
+    "uncoded": ("#7f7f7f", "x", ":"),
+    "replication": ("#000000", "s", "--"),
+    "bacc": ("#CC79A7", "v", "-"),
+    "letcc": ("#E69F00", "^", "-"),
+    "logits": ("#56B4E9", "D", "-"),
+    "ordered": ("#0072B2", "o", "-"),
+    "repeated": ("#009E73", "P", "-"),
+}
+_MISSING = "#D55E00"
+
+
+def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, path: Path) -> None:
+    """Accuracy and RMSE against the number of stragglers, with 95 % bands, as PNG.
+
+    Args:
+        comparison: what was measured.
+        num_stragglers: the chosen S, marked in both panels.
+        title: heading of the figure.
+        path: where the PNG goes.
+    """
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    base = float(comparison.base_accuracy.mean())
+    left.axhline(base, color="#444444", linewidth=0.8)
+    left.annotate(
+        "every worker replies",
+        (1, base),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#444444",
+    )
+    panels = ((left, "accuracy", "accuracy"), (right, "rmse", "RMSE of the class probabilities"))
+    for axes, metric, label in panels:
+        mean, half = comparison.interval(metric)
+        for i, scheme in enumerate(comparison.schemes):
+            color, marker, line = _STYLES[scheme.name]
+            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
+            axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
+            axes.fill_between(
+                comparison.straggler_counts,
+                mean[i] - half[i],
+                mean[i] + half[i],
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )
+        axes.axvline(num_stragglers, color="#bbbbbb", linewidth=6, alpha=0.35, zorder=0)
+        axes.set(xlabel="workers that never reply", ylabel=label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _set_view(left, comparison, base)
+    right.set_ylim(bottom=0)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def plot_request(
+    inputs: Float[np.ndarray, "K height width channels"],
+    coded: Float[np.ndarray, "N height width channels"],
+    returned: Bool[np.ndarray, " N"],
+    decoded: Float[np.ndarray, "K classes"],
+    targets: Float[np.ndarray, "K classes"],
+    class_names: tuple[str, ...],
+    path: Path,
+) -> None:
+    """One request as a picture: inputs, what each worker sees, who is missing, decoded probabilities.
+
+    Args:
+        inputs: the K inputs, in the order in which the curve meets them, values in [0, 1].
+        coded: the N coded inputs.
+        returned: which workers replied.
+        decoded: class probabilities decoded from those.
+        targets: the model's class probabilities without coding.
+        class_names: what class i is called.
+        path: where the PNG goes.
+    """
+    num_data, num_workers = len(inputs), len(coded)
+    rows = -(-num_workers // num_data)
+    width = min(24.0, max(6.0, 0.62 * num_data))
+    cell = width / num_data
+    figure = Figure(figsize=(width, cell * (1 + rows) + 3.6), layout="constrained")
+    heights = (cell, cell * rows, 2.0)
+    top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
+
+    _mosaic(top, inputs, 1, num_data)
+    _title(top, f"{num_data} inputs, each beside its like", width)
+    _mosaic(middle, coded, rows, num_data)
+    missing = int(np.sum(~returned))
+    _title(
+        middle,
+        f"what the {num_workers} workers see: points of a smooth curve through the inputs, column by column; "
+        f"{missing} never reply",
+        width,
+    )
+    size = inputs.shape[1]
+    for worker in np.flatnonzero(~returned):
+        column, row = divmod(int(worker), rows)
+        x, y = column * size - 0.5, row * size - 0.5
+        middle.fill([x, x + size, x + size, x], [y, y, y + size, y + size], color="white", alpha=0.55, linewidth=0)
+        for ends in ((y, y + size), (y + size, y)):
+            middle.plot((x, x + size), ends, color=_MISSING, linewidth=1.6)
+
+    # Probabilities stop at the palette's middle, so that the rings stay readable.
+    bottom.imshow(decoded.T, cmap="Blues", vmin=0, vmax=1.7, aspect="auto")
+    best, truth = decoded.argmax(axis=-1), targets.argmax(axis=-1)
+    same, columns = best == truth, np.arange(num_data)
+    ring = {"marker": "o", "facecolors": "none", "s": 60, "linewidths": 1.6}
+    bottom.scatter(columns[same], truth[same], edgecolors="black", label="class the model gives, decoded", **ring)
+    if not same.all():
+        bottom.scatter(columns[~same], truth[~same], edgecolors=_MISSING, label="class the model gives, missed", **ring)
+    bottom.set_yticks(range(len(class_names)), class_names, fontsize=8)
+    bottom.set_xticks([])
+    _title(
+        bottom,
+        f"class probabilities decoded from the {num_workers - missing} answers: "
+        f"{int(same.sum())} of {num_data} classes as without stragglers",
+        width,
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _set_view(axes: Axes, comparison: Comparison, base: float) -> None:
+    """Show the schemes that are in the running: the uncoded line may leave the panel below."""
+    mean, _ = comparison.interval("accuracy")
+    others = [i for i, scheme in enumerate(comparison.schemes) if scheme.name != "uncoded"]
+    lowest = float(mean[others].min()) if others else 0.0
+    axes.set_ylim(max(0.0, lowest - 0.08 * (base - lowest) - 0.005), base + 0.08 * (base - lowest) + 0.005)
+
+
+def _title(axes: Axes, text: str, width: float) -> None:
+    """A heading at the left that breaks where a figure of this width in inches ends."""
+    axes.set_title(textwrap.fill(text, int(11 * width)), loc="left", fontsize=11)
+
+
+def _mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"], rows: int, columns: int) -> None:
+    """Images in a grid, filled column by column, blank where there are too few."""
+    num, height, width, channels = images.shape
+    gray = channels == 1
+    tiles = np.full((columns * rows, height, width, channels), 0.0 if gray else 1.0)
+    tiles[:num] = np.clip(images, 0, 1)
+    tiles = tiles.reshape(columns, rows, height, width, channels).transpose(1, 2, 0, 3, 4)
+    tiles = tiles.reshape(rows * height, columns * width, channels)
+    axes.imshow(tiles[..., 0] if gray else tiles, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
+    for edge in range(1, columns):
+        axes.axvline(edge * width - 0.5, color="#cccccc", linewidth=0.6)
+    for edge in range(1, rows):
+        axes.axhline(edge * height - 0.5, color="#cccccc", linewidth=0.6)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # A figure that pyplot does not know needs no display, and nobody has to close it.
+    figure.savefig(path, dpi=130, facecolor="white")

@@ -1,0 +1,17 @@
+"""What all tests share: the runtime type checker, exact matmuls' dtypes, and random masks."""
+
+from jaxtyping import install_import_hook
+
+# Before anything imports jaxcode: every annotated call is checked against its shapes and dtypes.
+install_import_hook("jaxcode", "beartype.beartype")
+
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def unchecked():
+    """Turns the runtime checker off, so that wrong arguments meet the library's own checks, as they do for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,144 @@
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from models.comparison import METRICS, compare, mean_and_half_width, order_by_likeness, standard_schemes, write_csv
+from models.datasets import load
+
+COUNTS = (0, 3, 6)
+NUM_DATA, NUM_WORKERS, NUM_SEEDS = 4, 10, 3
+
+
+class _Linear(nnx.Module):
+    """A classifier without training, which is enough for what codes do with its answers."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(784, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return 4 * self.dense(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("digits")
+
+
+def _run(data, schemes, seed=0, num_seeds=NUM_SEEDS):
+    return compare(
+        _Linear(nnx.Rngs(0)),
+        data.x_test,
+        data.y_test,
+        schemes,
+        COUNTS,
+        num_data=NUM_DATA,
+        num_workers=NUM_WORKERS,
+        batch_size=42,
+        num_seeds=num_seeds,
+        seed=seed,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(data):
+    return _run(data, standard_schemes(NUM_DATA, NUM_WORKERS))
+
+
+def _index(comparison, name):
+    return [scheme.name for scheme in comparison.schemes].index(name)
+
+
+def test_every_figure_is_finite_and_in_range(comparison):
+    for metric in METRICS:
+        values = comparison.values[metric]
+        assert values.shape == (len(comparison.schemes), len(COUNTS), NUM_SEEDS)
+        assert np.isfinite(values).all()
+        assert (values >= 0).all()
+        if metric in ("accuracy", "agreement", "lost"):
+            assert (values <= 1).all()
+
+
+@pytest.mark.parametrize("name", ["uncoded", "replication"])
+def test_copies_are_right_unless_lost(comparison, name):
+    at = _index(comparison, name)
+    lost = comparison.values["lost"][at]
+    np.testing.assert_allclose(comparison.values["agreement"][at], 1 - lost, atol=1e-6)
+    np.testing.assert_allclose(lost[0], 0, atol=1e-6)
+    np.testing.assert_allclose(comparison.values["rmse"][at, 0], 0, atol=1e-5)
+    # Smaller straggler sets are parts of the larger ones.
+    assert (np.diff(lost, axis=0) >= 0).all()
+    assert lost[-1].mean() > 0.02
+
+
+def test_uncoded_loses_the_share_of_stragglers(data):
+    uncoded = standard_schemes(NUM_DATA, NUM_WORKERS)[:1]
+    lost = _run(data, uncoded, num_seeds=24).values["lost"][0]
+    # 24 batches of 10 requests of 4 workers: a standard error of 0.014 or less.
+    np.testing.assert_allclose(lost.mean(axis=-1), np.array(COUNTS) / NUM_WORKERS, atol=0.06)
+
+
+def test_a_lost_input_counts_as_equal_probabilities(data):
+    uncoded = standard_schemes(NUM_DATA, NUM_WORKERS)[:1]
+    comparison = _run(data, uncoded)
+    model = _Linear(nnx.Rngs(0))
+    probabilities = np.asarray(jax.nn.softmax(model(jnp.asarray(data.x_test))))
+    error = np.sum((probabilities - 0.1) ** 2, axis=-1)
+    lost, rmse = comparison.values["lost"][0, -1], comparison.values["rmse"][0, -1]
+    # The lost images are a random sample of all.
+    np.testing.assert_allclose(np.mean(rmse**2 / lost), error.mean(), rtol=0.15)
+
+
+def test_splines_lose_nothing_and_get_worse_with_stragglers(comparison):
+    for name in ("bacc", "letcc", "logits", "ordered", "repeated"):
+        at = _index(comparison, name)
+        assert not comparison.values["lost"][at].any()
+        rmse = comparison.values["rmse"][at].mean(axis=-1)
+        assert rmse[0] < rmse[-1]
+    # With repeated nodes the workers hold the inputs themselves.
+    assert comparison.values["rmse"][_index(comparison, "repeated"), 0].max() < 1e-3
+    np.testing.assert_allclose(comparison.values["agreement"][_index(comparison, "repeated"), 0], 1)
+
+
+def test_the_seed_decides_everything(data):
+    schemes = standard_schemes(NUM_DATA, NUM_WORKERS)[1:3]
+    one, again, other = _run(data, schemes, 1), _run(data, schemes, 1), _run(data, schemes, 2)
+    for metric in METRICS:
+        np.testing.assert_array_equal(one.values[metric], again.values[metric])
+    assert not np.array_equal(one.values["rmse"], other.values["rmse"])
+
+
+def test_like_follows_like():
+    points = np.random.default_rng(0).permutation(50)
+    start = np.flatnonzero(points == 0)[0]
+    points[[0, start]] = points[[start, 0]]
+    x = np.broadcast_to(points[:, None, None], (50, 3, 2)).astype(np.float32)
+    np.testing.assert_array_equal(points[order_by_likeness(x)], np.arange(50))
+    # Equal images are all visited, each once.
+    np.testing.assert_array_equal(np.sort(order_by_likeness(np.zeros((4, 2), np.float32))), np.arange(4))
+
+
+def test_intervals_are_those_of_students_t():
+    values = np.random.default_rng(0).normal(size=(3, 2, 7))
+    mean, half = mean_and_half_width(values)
+    interval = stats.ttest_1samp(values, 0, axis=-1).confidence_interval(0.95)
+    np.testing.assert_allclose(mean - half, interval.low)
+    np.testing.assert_allclose(mean + half, interval.high)
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        mean_and_half_width(values[..., :1])
+
+
+def test_the_file_holds_every_figure(comparison, tmp_path):
+    write_csv(comparison, tmp_path / "figures.csv")
+    with (tmp_path / "figures.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(METRICS) * len(comparison.schemes) * len(COUNTS)
+    row = next(r for r in rows if (r["scheme"], r["num_stragglers"], r["metric"]) == ("bacc", "3", "rmse"))
+    values = comparison.values["rmse"][_index(comparison, "bacc"), 1]
+    assert float(row["mean"]) == pytest.approx(values.mean(), abs=1e-5)
+    assert float(row["low"]) < float(row["mean"]) < float(row["high"])

@@ -1,0 +1,54 @@
+"""Values against oracles, over knots, smoothings and masks; the full table is `python -m tests.benchmarks.accuracy`."""
+
+import numpy as np
+import pytest
+from scipy.interpolate import make_smoothing_spline
+
+from . import cases
+from .measure import bar, errors
+from .reference import exact_spline, scipy_spline
+
+
+@pytest.mark.parametrize("layout", ["chebyshev", "random"])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 20])
+def test_every_mask_and_smoothing_of_few_knots(n, layout):
+    for smoothing in cases.SMOOTHINGS:
+        for mask, found in errors(n, layout, smoothing):
+            for program, error in found.items():
+                assert error <= bar(program, n), (smoothing, mask, program, error)
+
+
+@pytest.mark.parametrize(
+    ("n", "layout", "smoothing"),
+    [
+        (100, "chebyshev", 0.0),
+        (100, "random", 1e-9),
+        (100, "chebyshev", 1e-2),
+        (100, "random", 100.0),
+        (512, "random", 0.0),
+        (512, "chebyshev", 1e-9),
+        (4096, "chebyshev", 0.0),
+        (4096, "random", 0.0),
+    ],
+)
+def test_every_mask_of_many_knots(n, layout, smoothing):
+    for mask, found in errors(n, layout, smoothing):
+        for program, error in found.items():
+            assert error <= bar(program, n), (mask, program, error)
+
+
+def test_the_two_oracles_agree_where_scipy_is_used():
+    rng = np.random.default_rng(3)
+    for n, smoothing in [(5, 0.0), (20, 1e-3), (100, 1e-6)]:
+        t = cases.knots("random", n, rng)
+        y, p = cases.data(t, rng), cases.points(t, rng)
+        assert cases.worst_error(scipy_spline(t, y, p, smoothing), exact_spline(t, y, p, smoothing)) < 1e-10
+
+
+def test_scipy_loses_its_digits_where_the_exact_oracle_takes_over():
+    # Without this, a reader would ask why the oracle is not SciPy everywhere.
+    rng = np.random.default_rng(4)
+    t = cases.knots("chebyshev", 512, rng)
+    y = cases.data(t, rng)
+    scipy_error = cases.worst_error(make_smoothing_spline(t, y, lam=100.0)(t[:9]), exact_spline(t, y, t[:9], 100.0))
+    assert scipy_error > 1e-9

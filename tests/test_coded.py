@@ -1,0 +1,269 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from scipy.interpolate import CubicSpline
+
+from jaxcode import BerrutCode, FloaterHormannCode, ReplicationCode, SplineCode, UncodedCode, coded
+
+K, N = 5, 12
+SPLINE = SplineCode.systematic(K, N, decoder_smoothing=1e-3)
+CODES = {
+    "spline": SPLINE,
+    "berrut": BerrutCode.chebyshev(K, N),
+    "replication": ReplicationCode(K, N),
+    "uncoded": UncodedCode(K),
+}
+each_code = pytest.mark.parametrize("name", CODES)
+
+
+def mask(code, lost=(1, 6, 7)):
+    return ~np.isin(np.arange(code.num_workers), lost)
+
+
+def normal(*shape, dtype=np.float32):
+    return np.random.default_rng(0).normal(size=shape).astype(dtype)
+
+
+def curve(x):
+    return jnp.sin(2 * x) + jnp.sum(x, axis=-1, keepdims=True)
+
+
+# ---- what it computes --------------------------------------------------------------------------------------
+
+
+@each_code
+@pytest.mark.parametrize("size", [1, K - 1, K, K + 1, 3 * K + 2])
+def test_decodes_each_group_of_neighbours(name, size):
+    code, x = CODES[name], normal(size, 2)
+    returned = mask(code)
+    filled = np.concatenate([x, np.repeat(x[-1:], -size % K, axis=0)])
+    groups = [
+        code.decode(curve(code.encode(jnp.asarray(rows))), returned) for rows in np.split(filled, len(filled) // K)
+    ]
+    found = coded(curve, code)(jnp.asarray(x), returned)
+    assert found.shape == (size, 2)
+    np.testing.assert_allclose(found, np.concatenate(groups)[:size], rtol=1e-4, atol=1e-4)
+
+
+def test_pytrees_in_and_out():
+    x = {"image": jnp.asarray(normal(7, 2, 3)), "length": jnp.asarray(normal(7))}
+
+    def f(batch):
+        return batch["image"][..., 0] * 2, {"sum": batch["length"] + 1, "wide": batch["image"][:, None]}
+
+    found = coded(f, SPLINE)(x, mask(SPLINE))
+    alone = coded(lambda image: 2 * image[..., 0], SPLINE)(x["image"], mask(SPLINE))
+    assert jax.tree.map(jnp.shape, found) == ((7, 2), {"sum": (7,), "wide": (7, 1, 2, 3)})
+    np.testing.assert_allclose(found[0], alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1]["sum"], coded(lambda v: v + 1, SPLINE)(x["length"], mask(SPLINE)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["replication", "uncoded"])
+def test_replication_with_every_answer_is_exact(name):
+    x = jnp.asarray(normal(13, 2))
+    np.testing.assert_array_equal(coded(lambda x: 2 * x, CODES[name])(x), 2 * x)
+
+
+@each_code
+def test_returned_left_out_means_everyone(name):
+    predict, x = coded(curve, CODES[name]), jnp.asarray(normal(6, 2))
+    np.testing.assert_array_equal(predict(x), predict(x, np.ones(CODES[name].num_workers, bool)))
+    np.testing.assert_array_equal(predict(x), predict(x, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "present", "recovered"),
+    [
+        ("spline", [], []),
+        ("spline", [4], []),
+        ("spline", [4, 5], [0, 1, 2, 3, 4]),
+        ("berrut", [4], []),
+        ("replication", [1, 6, 3], [1, 3]),
+        ("uncoded", [0], [0]),
+    ],
+)
+def test_inputs_that_cannot_be_recovered_are_nan(name, present, recovered):
+    code = CODES[name]
+    found = coded(curve, code)(jnp.asarray(normal(2 * K, 2)), np.isin(np.arange(code.num_workers), present))
+    lost = ~np.isin(np.arange(2 * K) % K, recovered)
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(lost[:, None], (2 * K, 2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dtypes_are_kept(dtype):
+    x = jnp.asarray(normal(6, 2), dtype)
+    found = coded(lambda x: 2 * x, SPLINE)(x, mask(SPLINE))
+    assert found.dtype == dtype
+    expected = coded(lambda x: 2 * x, SPLINE)(x.astype(jnp.float32), mask(SPLINE))
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected, atol=32 * float(jnp.finfo(dtype).eps) * float(np.abs(expected).max())
+    )
+
+
+def test_many_nodes_keep_their_digits_in_any_mode():
+    """A hundred inputs and four thousand workers: ends closer than float32 tells apart."""
+    code = SplineCode.chebyshev(100, 4000)
+    returned = np.random.default_rng(1).random(4000) > 0.3
+    x = normal(100)
+    encoder = CubicSpline(code.data_nodes, np.eye(100), bc_type="natural")
+    inside = np.clip(code.worker_nodes, code.data_nodes[0], code.data_nodes[-1])
+    expected = encoder(inside) + encoder(inside, 1) * (code.worker_nodes - inside)[:, None]
+    np.testing.assert_allclose(np.asarray(code.encoder_matrix()), expected, rtol=0, atol=1e-5)
+    sent = jax.jit(code.encode)(x)
+    np.testing.assert_allclose(sent, expected @ x, rtol=0, atol=1e-5 * np.abs(expected @ x).max())
+    answers = np.cos(3 * code.worker_nodes)
+    decoder = CubicSpline(code.worker_nodes[returned], answers[returned], bc_type="natural")
+    decoded = np.asarray(jax.jit(code.decode)(answers.astype(np.float32), returned))
+    np.testing.assert_allclose(decoded, decoder(code.data_nodes), rtol=0, atol=1e-5)
+    at = np.flatnonzero(returned)[[0, 700, -1]]
+    column = CubicSpline(code.worker_nodes[returned], np.eye(4000)[returned][:, at], bc_type="natural")
+    matrix = np.asarray(code.decoder_matrix(returned))
+    np.testing.assert_allclose(matrix[:, at], column(code.data_nodes), rtol=0, atol=1e-5)
+
+
+# ---- transformations ---------------------------------------------------------------------------------------
+
+
+def test_new_masks_and_inputs_do_not_retrace():
+    traces = []
+
+    def f(x):
+        traces.append(None)
+        return 2 * x
+
+    predict = coded(f, SPLINE)
+    for lost in range(N):
+        predict(jnp.asarray(normal(6, 2)) + lost, mask(SPLINE, [lost]))
+        predict(jnp.asarray(normal(6, 2)), jnp.asarray(mask(SPLINE, [lost])))
+    assert len(traces) == 1
+    predict(jnp.asarray(normal(7, 2)), mask(SPLINE))  # two groups, as before, of another batch
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("name", ["spline", "replication"])
+def test_jit_vmap_and_remat_compute_the_same(name):
+    code, predict = CODES[name], coded(curve, CODES[name])
+    x = jnp.asarray(normal(3, 6, 2))
+    masks = np.stack([mask(code, [i]) for i in range(3)])
+    expected = np.stack([predict(rows, returned) for rows, returned in zip(x, masks, strict=True)])
+    np.testing.assert_allclose(jax.jit(predict)(x[0], masks[0]), expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(predict)(x, masks), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.checkpoint(predict)(x[0], masks[0]), expected[0], rtol=1e-5, atol=1e-5)
+    several = jax.jit(jax.vmap(predict, (None, 0)))(x[0], masks)
+    np.testing.assert_allclose(several[2], predict(x[0], masks[2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["spline", "berrut", "replication"])
+def test_jacobians_and_gradients_agree(name):
+    code = CODES[name]
+    x, returned = jnp.asarray(normal(6, 2)), jnp.asarray(mask(code))
+
+    def predict(x):
+        return jnp.where(jnp.isnan(out := coded(curve, code)(x, returned)), 0, out)
+
+    forward, backward, again = jax.jit(
+        lambda x: (jax.jacfwd(predict)(x), jax.jacrev(predict)(x), jax.jacrev(jax.checkpoint(predict))(x))
+    )(x)
+    assert forward.shape == (6, 2, 6, 2)
+    np.testing.assert_allclose(backward, forward, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(again, backward, rtol=1e-5, atol=1e-5)
+    gradient = jax.vmap(jax.grad(jax.jit(lambda x: jnp.sum(predict(x) ** 2))))(x[None])[0]
+    np.testing.assert_allclose(gradient, 2 * np.einsum("bi,bicj->cj", predict(x), backward), rtol=1e-3, atol=1e-3)
+
+
+def test_workers_that_answer_garbage_but_are_missing_move_no_gradient():
+    """Worker 3 computes NaN and is not among those that returned."""
+    returned = jnp.asarray(mask(SPLINE, [3]))
+
+    def loss(bias):
+        spoilt = SPLINE.encode(jnp.asarray(normal(K, 2))) + bias
+        return jnp.sum(SPLINE.decode(jnp.where(jnp.arange(N)[:, None] == 3, jnp.nan * spoilt, spoilt), returned))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.zeros((N, 2)))
+    assert np.isfinite(value)
+    assert np.isfinite(np.delete(gradient, 3, axis=0)).all()
+
+
+def loss(code, parameters, x, returned):
+    out = coded(lambda x: jnp.tanh(x @ parameters["w"]) + parameters["b"], code)(x, returned)
+    return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out)
+
+
+DIFFERENTIATED = {
+    "spline-smoothed": SplineCode.chebyshev(K, N, encoder_smoothing=1e-3, decoder_smoothing=1e-2),
+    "floater-hormann": FloaterHormannCode.chebyshev(K, N, degree=3),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_every_gradient_is_a_finite_difference(name):
+    """With respect to nodes and smoothing (the code), what f closes over, and the inputs; 7 inputs make two groups."""
+    parameters = {"w": normal(2, 3, dtype=float), "b": normal(3, dtype=float)}
+    at = (DIFFERENTIATED[name], parameters, normal(7, 2, dtype=float))
+    returned = mask(at[0])
+    value = jax.jit(loss)
+    with jax.enable_x64(True):
+        gradient = jax.tree.map(np.asarray, jax.jit(jax.grad(loss, (0, 1, 2)))(*at, returned))
+        leaves, structure = jax.tree.flatten(at)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(at)]
+        for i, (path, slope) in enumerate(zip(paths, jax.tree.leaves(gradient), strict=True)):
+            move = np.cos(np.arange(np.size(leaves[i]))).reshape(np.shape(leaves[i]))
+
+            def moved(by, i=i, move=move):
+                changed = [*leaves[:i], leaves[i] + by * move, *leaves[i + 1 :]]
+                return float(value(*jax.tree.unflatten(structure, changed), returned))
+
+            step = 1e-5
+            difference = (moved(-2 * step) - 8 * moved(-step) + 8 * moved(step) - moved(2 * step)) / (12 * step)
+            np.testing.assert_allclose(np.sum(slope * move), difference, rtol=1e-6, atol=1e-6, err_msg=path)
+
+
+# ---- bad arguments -----------------------------------------------------------------------------------------
+
+
+class Dense(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(x)
+
+
+X = jnp.ones((6, 2))
+REFUSED = {
+    "code-is-not-one": (lambda: coded(curve, (K, N)), r"code is \(5, 12\); expected a code such as SplineCode"),
+    "code-is-a-class": (lambda: coded(curve, SplineCode), "code is <class"),
+    "f-is-a-class": (lambda: coded(Dense, SPLINE), "f is <class .*not its class"),
+    "f-is-a-number": (lambda: coded(2.0, SPLINE), r"f is 2\.0; expected a callable"),
+    "linen-without-variables": (lambda: coded(Dense(), SPLINE), "Dense without variables; expected the pair"),
+    "short-mask": (lambda: coded(curve, SPLINE)(X, np.ones(N - 1, bool)), r"returned has shape \(11,\).*\(12,\)"),
+    "scalar-mask": (lambda: coded(curve, SPLINE)(X, True), r"returned has shape \(\)"),
+    "integer-mask": (lambda: coded(curve, SPLINE)(X, np.ones(N, int)), "returned has dtype int.*expected bool"),
+    "indices": (lambda: coded(curve, SPLINE)(X, [0, 1, 2]), r"returned has shape \(3,\)"),
+    "no-inputs": (lambda: coded(curve, SPLINE)({}), r"x is \{\}; expected at least one array"),
+    "empty-batch": (lambda: coded(curve, SPLINE)(X[:0]), r"x has leaves of shapes \[\(0, 2\)\].*at least 1"),
+    "scalar-leaf": (lambda: coded(curve, SPLINE)((X, 1.0)), r"\[\(6, 2\), \(\)\].*leading axis"),
+    "batches-differ": (lambda: coded(curve, SPLINE)((X, X[:5])), r"\[\(6, 2\), \(5, 2\)\].*same length"),
+    "complex-inputs": (lambda: coded(curve, SPLINE)(X.astype(jnp.complex64)), "x has dtype complex64.*real"),
+    "f-drops-the-batch": (lambda: coded(jnp.sum, SPLINE)(X), r"f's result has shape \(\) for a batch of 2"),
+    "f-moves-the-batch": (
+        lambda: coded(lambda x: {"out": jnp.ones((3, 2))}, SPLINE)(X),
+        r"f's result\['out'\] has shape \(3, 2\) for a batch of 2; expected the batch as its leading axis",
+    ),
+    "f-returns-classes": (lambda: coded(lambda x: jnp.argmax(x, -1), SPLINE)(X), "f's result has dtype int.*logits"),
+    "f-returns-complex": (lambda: coded(lambda x: x + 1j, SPLINE)(X), "f's result has dtype complex.*real"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(unchecked, case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_refuses_the_same_under_jit(unchecked):
+    with pytest.raises(ValueError, match="returned has dtype int"):
+        jax.jit(functools.partial(coded(curve, SPLINE), X))(np.ones(N, int))
