@@ -46,6 +46,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
                 lambda ct: jax.vjp(of_moving, *at)[1](ct),
                 moves,
                 jax.eval_shape(of_moving, *at),
+                [p for p in primals if jnp.issubdtype(p.dtype, jnp.inexact)],
             )
 
     widened.defjvp(jvp, symbolic_zeros=True)
@@ -66,14 +67,20 @@ def _widen(value):
     return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
-def _linear(forward, transpose, argument, result_shape):
+def _linear(forward, transpose, argument, result_shape, depends_on):
     """Applies a linear map whose transpose is given and traced now.
 
     A linear solve is the one operation of JAX that carries both directions through every transformation: the map J is
     read off the solution of [[1, 0], [-J, 1]] (a, b) = (argument, 0).
     """
-    # The solve can be transposed only if all of its right-hand side depends on the argument.
-    zero = 0.0 * jnp.sum(jax.tree.leaves(argument)[0])
+
+    # JAX transposes a solve only if all its right-hand side depends on the argument, and differentiates one only if all
+    # of that side moves or the matrix does. Zeros see to it: sums of no entries, which no NaN reaches.
+    def zero_of(tree):
+        return sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(tree))
+
+    one = 1 + zero_of(depends_on)
+    zero = zero_of(argument)
     zeros = jax.tree.map(lambda s: jnp.broadcast_to(zero, s.shape), result_shape)
 
     def add(x, y):
@@ -82,9 +89,10 @@ def _linear(forward, transpose, argument, result_shape):
     def negated(x):
         return jax.tree.map(jnp.negative, x)
 
-    return jax.lax.custom_linear_solve(
-        matvec=lambda v: (v[0], add(v[1], negated(forward(v[0])))),
-        b=(argument, zeros),
+    moved, result = jax.lax.custom_linear_solve(
+        matvec=lambda v: jax.tree.map(lambda leaf: one * leaf, (v[0], add(v[1], negated(forward(v[0]))))),
+        b=(jax.tree.map(lambda leaf: leaf + zero, argument), zeros),
         solve=lambda _, v: (v[0], add(v[1], forward(v[0]))),
         transpose_solve=lambda _, v: (add(v[0], transpose(v[1])), v[1]),
-    )[1]
+    )
+    return jax.tree.map(lambda leaf: leaf + zero_of(moved), result)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen
 from scipy.interpolate import CubicSpline
 
-from jaxcode import BerrutCode, FloaterHormannCode, ReplicationCode, SplineCode, UncodedCode, coded
+from jaxcode import BerrutCode, ReplicationCode, SplineCode, UncodedCode, coded
 
 K, N = 5, 12
 SPLINE = SplineCode.systematic(K, N, decoder_smoothing=1e-3)
@@ -35,8 +35,8 @@ def curve(x):
 # ---- what it computes --------------------------------------------------------------------------------------
 
 
-@each_code
 @pytest.mark.parametrize("size", [1, K - 1, K, K + 1, 3 * K + 2])
+@pytest.mark.parametrize("name", ["spline", "replication"])
 def test_decodes_each_group_of_neighbours(name, size):
     code, x = CODES[name], normal(size, 2)
     returned = mask(code)
@@ -93,32 +93,24 @@ def test_inputs_that_cannot_be_recovered_are_nan(name, present, recovered):
     np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(lost[:, None], (2 * K, 2)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_dtypes_are_kept(dtype):
-    x = jnp.asarray(normal(6, 2), dtype)
-    found = coded(lambda x: 2 * x, SPLINE)(x, mask(SPLINE))
-    assert found.dtype == dtype
-    expected = coded(lambda x: 2 * x, SPLINE)(x.astype(jnp.float32), mask(SPLINE))
-    np.testing.assert_allclose(
-        found.astype(jnp.float32), expected, atol=32 * float(jnp.finfo(dtype).eps) * float(np.abs(expected).max())
-    )
+def test_dtypes_are_kept():
+    x = {dtype: jnp.asarray(normal(6, 2), dtype) for dtype in ("float32", "bfloat16", "float16")}
+    found = coded(lambda x: jax.tree.map(lambda leaf: 2 * leaf, x), SPLINE)(x, mask(SPLINE))
+    assert all(found[dtype].dtype == dtype for dtype in x)
+    expected = np.asarray(found["float32"])
+    for dtype in ("bfloat16", "float16"):
+        error = np.abs(np.asarray(found[dtype], np.float32) - expected).max()
+        assert error <= 32 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
 
 
 def test_many_nodes_keep_their_digits_in_any_mode():
     """A hundred inputs and four thousand workers: ends closer than float32 tells apart."""
     code = SplineCode.chebyshev(100, 4000)
     returned = np.random.default_rng(1).random(4000) > 0.3
-    x = normal(100)
     encoder = CubicSpline(code.data_nodes, np.eye(100), bc_type="natural")
     inside = np.clip(code.worker_nodes, code.data_nodes[0], code.data_nodes[-1])
     expected = encoder(inside) + encoder(inside, 1) * (code.worker_nodes - inside)[:, None]
     np.testing.assert_allclose(np.asarray(code.encoder_matrix()), expected, rtol=0, atol=1e-5)
-    sent = jax.jit(code.encode)(x)
-    np.testing.assert_allclose(sent, expected @ x, rtol=0, atol=1e-5 * np.abs(expected @ x).max())
-    answers = np.cos(3 * code.worker_nodes)
-    decoder = CubicSpline(code.worker_nodes[returned], answers[returned], bc_type="natural")
-    decoded = np.asarray(jax.jit(code.decode)(answers.astype(np.float32), returned))
-    np.testing.assert_allclose(decoded, decoder(code.data_nodes), rtol=0, atol=1e-5)
     at = np.flatnonzero(returned)[[0, 700, -1]]
     column = CubicSpline(code.worker_nodes[returned], np.eye(4000)[returned][:, at], bc_type="natural")
     matrix = np.asarray(code.decoder_matrix(returned))
@@ -157,7 +149,7 @@ def test_jit_vmap_and_remat_compute_the_same(name):
     np.testing.assert_allclose(several[2], predict(x[0], masks[2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["spline", "berrut", "replication"])
+@pytest.mark.parametrize("name", ["spline", "replication"])
 def test_jacobians_and_gradients_agree(name):
     code = CODES[name]
     x, returned = jnp.asarray(normal(6, 2)), jnp.asarray(mask(code))
@@ -180,8 +172,8 @@ def test_workers_that_answer_garbage_but_are_missing_move_no_gradient():
     returned = jnp.asarray(mask(SPLINE, [3]))
 
     def loss(bias):
-        spoilt = SPLINE.encode(jnp.asarray(normal(K, 2))) + bias
-        return jnp.sum(SPLINE.decode(jnp.where(jnp.arange(N)[:, None] == 3, jnp.nan * spoilt, spoilt), returned))
+        spoil = jnp.where(jnp.arange(N)[:, None] == 3, jnp.nan, 1)
+        return jnp.sum(SPLINE.decode(spoil * (SPLINE.encode(jnp.asarray(normal(K, 2))) + bias), returned))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.zeros((N, 2)))
     assert np.isfinite(value)
@@ -193,17 +185,11 @@ def loss(code, parameters, x, returned):
     return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out)
 
 
-DIFFERENTIATED = {
-    "spline-smoothed": SplineCode.chebyshev(K, N, encoder_smoothing=1e-3, decoder_smoothing=1e-2),
-    "floater-hormann": FloaterHormannCode.chebyshev(K, N, degree=3),
-}
-
-
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_every_gradient_is_a_finite_difference(name):
+def test_every_gradient_is_a_finite_difference():
     """With respect to nodes and smoothing (the code), what f closes over, and the inputs; 7 inputs make two groups."""
     parameters = {"w": normal(2, 3, dtype=float), "b": normal(3, dtype=float)}
-    at = (DIFFERENTIATED[name], parameters, normal(7, 2, dtype=float))
+    code = SplineCode.chebyshev(K, N, encoder_smoothing=1e-3, decoder_smoothing=1e-2)
+    at = (code, parameters, normal(7, 2, dtype=float))
     returned = mask(at[0])
     value = jax.jit(loss)
     with jax.enable_x64(True):

@@ -83,7 +83,7 @@ def test_all_kinds_evaluate_the_same(kind):
     np.testing.assert_array_equal(fn(params, x), fn(params, x))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_all_kinds_decode_the_same(kind):
     module, x = trained(), inputs()
     expected = CODE.decode(jnp.float32(by_hand(as_linen(module), np.asarray(CODE.encode(jnp.asarray(x))))), RETURNED)

@@ -91,7 +91,8 @@ def all_masks(name):
 
 def in_x64(function):
     """Compiles a function of (code, ...) with x64 on, where nodes given as arguments keep their digits."""
-    compiled = jax.jit(function)
+    # These programs run a few times each: most of the time is the compiler's, which unoptimised takes two thirds of it.
+    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
     @functools.wraps(function)
     def call(*args):

@@ -9,6 +9,8 @@ from jaxcode import BerrutCode, BSplineCode, FloaterHormannCode, LagrangeCode, R
 
 from .cases import CODES, each_program
 
+each_family = pytest.mark.parametrize("name", ["berrut", "replication", "uncoded"])
+
 UP = np.array([-1.0, 0.0, 1.0])
 
 CONSTRUCTED = {
@@ -52,7 +54,7 @@ def test_constructors_refuse(unchecked, call):
         construct()
 
 
-@each_program
+@each_family
 def test_encode_refuses(unchecked, name):
     code = CODES[name]
     bad = {
@@ -66,7 +68,7 @@ def test_encode_refuses(unchecked, name):
             code.encode(x)
 
 
-@each_program
+@each_family
 def test_decode_refuses(unchecked, name):
     code = CODES[name]
     n = code.num_workers
@@ -82,8 +84,11 @@ def test_decode_refuses(unchecked, name):
     for message, arguments in bad.items():
         with pytest.raises(ValueError, match=message):
             code.decode(*arguments)
-        with pytest.raises(ValueError, match=message):
-            jax.jit(code.decode)(*arguments)
+
+
+def test_masks_are_checked_under_jit(unchecked):
+    with pytest.raises(ValueError, match="returned has dtype int"):
+        jax.jit(CODES["berrut"].decode)(jnp.ones(12), np.ones(12, int))
 
 
 @each_program

@@ -151,6 +151,10 @@ def test_rational_decoder_is_scipys_through_who_returned(name, mask):
     assert_close(decoded(code, y, returned), expected)
 
 
+def test_degree_zero_is_berruts():
+    np.testing.assert_array_equal(encoder_matrix(CODES["floater-hormann-0"]), encoder_matrix(CODES["berrut"]))
+
+
 # ---- polynomials -------------------------------------------------------------------------------------------
 
 
