@@ -18,6 +18,15 @@ def is_concrete(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def on_host(array: Any) -> np.ndarray | jax.Array:
+    """The array in NumPy, unless it is being traced or one would have to wait for an accelerator."""
+    if isinstance(array, Tracer):
+        return array
+    if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
+        return array
+    return np.asarray(array)
+
+
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """A whole number of at least `least`, as a Python int."""
     try:

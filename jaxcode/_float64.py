@@ -2,12 +2,40 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+
+class Halves(NamedTuple):
+    """Float64 numbers that stay so where JAX's x64 mode is off and jitted functions round their arguments.
+
+    Attributes:
+        high: The numbers, in float32 with x64 off, else float64.
+        low: What rounding took from them, float32; None with x64 on.
+    """
+
+    high: Array | np.ndarray
+    low: Array | np.ndarray | None
+
+    def whole(self) -> Float[Array, "..."]:
+        """The numbers in float64."""
+        with jax.enable_x64(True):
+            high = jnp.asarray(self.high).astype(jnp.float64)
+            return high if self.low is None else high + jnp.asarray(self.low).astype(jnp.float64)
+
+
+def halve(numbers: Array | np.ndarray) -> Halves:
+    """Takes float64 numbers apart; NumPy arrays to NumPy arrays."""
+    if jax.config.jax_enable_x64:
+        return Halves(numbers, None)
+    with jax.enable_x64(True):
+        high = numbers.astype(np.float32)
+        return Halves(high, (numbers - high.astype(np.float64)).astype(np.float32))
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,28 +46,30 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     float32. So the derivative is taken inside, in both directions, when the function is differentiated at all.
 
     Args:
-        function: Pure, of positional arguments that are arrays. Inexact ones narrower than float64 are widened.
+        function: Pure, of positional arguments that are pytrees of arrays. Inexact ones narrower than float64 are
+            widened.
 
     Returns:
         The function, with float64 results; jit, vmap, jvp, vjp, and forward over reverse, work as usual.
     """
 
-    @jax.custom_jvp
-    def widened(*args):
-        return function(*args)
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def widened(structure, *leaves):
+        return function(*jax.tree.unflatten(structure, leaves))
 
-    def jvp(primals, tangents):
+    @functools.partial(widened.defjvp, symbolic_zeros=True)
+    def jvp(structure, primals, tangents):
         with jax.enable_x64(True):
             moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
 
             def of_moving(*moved):
-                args = list(primals)
+                leaves = list(primals)
                 for i, value in zip(moving, moved, strict=True):
-                    args[i] = value
-                return function(*args)
+                    leaves[i] = value
+                return function(*jax.tree.unflatten(structure, leaves))
 
             at = tuple(primals[i] for i in moving)
-            out = widened(*primals)
+            out = widened(structure, *primals)
             moves = tuple(tangents[i] for i in moving)
             return out, _linear(
                 lambda t: jax.jvp(of_moving, at, t)[1],
@@ -49,12 +79,11 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
                 [p for p in primals if jnp.issubdtype(p.dtype, jnp.inexact)],
             )
 
-    widened.defjvp(jvp, symbolic_zeros=True)
-
     @functools.wraps(function)
     def wrapped(*args):
         with jax.enable_x64(True):
-            return widened(*(_widen(a) for a in args))
+            leaves, structure = jax.tree.flatten(args)
+            return widened(structure, *(_widen(leaf) for leaf in leaves))
 
     return wrapped
 

@@ -1,5 +1,6 @@
 """The whole of coded inference as one function: encode, let every worker compute, decode from those that returned."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,15 @@ from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
-from ._checks import check_mask
-from .codes.abstract import AbstractCode
+from ._checks import check_mask, is_concrete, on_host
+from ._maps import apply_to_groups
+from .codes.abstract import AbstractLinearCode
 from .functions import as_pure_function
 
 Predict = Callable[..., PyTree[Array]]
 
 
-def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], code: AbstractCode) -> Predict:
+def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], code: AbstractLinearCode) -> Predict:
     r"""Makes a model answer although workers are missing.
 
     The batch is cut into groups of K inputs in its own order (the last one filled up with its last input); each group
@@ -51,24 +53,35 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
     >>> float(jnp.max(jnp.abs(predict(x, returned) - jnp.sin(x)))) < 0.01
     True
     """
-    if not isinstance(code, AbstractCode):
+    if not isinstance(code, AbstractLinearCode):
         raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
     fn, params = as_pure_function(f)
+    encoder = code.encoder_map()
 
     @jax.jit
-    def run(params, x, returned):
+    def run(params, x, encoder, decoder):
         size = _batch_size(x)
         groups = -(-size // code.num_data)
-        sent = code.encode(jax.tree.map(lambda leaf: _to_groups(leaf, code.num_data, groups), x))
-        answers = jax.vmap(lambda batch: fn(params, batch))(sent)
-        _check_answers(answers, groups)
-        return jax.tree.map(lambda leaf: _from_groups(leaf, size), code.decode(answers, returned))
+        # All workers' coded inputs as one batch, the groups one after the other.
+        sent = apply_to_groups("x", encoder, jax.tree.map(lambda leaf: _fill(leaf, groups * code.num_data), x), groups)
+        answers = fn(params, sent)
+        _check_answers(answers, groups * code.num_workers)
+        return jax.tree.map(lambda leaf: leaf[:size], apply_to_groups("f's result", decoder, answers, groups))
+
+    @functools.lru_cache(maxsize=64)
+    def known_decoder(mask: bytes, _x64: bool):
+        with jax.ensure_compile_time_eval():
+            return jax.tree.map(jnp.asarray, code.decoder_map(np.frombuffer(mask, bool)))
 
     def predict(x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
         """Results for the batch x from the workers that returned."""
-        mask = np.ones(code.num_workers, bool) if returned is None else returned
-        check_mask("returned", mask, code.num_workers)
-        return run(params, x, mask)
+        returned = np.ones(code.num_workers, bool) if returned is None else on_host(returned)
+        check_mask("returned", returned, code.num_workers)
+        if isinstance(returned, np.ndarray) and is_concrete(code):
+            decoder = known_decoder(returned.tobytes(), jax.config.jax_enable_x64)
+        else:
+            decoder = code.decoder_map(returned)
+        return run(params, x, encoder, decoder)
 
     return predict
 
@@ -86,26 +99,18 @@ def _batch_size(x) -> int:
     return sizes.pop()
 
 
-def _to_groups(leaf, num_data, groups):
-    """(B, ...) to (K, groups, ...): every group holds neighbours of the batch."""
-    missing = groups * num_data - leaf.shape[0]
-    if missing:
-        leaf = jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)])
-    return jnp.swapaxes(leaf.reshape(groups, num_data, *leaf.shape[1:]), 0, 1)
+def _fill(leaf, size):
+    """The batch filled up with its last input."""
+    missing = size - leaf.shape[0]
+    return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
 
 
-def _from_groups(leaf, size):
-    """(K, groups, ...) back to (B, ...)."""
-    leaf = jnp.swapaxes(leaf, 0, 1)
-    return leaf.reshape(-1, *leaf.shape[2:])[:size]
-
-
-def _check_answers(answers, groups):
+def _check_answers(answers, size):
     for path, leaf in jax.tree_util.tree_leaves_with_path(answers):
         name = "f's result" + jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or leaf.shape[1] != groups:
+        if leaf.ndim < 1 or leaf.shape[0] != size:
             raise ValueError(
-                f"{name} has shape {leaf.shape[1:]} for a batch of {groups}; expected the batch as its leading axis"
+                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(

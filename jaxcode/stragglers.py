@@ -11,10 +11,9 @@ the same key gives the same draw.
 """
 
 import abc
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -23,34 +22,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray, Real
 
-_Class = TypeVar("_Class", bound=type)
-
-
-def _pytree(cls: _Class) -> _Class:
-    """Registers a dataclass as a pytree that is rebuilt without its constructor.
-
-    ``jax.tree_util.register_dataclass`` rebuilds through ``__init__``, which would run the checks on whatever
-    JAX puts in the place of a leaf: batched arrays, placeholders, ``None``.
-    """
-    fields = dataclasses.fields(cls)
-    leaves = tuple(field.name for field in fields if not field.metadata.get("static"))
-    static = tuple(field.name for field in fields if field.metadata.get("static"))
-
-    def flatten(model):
-        return tuple(getattr(model, name) for name in leaves), tuple(getattr(model, name) for name in static)
-
-    def flatten_with_keys(model):
-        values, constants = flatten(model)
-        return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), values, strict=True)), constants
-
-    def unflatten(constants, values):
-        model = object.__new__(cls)
-        for name, value in zip(leaves + static, (*values, *constants), strict=True):
-            object.__setattr__(model, name, value)
-        return model
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+from ._pytree import pytree
 
 
 class AbstractStragglers(abc.ABC):
@@ -98,8 +70,7 @@ class AbstractLatency(abc.ABC):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class Uniform(AbstractStragglers):
     r"""Exactly S stragglers, every set of S equally likely.
 
@@ -136,8 +107,7 @@ class Uniform(AbstractStragglers):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class Independent(AbstractStragglers):
     r"""Every worker straggles with probability p, independently of the others.
 
@@ -172,8 +142,7 @@ class Independent(AbstractStragglers):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class FirstToAnswer(AbstractStragglers):
     """The first workers to answer return; the others are not waited for.
 
@@ -213,8 +182,7 @@ class FirstToAnswer(AbstractStragglers):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class Deadline(AbstractStragglers):
     """Whoever answers by the deadline returns, the deadline itself included.
 
@@ -247,8 +215,7 @@ class Deadline(AbstractStragglers):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class ShiftedExponential(AbstractLatency):
     r"""A fixed time and then an exponential one, independent across workers.
 
@@ -287,8 +254,7 @@ class ShiftedExponential(AbstractLatency):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class Pareto(AbstractLatency):
     r"""A heavy tail, independent across workers: a few are slower by orders of magnitude.
 
@@ -323,8 +289,7 @@ class Pareto(AbstractLatency):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree()
 class LogNormal(AbstractLatency):
     r"""A latency whose logarithm is normal, independent across workers.
 
@@ -360,8 +325,7 @@ class LogNormal(AbstractLatency):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree(eq=False)
 class Empirical(AbstractLatency):
     r"""Latencies that were measured: every worker draws one of them, with replacement (the bootstrap).
 
@@ -395,8 +359,7 @@ class Empirical(AbstractLatency):
 
 
 @final
-@_pytree
-@dataclasses.dataclass(frozen=True)
+@pytree("workers_per_host")
 class CorrelatedByHost(AbstractLatency):
     r"""Workers that share a host share part of their latency.
 
@@ -423,7 +386,7 @@ class CorrelatedByHost(AbstractLatency):
 
     latency: AbstractLatency
     host_latency: AbstractLatency
-    workers_per_host: int = dataclasses.field(metadata={"static": True})
+    workers_per_host: int
 
     def __post_init__(self):
         _check_size("workers_per_host", self.workers_per_host)

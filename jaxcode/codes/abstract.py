@@ -1,9 +1,6 @@
 """What every code does, and what the codes that interpolate share."""
 
 import abc
-import dataclasses
-from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -11,38 +8,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_ascending, check_mask, check_vector, is_concrete
-from .matrices import apply_matrix, map_leaves
-
-Code = TypeVar("Code")
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def code_class(*static: str) -> Callable[[type[Code]], type[Code]]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are all fields but the static ones.
-
-    Rebuilding a code from its leaves does not run the constructor's checks: JAX puts tracers, and objects that only
-    stand for arrays, in place of leaves.
-    """
-
-    def decorate(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        leaves = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-
-        def flatten(code):
-            keyed = [(jax.tree_util.GetAttrKey(name), getattr(code, name)) for name in leaves]
-            return keyed, tuple(getattr(code, name) for name in static)
-
-        def unflatten(values, children):
-            code = object.__new__(cls)
-            for name, value in (*zip(leaves, children, strict=True), *zip(static, values, strict=True)):
-                object.__setattr__(code, name, value)
-            return code
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-        return cls
-
-    return decorate
+from .._checks import check_ascending, check_mask, check_vector, is_concrete, on_host
+from .._float64 import halve
+from .._maps import AbstractMap, Matrix, apply_to_tree
 
 
 class AbstractCode(abc.ABC):
@@ -101,18 +69,36 @@ class AbstractCode(abc.ABC):
 
 
 class AbstractLinearCode(AbstractCode):
-    """A code whose encoder and decoder are matrices."""
+    """A code whose encoder and decoder are linear."""
 
     @abc.abstractmethod
+    def encoder_map(self) -> AbstractMap:
+        """The map from inputs to coded inputs."""
+
+    @abc.abstractmethod
+    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
+        """The map from answers to results.
+
+        With known nodes and a mask in the host's memory it is prepared there, with nothing to compile, and may be an
+        argument of jitted functions.
+        """
+
+    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
+        return apply_to_tree("x", self.encoder_map(), x, self.num_data)
+
+    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
+        return apply_to_tree("y", self.decoder_map(returned), y, self.num_workers)
+
     def encoder_matrix(self) -> Float[Array, "workers data"]:
         """The matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""
+        return self.encoder_map().matrix()
 
-    @abc.abstractmethod
     def decoder_matrix(self, returned: Bool[ArrayLike, "workers"]) -> Float[Array, "data workers"]:
         """The matrix, shape (K, N), that takes answers to results; float64 with x64 on, else float32.
 
         Columns of workers that did not return are zero, rows of inputs that are not recovered are NaN.
         """
+        return self.decoder_map(returned).matrix()
 
 
 class AbstractInterpolatingCode(AbstractLinearCode):
@@ -134,43 +120,37 @@ class AbstractInterpolatingCode(AbstractLinearCode):
         return self.worker_nodes.shape[-1]
 
     @abc.abstractmethod
-    def _encoder(self) -> Float[Array, "workers data"]:
-        """The encoder matrix in float64."""
+    def encoding_curve(self) -> AbstractMap:
+        """The curve through inputs, read at the worker nodes."""
 
     @abc.abstractmethod
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
-        """The decoder matrix in float64, given at least two answers; columns that did not return are zero."""
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
+        """The curve through the answers that came, read at the data nodes."""
 
-    def encoder_matrix(self) -> Float[Array, "workers data"]:
-        return self._encoder().astype(jnp.result_type(float))
+    def encoder_map(self) -> AbstractMap:
+        if not is_concrete(self):
+            return self.encoding_curve()
+        # With known nodes it is a constant of the traced program.
+        with jax.ensure_compile_time_eval():
+            return self.encoding_curve()
 
-    def decoder_matrix(self, returned: Bool[ArrayLike, "workers"]) -> Float[Array, "data workers"]:
-        recovered = self.recovered(returned)
-        decoder = self._decoder(jnp.asarray(returned))
-        return jnp.where(recovered[:, None], decoder.astype(jnp.result_type(float)), jnp.nan)
+    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
+        check_mask("returned", returned, self.num_workers)
+        return self.decoding_curve(on_host(returned))
 
     def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
         check_mask("returned", returned, self.num_workers)
         return jnp.broadcast_to(jnp.sum(jnp.asarray(returned)) >= 2, (self.num_data,))
 
-    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
-        if is_concrete(self):
-            # With known nodes the matrix is a constant of the traced program.
-            with jax.ensure_compile_time_eval():
-                matrix = self._encoder()
-        else:
-            matrix = self._encoder()
-        return map_leaves("x", lambda rows: apply_matrix(matrix, rows), x, self.num_data)
 
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
-        recovered = self.recovered(returned)
-        returned = jnp.asarray(returned)
-        matrix = self._decoder(returned)
-
-        def decode_rows(rows):
-            return jnp.where(recovered[:, None], apply_matrix(matrix, rows, returned), jnp.nan)
-
-        return map_leaves("y", decode_rows, y, self.num_workers)
+def curve_matrix(
+    entries: Float[Array, "results rows"], returned: Bool[Array | np.ndarray, "rows"] | None = None
+) -> AbstractMap:
+    """A curve that is given as a float64 matrix with zero columns where workers did not return."""
+    if returned is None:
+        return Matrix(halve(entries))
+    returned = jnp.asarray(returned)
+    return Matrix(halve(entries), returned, jnp.broadcast_to(jnp.sum(returned) >= 2, entries.shape[:1]))
 
 
 def as_nodes(code: AbstractInterpolatingCode, *, workers_may_share: bool) -> None:

@@ -1,18 +1,21 @@
 """Rational interpolation in barycentric form: BACC's Berrut interpolant and the Floater-Hormann family it begins."""
 
-from functools import partial
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .. import nodes
 from .._checks import check_count
 from .._float64 import in_float64
-from .abstract import AbstractInterpolatingCode, as_nodes, code_class
+from .._maps import AbstractMap
+from .._pytree import pytree
+from .abstract import AbstractInterpolatingCode, as_nodes, curve_matrix
 
 
-@code_class()
+@pytree(eq=False)
 class BerrutCode(AbstractInterpolatingCode):
     r"""Berrut approximated coded computing (BACC): Berrut's rational interpolant both ways.
 
@@ -48,14 +51,14 @@ class BerrutCode(AbstractInterpolatingCode):
         """The nodes of the paper: alpha Chebyshev of the first kind, beta of the second. Needs K >= 2 and N >= 2."""
         return cls(*nodes.chebyshev_pair(num_data, num_workers))
 
-    def _encoder(self) -> Float[Array, "workers data"]:
-        return rational_matrix(0)(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool))
+    def encoding_curve(self) -> AbstractMap:
+        return curve_matrix(rational_matrix(0)(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool)))
 
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
-        return rational_matrix(0)(self.worker_nodes, self.data_nodes, returned)
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
+        return curve_matrix(rational_matrix(0)(self.worker_nodes, self.data_nodes, returned), returned)
 
 
-@code_class("degree")
+@pytree("degree", eq=False)
 class FloaterHormannCode(AbstractInterpolatingCode):
     r"""Barycentric rational interpolation of blending degree d both ways, without poles whatever the nodes.
 
@@ -92,16 +95,18 @@ class FloaterHormannCode(AbstractInterpolatingCode):
         """Alpha Chebyshev of the first kind, beta of the second. Needs K >= 2 and N >= 2."""
         return cls(*nodes.chebyshev_pair(num_data, num_workers), degree)
 
-    def _encoder(self) -> Float[Array, "workers data"]:
-        return rational_matrix(self.degree)(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool))
+    def encoding_curve(self) -> AbstractMap:
+        matrix = rational_matrix(self.degree)
+        return curve_matrix(matrix(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool)))
 
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
-        return rational_matrix(self.degree)(self.worker_nodes, self.data_nodes, returned)
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
+        return curve_matrix(rational_matrix(self.degree)(self.worker_nodes, self.data_nodes, returned), returned)
 
 
+@functools.cache
 def rational_matrix(degree: int):
     """The function (nodes, points, live) -> matrix (points, nodes) of the interpolant of one degree, in float64."""
-    return in_float64(partial(_rational_matrix, degree))
+    return in_float64(jax.jit(functools.partial(_rational_matrix, degree)))
 
 
 def _rational_matrix(degree, knots, points, live):

@@ -9,12 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from .. import nodes
 from .._float64 import in_float64
-from .abstract import AbstractInterpolatingCode, as_nodes, code_class
+from .._maps import AbstractMap
+from .._pytree import pytree
+from .abstract import AbstractInterpolatingCode, as_nodes, curve_matrix
 from .barycentric import rational_matrix
 from .lagrange import polynomial_matrix
 
 
-@code_class("encoder")
+@pytree("encoder", eq=False)
 class BSplineCode(AbstractInterpolatingCode):
     """B-spline coded computing: Berrut's or Lagrange's encoder, cubic B-spline interpolation as decoder.
 
@@ -55,15 +57,16 @@ class BSplineCode(AbstractInterpolatingCode):
         """Alpha Chebyshev of the first kind, beta of the second. Needs K >= 2 and N >= 2."""
         return cls(*nodes.chebyshev_pair(num_data, num_workers), encoder)
 
-    def _encoder(self) -> Float[Array, "workers data"]:
+    def encoding_curve(self) -> AbstractMap:
         matrix = rational_matrix(0) if self.encoder == "berrut" else polynomial_matrix(self.num_data - 1)
-        return matrix(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool))
+        return curve_matrix(matrix(self.data_nodes, self.worker_nodes, np.ones(self.num_data, bool)))
 
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
-        return not_a_knot_matrix(self.worker_nodes, self.data_nodes, returned)
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
+        return curve_matrix(not_a_knot_matrix(self.worker_nodes, self.data_nodes, returned), returned)
 
 
 @in_float64
+@jax.jit
 def not_a_knot_matrix(
     knots: Float[Array, "knots"], points: Float[Array, "points"], live: Bool[Array, "knots"]
 ) -> Float[Array, "points knots"]:

@@ -1,19 +1,21 @@
 """LCC: polynomials both ways, exact where the workers compute a polynomial and enough of them answer."""
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .. import nodes
 from .._checks import check_count
 from .._float64 import in_float64
-from .abstract import AbstractInterpolatingCode, as_nodes, code_class
+from .._maps import AbstractMap
+from .._pytree import pytree
+from .abstract import AbstractInterpolatingCode, as_nodes, curve_matrix
 
 
-@code_class("degree")
+@pytree("degree", eq=False)
 class LagrangeCode(AbstractInterpolatingCode):
     r"""Lagrange coded computing: the polynomial through the inputs, and the one that the workers' answers then lie on.
 
@@ -54,18 +56,19 @@ class LagrangeCode(AbstractInterpolatingCode):
         """Alpha Chebyshev of the first kind, beta of the second. Needs K >= 2 and N >= 2."""
         return cls(*nodes.chebyshev_pair(num_data, num_workers), degree)
 
-    def _encoder(self) -> Float[Array, "workers data"]:
+    def encoding_curve(self) -> AbstractMap:
         everyone = np.ones(self.num_data, bool)
-        return polynomial_matrix(self.num_data - 1)(self.data_nodes, self.worker_nodes, everyone)
+        return curve_matrix(polynomial_matrix(self.num_data - 1)(self.data_nodes, self.worker_nodes, everyone))
 
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
         degree = (self.num_data - 1) * self.degree
-        return polynomial_matrix(degree)(self.worker_nodes, self.data_nodes, returned)
+        return curve_matrix(polynomial_matrix(degree)(self.worker_nodes, self.data_nodes, returned), returned)
 
 
+@functools.cache
 def polynomial_matrix(degree: int):
     """The function (nodes, points, live) -> matrix (points, nodes) of the least-squares polynomial, in float64."""
-    return in_float64(partial(_polynomial_matrix, degree))
+    return in_float64(jax.jit(functools.partial(_polynomial_matrix, degree)))
 
 
 def _polynomial_matrix(degree, knots, points, live):

@@ -3,14 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool
 
-from .._checks import check_count, check_mask
-from .abstract import AbstractLinearCode, code_class
-from .matrices import map_leaves
+from .._checks import check_count, check_mask, on_host
+from .._maps import AbstractMap, Selection
+from .._pytree import pytree
+from .abstract import AbstractLinearCode
 
 
-@code_class("num_data", "num_workers")
+@pytree("num_data", "num_workers", eq=False)
 class ReplicationCode(AbstractLinearCode):
     """Worker n computes input n mod K; the first copy that returned is the result, an input nobody returned is lost.
 
@@ -36,25 +37,21 @@ class ReplicationCode(AbstractLinearCode):
         if check_count("num_workers", self.num_workers) < num_data:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
 
-    def encoder_matrix(self) -> Float[Array, "workers data"]:
-        return _one_hot(_assignment(self), self.num_data)
+    def encoder_map(self) -> AbstractMap:
+        return Selection(_assignment(self), self.num_data)
 
-    def decoder_matrix(self, returned: Bool[ArrayLike, "workers"]) -> Float[Array, "data workers"]:
-        chosen = _one_hot(_first_copy(self, returned), self.num_workers)
-        return jnp.where(self.recovered(returned)[:, None], chosen, jnp.nan)
+    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
+        copies = _copies(self, returned)
+        xp = np if isinstance(copies, np.ndarray) else jnp
+        # The first copy that returned.
+        row = xp.argmax(copies, axis=0).astype(np.int32) * self.num_data + np.arange(self.num_data, dtype=np.int32)
+        return Selection(row, self.num_workers, gives=copies.any(axis=0))
 
     def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
-        return jnp.any(_copies(self, returned), axis=0)
-
-    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
-        return map_leaves("x", lambda rows: rows[_assignment(self)], x, self.num_data)
-
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
-        recovered, chosen = self.recovered(returned), _first_copy(self, returned)
-        return map_leaves("y", lambda rows: jnp.where(recovered[:, None], rows[chosen], jnp.nan), y, self.num_workers)
+        return jnp.asarray(_copies(self, returned).any(axis=0))
 
 
-@code_class("num_data")
+@pytree("num_data", eq=False)
 class UncodedCode(AbstractLinearCode):
     """One worker for each input, every one of them needed.
 
@@ -77,42 +74,28 @@ class UncodedCode(AbstractLinearCode):
     def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.num_data
 
-    def encoder_matrix(self) -> Float[Array, "workers data"]:
-        return jnp.eye(self.num_data)
+    def encoder_map(self) -> AbstractMap:
+        return Selection(np.arange(self.num_data, dtype=np.int32), self.num_data)
 
-    def decoder_matrix(self, returned: Bool[ArrayLike, "workers"]) -> Float[Array, "data workers"]:
-        return jnp.where(self.recovered(returned)[:, None], jnp.eye(self.num_data), jnp.nan)
+    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
+        check_mask("returned", returned, self.num_workers)
+        return Selection(np.arange(self.num_data, dtype=np.int32), self.num_data, gives=on_host(returned))
 
     def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
         check_mask("returned", returned, self.num_workers)
         return jnp.asarray(returned)
 
-    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
-        return map_leaves("x", lambda rows: rows, x, self.num_data)
-
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
-        recovered = self.recovered(returned)
-        return map_leaves("y", lambda rows: jnp.where(recovered[:, None], rows, jnp.nan), y, self.num_workers)
-
 
 def _assignment(code: ReplicationCode) -> np.ndarray:
     """Which input each worker computes."""
-    return np.arange(code.num_workers) % code.num_data
+    return np.arange(code.num_workers, dtype=np.int32) % code.num_data
 
 
-def _copies(code: ReplicationCode, returned) -> Bool[Array, "copies data"]:
+def _copies(code: ReplicationCode, returned) -> Bool[Array | np.ndarray, "copies data"]:
     """Which copies of which input returned; a copy that no worker was given did not."""
     check_mask("returned", returned, code.num_workers)
+    returned = on_host(returned)
     rounds = -(-code.num_workers // code.num_data)
     padding = rounds * code.num_data - code.num_workers
-    return jnp.pad(jnp.asarray(returned), (0, padding)).reshape(rounds, code.num_data)
-
-
-def _first_copy(code: ReplicationCode, returned) -> Array:
-    """The worker whose answer is taken for each input."""
-    first_round = jnp.argmax(_copies(code, returned), axis=0).astype(jnp.int32)
-    return first_round * code.num_data + np.arange(code.num_data, dtype=np.int32)
-
-
-def _one_hot(index, length):
-    return (jnp.asarray(index)[:, None] == jnp.arange(length)).astype(jnp.result_type(float))
+    xp = np if isinstance(returned, np.ndarray) else jnp
+    return xp.pad(returned, (0, padding)).reshape(rounds, code.num_data)

@@ -1,17 +1,18 @@
 """LeTCC: smoothing splines both ways."""
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .. import nodes
 from .._checks import check_count, check_smoothing, is_concrete
-from ..splines.closed_form import float64_spline_matrix
-from .abstract import AbstractInterpolatingCode, as_nodes, code_class
+from .._maps import AbstractMap
+from .._pytree import pytree
+from ..splines.maps import spline_map
+from .abstract import AbstractInterpolatingCode, as_nodes
 
 
-@code_class()
+@pytree(eq=False)
 class SplineCode(AbstractInterpolatingCode):
     r"""Learning-theoretic coded computing (LeTCC): a smoothing spline through the inputs, another through the answers.
 
@@ -36,8 +37,8 @@ class SplineCode(AbstractInterpolatingCode):
         arXiv 2406.00300, sections 3 and 5. arXiv 2402.04377 (NeRCC) tunes the two smoothings of the same pair.
 
     >>> code = SplineCode.chebyshev(num_data=3, num_workers=6)
-    >>> returned = jnp.array([True, True, False, True, True, True])
-    >>> code.decode(code.encode(jnp.array([1.0, 2.0, 4.0])), returned).round(2)
+    >>> returned = np.array([True, True, False, True, True, True])
+    >>> code.decode(code.encode(np.array([1.0, 2.0, 4.0], np.float32)), returned).round(2)
     Array([1.  , 2.03, 4.  ], dtype=float32)
     """
 
@@ -92,12 +93,11 @@ class SplineCode(AbstractInterpolatingCode):
         alpha = nodes.chebyshev_first(check_count("num_data", num_data, least=2))
         return cls(alpha, nodes.repeated(alpha, num_workers), encoder_smoothing, decoder_smoothing)
 
-    def _encoder(self) -> Float[Array, "workers data"]:
-        everyone = np.ones(self.num_data, bool)
+    def encoding_curve(self) -> AbstractMap:
         smoothing = self.num_data * self.encoder_smoothing
-        return float64_spline_matrix(self.data_nodes, self.worker_nodes, smoothing, everyone)
+        return spline_map(self.data_nodes, self.worker_nodes, smoothing, np.ones(self.num_data))
 
-    def _decoder(self, returned: Bool[Array, "workers"]) -> Float[Array, "data workers"]:
+    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
         # The mean square over |F| answers, times |F|, is the solver's sum of squares.
-        smoothing = jnp.sum(returned) * self.decoder_smoothing
-        return float64_spline_matrix(self.worker_nodes, self.data_nodes, smoothing, returned)
+        smoothing = returned.sum() * self.decoder_smoothing
+        return spline_map(self.worker_nodes, self.data_nodes, smoothing, returned)

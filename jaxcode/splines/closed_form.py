@@ -1,16 +1,13 @@
-"""The natural cubic smoothing spline as a matrix, and applied straight to data."""
+"""The natural cubic smoothing spline in closed form: as a matrix, and applied straight to data."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from .._checks import check_ascending, check_mask, check_smoothing, check_vector, check_weights
-from .._float64 import in_float64
-from .elimination import Elimination, Reading, eliminate, times
+from .._checks import check_ascending, check_mask, check_smoothing, check_vector, check_weights, is_concrete
+from .._maps import apply
+from .maps import spline_map
 
 
 def spline_matrix(
@@ -32,7 +29,7 @@ def spline_matrix(
     the data nodes, the smoother (hat) matrix the one from knots to knots. Rows sum to one and reproduce straight
     lines. Beyond the outermost knot with data the spline is a straight line.
 
-    Costs O(n min(n, p)) for n knots and p points, computed in float64 whether or not JAX's x64 mode is on.
+    Computed in float64 whether or not JAX's x64 mode is on.
 
     Args:
         knots: Positions t, shape (n,), ascending; knots at one place count as one whose value is their weighted mean.
@@ -55,10 +52,8 @@ def spline_matrix(
     >>> spline_matrix(np.array([-1.0, 0.0, 1.0]), np.array([0.5])).tolist()
     [[-0.09375, 0.6875, 0.40625]]
     """
-    dtype = jnp.result_type(float)
-    _check(knots, points, smoothing, weights, returned)
-    arguments = _arguments(knots, points, smoothing, weights, returned)
-    return jnp.where(_enough(arguments), _matrix(*arguments).astype(dtype), jnp.nan)
+    spline, places = _spline(knots, points, smoothing, weights, returned)
+    return spline.matrix()[places]
 
 
 def smoother_matrix(
@@ -83,8 +78,8 @@ def fit_and_evaluate(
 ) -> Shaped[Array, "points *features"]:
     r"""Fits one smoothing spline per feature and evaluates it, in O((n + p) d) time and memory.
 
-    The same as `spline_matrix(...) @ values` without forming the matrix: two sweeps over the knots and one reading of
-    the sites next to each point. Values at knots without data are not read: NaN there changes nothing.
+    The same as `spline_matrix(...) @ values`; from a few hundred knots on without forming the matrix. Values at knots
+    without data are not read: NaN there changes nothing.
 
     Args:
         knots: As for `spline_matrix`.
@@ -95,8 +90,7 @@ def fit_and_evaluate(
         returned: As for `spline_matrix`.
 
     Returns:
-        Shape (p, ...), in the dtype of the values (integers become float32). The sweeps run in float64: with knots far
-        closer to each other than others, or much smoothing, small results are differences of large intermediate ones.
+        Shape (p, ...), in the dtype of the values (integers become float32).
 
     Raises:
         ValueError: As for `spline_matrix`, or if the values' leading axis is not the knots'.
@@ -111,87 +105,33 @@ def fit_and_evaluate(
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         values = values.astype(jnp.float32)
-    _check(knots, points, smoothing, weights, returned)
-    if values.ndim < 1 or values.shape[0] != np.shape(knots)[0]:
-        raise ValueError(
-            f"values has shape {values.shape}; expected its leading axis to be the {np.shape(knots)[0]} knots"
-        )
-    arguments = _arguments(knots, points, smoothing, weights, returned)
-    return jnp.where(_enough(arguments), _fit_and_evaluate(*arguments, values).astype(values.dtype), jnp.nan)
+    spline, places = _spline(knots, points, smoothing, weights, returned)
+    n = np.shape(knots)[0]
+    if values.ndim < 1 or values.shape[0] != n:
+        raise ValueError(f"values has shape {values.shape}; expected its leading axis to be the {n} knots")
+    results = apply(spline, values.reshape(n, -1))[places]
+    return results.reshape(-1, *values.shape[1:])
 
 
-@in_float64
-def float64_spline_matrix(
-    knots: Float[Array, "knots"],
-    points: Float[Array, "points"],
-    smoothing: Float[Array, ""],
-    returned: Bool[Array, "knots"],
-) -> Float[Array, "points knots"]:
-    """`spline_matrix` for codes: in float64, unchecked, and with fewer than two knots' data finite but meaningless."""
-    return _matrix(knots, points, smoothing, jnp.ones_like(knots), returned)
-
-
-def _check(knots, points, smoothing, weights, returned):
+def _spline(knots, points, smoothing, weights, returned):
+    """The map from knots to the points in ascending order, and each point's place in that order."""
     check_vector("knots", knots)
     check_ascending("knots", knots)
     check_vector("points", points, least=1)
     check_smoothing("smoothing", smoothing)
-    if weights is not None:
-        check_weights("weights", weights, np.shape(knots)[0])
-    if returned is not None:
-        check_mask("returned", returned, np.shape(knots)[0])
-
-
-def _arguments(knots, points, smoothing, weights, returned):
-    """The arguments in the order of what follows, with weights and mask for all knots."""
     n = np.shape(knots)[0]
+    if weights is not None:
+        check_weights("weights", weights, n)
+    if returned is not None:
+        check_mask("returned", returned, n)
     weights = np.ones(n) if weights is None else weights
-    return knots, points, smoothing, weights, np.ones(n, bool) if returned is None else returned
-
-
-def _enough(arguments):
-    *_, weights, returned = arguments
-    return jnp.sum(jnp.asarray(returned) & (jnp.asarray(weights) > 0)) >= 2
-
-
-@in_float64
-@jax.jit
-def _matrix(knots, points, smoothing, weights, returned):
-    weights = jnp.where(returned, weights, 0)
-    sweeps, reading = eliminate(knots, weights, smoothing, points)
-    apply = partial(_sweep_and_read, sweeps, reading)
-    n, p = knots.shape[0], points.shape[0]
-    if n <= p:
-        return apply(jnp.eye(n))
-    # Fewer points than knots: the sweeps run in reverse, one column for each point.
-    (transposed,) = jax.linear_transpose(apply, jax.ShapeDtypeStruct((n, p), knots.dtype))(jnp.eye(p))
-    return transposed.T
-
-
-@in_float64
-@jax.jit
-def _fit_and_evaluate(knots, points, smoothing, weights, returned, values):
-    weights = jnp.where(returned, weights, 0)
-    rows = jnp.where(weights[:, None] > 0, values.reshape(values.shape[0], -1), 0)
-    out = _sweep_and_read(*eliminate(knots, weights, smoothing, points), rows)
-    return out.reshape(-1, *values.shape[1:])
-
-
-def _sweep_and_read(sweeps: Elimination, reading: Reading, rows: Array) -> Array:
-    """Values (n, d) at the knots to values (p, d) at the points, in the coefficients' dtype."""
-    start = jnp.zeros((2, rows.shape[1]), sweeps.take.dtype)
-
-    def forward(r, step):
-        carry, take, row = step
-        r = times(carry, r) + take[:, None] * row
-        return r, r
-
-    def backward(z, step):
-        carry, keep, r = step
-        z = keep * r + times(carry, z)
-        return z, z
-
-    _, r = jax.lax.scan(forward, start, (sweeps.carry_forward, sweeps.take, rows))
-    _, z = jax.lax.scan(backward, start, (sweeps.carry_backward, sweeps.keep, r), reverse=True)
-    from_lower = jnp.sum(reading.from_lower[:, :, None] * z[reading.lower], axis=1)
-    return from_lower + jnp.sum(reading.from_upper[:, :, None] * z[reading.upper], axis=1)
+    if returned is not None:
+        weights = (np if is_concrete((returned, weights)) else jnp).where(returned, weights, 0)
+    if is_concrete(points):
+        points = np.asarray(points, np.float64)
+        if (np.diff(points) >= 0).all():
+            return spline_map(knots, points, smoothing, weights), slice(None)
+        order = np.argsort(points)
+        return spline_map(knots, points[order], smoothing, weights), np.argsort(order)
+    order = jnp.argsort(points)
+    return spline_map(knots, points[order], smoothing, weights), jnp.argsort(order)

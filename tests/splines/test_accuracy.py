@@ -15,7 +15,7 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
     for smoothing in cases.SMOOTHINGS:
         for mask, found in errors(n, layout, smoothing):
             for program, error in found.items():
-                assert error <= bar(program, n), (smoothing, mask, program, error)
+                assert error <= bar(program), (smoothing, mask, program, error)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
 def test_every_mask_of_many_knots(n, layout, smoothing):
     for mask, found in errors(n, layout, smoothing):
         for program, error in found.items():
-            assert error <= bar(program, n), (mask, program, error)
+            assert error <= bar(program), (mask, program, error)
 
 
 def test_the_two_oracles_agree_where_scipy_is_used():

@@ -1,0 +1,251 @@
+"""Linear maps from rows of data to rows of results, the same for every feature: few rows, many features."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+
+from ._float64 import Halves
+from ._pytree import pytree
+
+Rows = Inexact[Array, "*groups rows features"]
+Results = Inexact[Array, "*groups results features"]
+
+# Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Beyond this it would
+# show, and the product is computed again in double precision.
+_MAX_AMPLIFICATION = 16.0
+# Up to so many numbers, hiding those that are not read costs nothing; of more it would be a copy of them all.
+_FEW = 2**20
+# Features of which a product is computed again at a time, so that it needs little memory.
+_FEATURES_AT_ONCE = 4096
+
+
+class AbstractMap(abc.ABC):
+    """Takes n rows of data to p rows of results.
+
+    Attributes:
+        reads: Which rows are read, bool (n,); what the others hold has no effect. All of them if None.
+        gives: Which results there are, bool (p,); the others are NaN. All of them if None.
+    """
+
+    reads: Bool[Array | np.ndarray, "rows"] | None
+    gives: Bool[Array | np.ndarray, "results"] | None
+
+    @abc.abstractmethod
+    def product(self, rows: Rows) -> Results:
+        """The results, in float64 or float32; those that there are not are finite but mean nothing."""
+
+    @abc.abstractmethod
+    def quick_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
+        """The product without hiding what rows hold that are not read, and whether it came out right all the same."""
+
+    @abc.abstractmethod
+    def amplification(self) -> Float[Array, ""] | float:
+        """By how much rounding errors of the data may grow."""
+
+    @abc.abstractmethod
+    def matrix(self) -> Float[Array, "results rows"]:
+        """The map as a matrix, with zeros for rows that are not read and NaN where there are no results."""
+
+
+@pytree(eq=False)
+class Matrix(AbstractMap):
+    """A matrix.
+
+    Attributes:
+        entries: Shape (p, n), with zero columns where rows are not read.
+        reads: As in `AbstractMap`.
+        gives: As in `AbstractMap`.
+    """
+
+    entries: Halves
+    reads: Bool[Array | np.ndarray, "rows"] | None = None
+    gives: Bool[Array | np.ndarray, "results"] | None = None
+
+    def product(self, rows: Rows) -> Results:
+        if self.reads is not None:
+            rows = jnp.where(self.reads[:, None], rows, jnp.zeros((), rows.dtype))
+        if rows.dtype == jnp.float64:
+            return _dot(self.entries.whole(), rows)
+        single = jnp.asarray(self.entries.high, jnp.float32)
+        if rows.dtype == jnp.float32:
+            return _dot(single, rows)
+        # Narrow data are not widened in memory: the matrix is the sum of two narrow ones.
+        high = single.astype(rows.dtype)
+        low = (single - high.astype(jnp.float32)).astype(rows.dtype)
+        return _dot(high, rows) + _dot(low, rows)
+
+    def quick_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
+        results = dataclasses.replace(self, reads=None).product(rows)
+        # Finite values are multiplied by zero; others make every result of their feature NaN.
+        return results, self.reads is None or jnp.all(jnp.isfinite(results[0]))
+
+    def amplification(self) -> Float[Array, ""] | float:
+        high = self.entries.high
+        if isinstance(high, np.ndarray):
+            return float(np.abs(high).sum(axis=1).max())
+        return jnp.max(jnp.sum(jnp.abs(jnp.asarray(high)), axis=1))
+
+    def matrix(self) -> Float[Array, "results rows"]:
+        entries = jnp.asarray(self.entries.high)
+        return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
+
+
+@pytree("num_rows", eq=False)
+class Selection(AbstractMap):
+    """Every result is one of the rows.
+
+    Attributes:
+        index: Which row, shape (p,).
+        num_rows: n, static.
+        reads: As in `AbstractMap`.
+        gives: As in `AbstractMap`.
+    """
+
+    index: Int[Array | np.ndarray, "results"]
+    num_rows: int
+    reads: None = None
+    gives: Bool[Array | np.ndarray, "results"] | None = None
+
+    def product(self, rows: Rows) -> Results:
+        return jnp.take(rows, jnp.asarray(self.index), axis=-2)
+
+    def quick_product(self, rows: Rows) -> tuple[Results, bool]:
+        return self.product(rows), True
+
+    def amplification(self) -> float:
+        return 1.0
+
+    def matrix(self) -> Float[Array, "results rows"]:
+        chosen = jnp.asarray(self.index)[:, None] == jnp.arange(self.num_rows)
+        entries = chosen.astype(jnp.result_type(float))
+        return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
+
+
+def apply(linear: AbstractMap, rows: Rows) -> Results:
+    """The results in the data's dtype, as accurate as that can hold.
+
+    In float32 there are maps with large entries of both signs, whose products cancel to leave few digits. They are
+    found, and computed again in double precision a few features at a time; so is what a row that is not read has spoilt
+    by not being finite. Narrower data are multiplied as they are and summed in float32.
+    """
+    if rows.dtype != jnp.float32 or not rows.size:
+        return _plainly(linear, rows)
+    hides_nothing = linear.reads is None and linear.gives is None
+    known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linear))
+    if hides_nothing and known and linear.amplification() <= _MAX_AMPLIFICATION:
+        return _plainly(linear, rows)
+    return _accurately(linear, rows)
+
+
+def apply_plainly(linear: AbstractMap, rows: Rows) -> Results:
+    """The results in the data's dtype, with no second look at what cancels."""
+    return _where_given(linear, linear.product(rows).astype(rows.dtype))
+
+
+def _where_given(linear, results):
+    return results if linear.gives is None else jnp.where(linear.gives[:, None], results, jnp.nan)
+
+
+@jax.custom_jvp
+def _apply_float32(linear, rows):
+    if rows.size <= _FEW:
+        results, clean = linear.product(rows), True
+    else:
+        results, clean = linear.quick_product(rows)
+    digits = linear.amplification() <= _MAX_AMPLIFICATION
+    if linear.gives is not None:
+        digits = digits & jnp.all(linear.gives)
+
+    def part(some):
+        with jax.enable_x64(True):
+            precise = linear.product(some.astype(jnp.float64)).astype(jnp.float32)
+        return _where_given(linear, precise)
+
+    if clean is not True:
+        results = _again(clean, linear.product, rows, results)
+    return _again(digits, part, rows, results)
+
+
+def _again(right, product, rows, results):
+    """Computes results again where they are not right, so few features at a time that it takes little memory."""
+    width = min(_FEATURES_AT_ONCE, rows.shape[1])
+    passes = -(-rows.shape[1] // width)
+
+    def compute(i, results):
+        start = jnp.minimum(i * width, rows.shape[1] - width)
+        part = product(jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1))
+        return jax.lax.dynamic_update_slice_in_dim(results, part, start, axis=1)
+
+    return jax.lax.fori_loop(0, jnp.where(right, 0, passes), compute, results)
+
+
+@_apply_float32.defjvp
+def _apply_float32_jvp(primals, tangents):
+    return _apply_float32(*primals), jax.jvp(apply_plainly, primals, tangents)[1]
+
+
+# Compiled for those who call outside of jit, where loops would compile again at every call.
+_plainly = jax.jit(apply_plainly, inline=True)
+_accurately = jax.jit(_apply_float32, inline=True)
+
+
+def _dot(matrix, rows):
+    """The product over the last but one axis of rows, in float64, or float32 for narrower rows."""
+    groups = rows.ndim - 2
+    # With as many matrices as groups, rows are read where they lie; one matrix for all would have them moved.
+    matrix = jnp.broadcast_to(matrix, (*rows.shape[:groups], *matrix.shape))
+    batch = tuple(range(groups))
+    # Not named for float64: batched with x64 off, the name would be taken for float32.
+    narrow = jnp.finfo(rows.dtype).bits < 32
+    return jax.lax.dot_general(
+        matrix,
+        rows,
+        (((groups + 1,), (groups,)), (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32 if narrow else None,
+    )
+
+
+def apply_to_tree(name: str, linear: AbstractMap, tree: PyTree[Array], num_rows: int) -> PyTree[Array]:
+    """Applies a map to every leaf (n, ...), its trailing axes flattened for the while; integers become float32.
+
+    Raises:
+        ValueError: If a leaf's leading axis is not n, or its dtype is not real.
+    """
+
+    def on_leaf(path, leaf):
+        leaf = _real(name + jax.tree_util.keystr(path), leaf)
+        if leaf.ndim < 1 or leaf.shape[0] != num_rows:
+            shape = f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}"
+            raise ValueError(f"{shape}; expected a leading axis of {num_rows}")
+        return apply(linear, leaf.reshape(num_rows, -1)).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(on_leaf, tree)
+
+
+def apply_to_groups(name: str, linear: AbstractMap, tree: PyTree[Array], groups: int) -> PyTree[Array]:
+    """Applies a map plainly to groups of rows that lie one after the other: leaves (groups n, ...) to (groups p, ...).
+
+    Raises:
+        ValueError: If a leaf's dtype is not real.
+    """
+
+    def on_leaf(path, leaf):
+        leaf = _real(name + jax.tree_util.keystr(path), leaf)
+        results = apply_plainly(linear, leaf.reshape(groups, leaf.shape[0] // groups, -1))
+        return results.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(on_leaf, tree)
+
+
+def _real(name, leaf):
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        leaf = leaf.astype(jnp.float32)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which can be mixed")
+    return leaf

@@ -1,0 +1,44 @@
+"""Frozen dataclasses that JAX's transformations see through."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar, dataclass_transform
+
+import jax
+
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]]:
+    """Makes a class a frozen dataclass and a pytree, whose leaves are all fields but the static ones.
+
+    Unlike `jax.tree_util.register_dataclass`, rebuilding an object from its leaves does not run the constructor and its
+    checks: JAX puts tracers, and objects that only stand for arrays, in place of leaves.
+
+    Args:
+        *static: Names of fields that are part of the structure; hashable.
+        eq: Whether objects with equal fields are equal. Arrays have no single truth value: not with fields of arrays.
+    """
+
+    def decorate(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=eq)(cls)
+        leaves = [field.name for field in dataclasses.fields(cls) if field.name not in static]
+
+        def flatten(obj):
+            return [getattr(obj, name) for name in leaves], tuple(getattr(obj, name) for name in static)
+
+        def flatten_with_keys(obj):
+            values, constants = flatten(obj)
+            return [(jax.tree_util.GetAttrKey(name), v) for name, v in zip(leaves, values, strict=True)], constants
+
+        def unflatten(constants, values):
+            obj = object.__new__(cls)
+            for name, value in (*zip(leaves, values, strict=True), *zip(static, constants, strict=True)):
+                object.__setattr__(obj, name, value)
+            return obj
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
+
+    return decorate

@@ -1,0 +1,129 @@
+r"""The smoothing spline's matrix on the host, where knots, weights and smoothing are known: nothing to compile.
+
+With values :math:`g_j` and second derivatives :math:`\gamma_j` at the m sites that have data, a distance :math:`h_j`
+apart, the minimiser satisfies (Green and Silverman 1994, section 2.1)
+
+.. math::
+    w_j g_j + \mu (Q \gamma)_j = w_j y_j, \qquad (Q^T g)_j - (R \gamma)_j = 0, \qquad \gamma_1 = \gamma_m = 0.
+
+In the order :math:`g_1, \gamma_1, g_2, \gamma_2, \ldots` this is a matrix with three diagonals on either side, which
+LAPACK factors with pivoting in time proportional to m, whatever the smoothing, zero included. A curve's value at a
+point is a combination of four of the unknowns, so rows of the spline's matrix solve the transposed equations.
+
+References:
+    Green and Silverman, Nonparametric Regression and Generalized Linear Models (1994).
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.linalg import lapack
+
+from .sequence import SAME_PLACE
+
+
+def banded_matrix(
+    knots: Float[np.ndarray, "knots"],
+    points: Float[np.ndarray, "points"],
+    weights: Float[np.ndarray, "knots"],
+    smoothing: float,
+) -> Float[np.ndarray, "points knots"]:
+    r"""The matrix from values at the knots to the smoothing spline's values at the points.
+
+    Args:
+        knots: Ascending; neighbours may be equal.
+        points: In any order.
+        weights: Not negative; zero leaves the knot out.
+        smoothing: :math:`\mu \ge 0`.
+
+    Returns:
+        The matrix, float64; NaN with data at fewer than two knots.
+    """
+    matrix = np.zeros((len(points), len(knots)))
+    live = weights.nonzero()[0]
+    if len(live) < 2:
+        matrix[:] = np.nan
+        return matrix
+    t, w = knots[live], weights[live]
+    gap = t[1:] - t[:-1]
+    same = SAME_PLACE * (knots[-1] - knots[0])
+    if gap.min() > same:
+        matrix[:, live] = _of_sites(t, gap, points, w, smoothing)
+        return matrix
+    # Knots at one place count as one, whose value is their weighted mean.
+    first = np.concatenate([[True], gap > same]).nonzero()[0]
+    total = np.add.reduceat(w, first)
+    count = np.diff(first, append=len(t))
+    share = w / np.repeat(total, count)
+    if len(first) == 1:
+        matrix[:, live] = share
+    else:
+        t = t[first]
+        by_site = _of_sites(t, t[1:] - t[:-1], points, total, smoothing)
+        matrix[:, live] = np.repeat(by_site, count, axis=1) * share
+    return matrix
+
+
+def _of_sites(t, gap, points, w, smoothing):
+    """The matrix (points, sites) for two or more sites that are apart."""
+    m, over = len(t), 1 / gap
+    # The transposed equations in LAPACK's order: an equation's coefficient of the unknown i places after it stands in
+    # place 6 + i; the first three are LAPACK's. Ten for the equation of a value, ten for that of a second derivative.
+    bands = np.zeros((m, 20))
+    around = np.empty((m - 2, 4))
+    around[:, 0], around[:, 1] = over[:-1], over[1:]
+    around[:, 2], around[:, 3] = gap[:-1], gap[1:]
+    np.matmul(around, _STIFFNESS * smoothing + _CURVATURE, out=bands[1:-1])
+    bands[:, 6] = w
+    bands[0, 16] = bands[-1, 16] = 1
+    bands[0, 9], bands[-1, 5] = smoothing * over[0], smoothing * over[-1]
+    reading = _reading(t, gap, over, points)
+    _, _, solution, failed = lapack.dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
+    if failed:
+        raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {t}")
+    return solution[::2].T * w
+
+
+def _coefficients(entries):
+    """From (gap before)^-1, (gap after)^-1, gap before, gap after to places in the equations."""
+    table = np.zeros((4, 20))
+    for row, place, factor in entries:
+        table[row, place] = factor
+    return table
+
+
+# Of an inner site: mu (Q gamma)_j beside w_j g_j, and (Q^T g)_j - (R gamma)_j.
+_STIFFNESS = _coefficients([(0, 5, 1), (0, 7, -1), (1, 7, -1), (1, 9, 1)])
+_CURVATURE = _coefficients(
+    [
+        (0, 13, 1),
+        (0, 15, -1),
+        (1, 15, -1),
+        (1, 17, 1),
+        (2, 14, -1 / 6),
+        (2, 16, -1 / 3),
+        (3, 16, -1 / 3),
+        (3, 18, -1 / 6),
+    ]
+)
+
+
+def _reading(t, gap, over, points):
+    """What each point reads of the unknowns, shape (points, 2 sites)."""
+    lower = t[1:-1].searchsorted(points, side="right")
+    b = (points - t[lower]) * over[lower]
+    a = 1 - b
+    # a^3 - a = -a b (1 + a), and for b likewise.
+    square = gap[lower] ** 2 / 6
+    both = a * b
+    bend = square * both
+    of_a, of_b = -bend * (1 + a), -bend * (1 + b)
+    outside = both < 0
+    if outside.any():
+        # The end's own second derivative is zero, and the inner site's sets the slope.
+        of_a = np.where(outside, square * np.maximum(-a, 0), of_a)
+        of_b = np.where(outside, square * np.maximum(-b, 0), of_b)
+    reading = np.zeros((len(points), 2 * len(t)))
+    flat = reading.reshape(-1)
+    at = 2 * lower + np.arange(0, reading.size, reading.shape[1])
+    flat[at], flat[at + 1], flat[at + 2], flat[at + 3] = a, of_a, b, of_b
+    return reading

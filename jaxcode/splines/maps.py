@@ -1,0 +1,168 @@
+"""Smoothing splines as maps from data to values: which solver prepares them, and in which form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from .._checks import is_concrete
+from .._float64 import Halves, halve, in_float64
+from .._maps import AbstractMap, Matrix, Results, Rows, apply_plainly
+from .._pytree import pytree
+from .banded import banded_matrix
+from .sequence import Sequence, arrange
+from .two_filter import Blocks, two_filter
+
+# Measured by `tests/benchmarks/wide.py`: with more knots and points than this, blocks are faster than one matrix.
+MOST_IN_ONE_MATRIX = 512
+ENTRIES_IN_A_BLOCK = 32
+
+
+def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weights: ArrayLike) -> AbstractMap:
+    r"""The smoothing spline through data at knots, read at points.
+
+    What is known now is prepared on the host, which compiles nothing; what is not, by the traced program.
+
+    Args:
+        knots: Shape (n,), ascending; neighbours may be equal.
+        points: Shape (p,), ascending.
+        smoothing: :math:`\mu \ge 0`.
+        weights: Shape (n,), not negative; rows of weight zero are not read.
+
+    Returns:
+        The map. Its results are NaN with data at fewer than two knots.
+    """
+    if is_concrete((knots, points, smoothing, weights)):
+        knots, points, weights = (np.asarray(a, np.float64) for a in (knots, points, weights))
+        if len(knots) + len(points) <= MOST_IN_ONE_MATRIX:
+            entries = banded_matrix(knots, points, weights, float(smoothing))
+            return Matrix(halve(entries), reads=None if weights.all() else weights > 0)
+    return _traced_map(knots, points, smoothing, weights)
+
+
+def _traced_map(knots, points, smoothing, weights):
+    knots, points = (np.asarray(a, np.float64) if is_concrete(a) else a for a in (knots, points))
+    n, p = knots.shape[0], points.shape[0]
+    reads = None if is_concrete(weights) and np.asarray(weights).all() else jnp.asarray(weights) > 0
+    gives = None if reads is None else jnp.broadcast_to(jnp.sum(reads) >= 2, (p,))
+    weights = jnp.asarray(weights, jnp.result_type(float))
+    one_matrix = n + p <= MOST_IN_ONE_MATRIX
+    sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
+    blocks = _two_filter(sequence, knots, points, weights, smoothing)
+    if one_matrix:
+        return Matrix(halve(blocks.from_data[0]), reads, gives)
+    return BlockMap(sequence, jax.tree.map(halve, blocks), n, p, reads, gives)
+
+
+_two_filter = in_float64(jax.jit(two_filter))
+
+
+def _arrange(knots, points, block):
+    if is_concrete((knots, points)):
+        return arrange(knots, points, block)
+    with jax.enable_x64(True):
+        knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
+        return arrange(knots, points, block)
+
+
+@pytree("num_rows", "num_results", eq=False)
+class BlockMap(AbstractMap):
+    """A spline between many knots and points, in time and memory proportional to their number.
+
+    Attributes:
+        sequence: Where each block finds its rows and leaves its results.
+        blocks: Each block's matrices, their numbers in `Halves`.
+        num_rows: n, static.
+        num_results: p, static.
+        reads: As in `AbstractMap`.
+        gives: As in `AbstractMap`.
+    """
+
+    sequence: Sequence
+    blocks: Blocks
+    num_rows: int
+    num_results: int
+    reads: Bool[Array, "rows"] | None = None
+    gives: Bool[Array, "results"] | None = None
+
+    def product(self, rows: Rows) -> Results:
+        if rows.ndim > 2:
+            return jax.vmap(self.product)(rows)
+        if rows.dtype == jnp.float64:
+            blocks = jax.tree.map(Halves.whole, self.blocks, is_leaf=_is_halves)
+        else:
+            blocks = jax.tree.map(lambda h: jnp.asarray(h.high, jnp.float32), self.blocks, is_leaf=_is_halves)
+        first_row, first_point = (jnp.asarray(a) for a in (self.sequence.first_row, self.sequence.first_point))
+        features, wide = rows.shape[1], blocks.from_data.dtype
+
+        def read(first):
+            def part_of(array):
+                return jax.lax.dynamic_slice_in_dim(array, first, self.sequence.rows)
+
+            some = part_of(rows)
+            if self.reads is not None:
+                some = jnp.where(part_of(jnp.asarray(self.reads))[:, None], some, jnp.zeros((), some.dtype))
+            return some.astype(wide)
+
+        def from_the_left(state, block):
+            first, push_data, push_state = block
+            return _dot(push_state, state) + _dot(push_data, read(first)), state
+
+        def from_the_right(carry, block):
+            state, results = carry
+            first, at, push_data, push_state, from_data, from_left, from_right, left = block
+            data = read(first)
+            given = _dot(from_data, data) + _dot(from_left, left) + _dot(from_right, state)
+            before = jax.lax.dynamic_slice_in_dim(results, at, self.sequence.points)
+            results = jax.lax.dynamic_update_slice_in_dim(results, before + given.astype(results.dtype), at, axis=0)
+            return (_dot(push_state, state) + _dot(push_data, data), results), None
+
+        nothing = jnp.zeros((4, features), wide)
+        _, left = jax.lax.scan(from_the_left, nothing, (first_row, blocks.push_data[0], blocks.push_state[0]))
+        results = jnp.zeros((self.num_results, features), rows.dtype)
+        along = (
+            first_row,
+            first_point,
+            blocks.push_data[1],
+            blocks.push_state[1],
+            blocks.from_data,
+            blocks.from_left,
+            blocks.from_right,
+            left,
+        )
+        (_, results), _ = jax.lax.scan(from_the_right, (nothing, results), along, reverse=True)
+        return results
+
+    def quick_product(self, rows: Rows) -> tuple[Results, bool]:
+        return self.product(rows), True
+
+    def amplification(self) -> Float[Array, ""]:
+        """By the block's own data, and by the filters' states from data beyond as large as unit noise makes them."""
+        high = jax.tree.map(lambda h: jnp.asarray(h.high), self.blocks, is_leaf=_is_halves)
+
+        def push(covariance, block):
+            push_data, push_state = block
+            after = push_state @ covariance @ push_state.T + push_data @ push_data.T
+            return after, jnp.sqrt(jnp.diagonal(covariance))
+
+        def spread(filter_index, reverse):
+            along = (high.push_data[filter_index], high.push_state[filter_index])
+            return jax.lax.scan(push, jnp.zeros((4, 4), high.push_data.dtype), along, reverse=reverse)[1]
+
+        left, right = spread(0, False), spread(1, True)
+        beyond = jnp.abs(high.from_left) @ left[:, :, None] + jnp.abs(high.from_right) @ right[:, :, None]
+        return jnp.max(jnp.sum(jnp.abs(high.from_data), axis=-1) + beyond[..., 0])
+
+    def matrix(self) -> Float[Array, "results rows"]:
+        with jax.enable_x64(True):
+            entries = apply_plainly(self, jnp.eye(self.num_rows, dtype=jnp.float64))
+        return entries.astype(jnp.result_type(float))
+
+
+def _is_halves(node):
+    return isinstance(node, Halves)
+
+
+def _dot(matrix, rows):
+    return jax.lax.dot_general(matrix, rows, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
