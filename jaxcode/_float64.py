@@ -29,9 +29,14 @@ class Halves(NamedTuple):
             return high if self.low is None else high + jnp.asarray(self.low).astype(jnp.float64)
 
 
+def x64_is_on() -> bool:
+    """Whether JAX's x64 mode is on here."""
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def halve(numbers: Array | np.ndarray) -> Halves:
     """Takes float64 numbers apart; NumPy arrays to NumPy arrays."""
-    if jax.config.jax_enable_x64:
+    if x64_is_on():
         return Halves(numbers, None)
     with jax.enable_x64(True):
         high = numbers.astype(np.float32)

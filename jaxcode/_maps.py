@@ -13,14 +13,15 @@ from ._pytree import pytree
 
 Rows = Inexact[Array, "*groups rows features"]
 Results = Inexact[Array, "*groups results features"]
+Mask = Bool[Array | np.ndarray, "_"] | None
 
 # Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Beyond this it would
 # show, and the product is computed again in double precision.
 _MAX_AMPLIFICATION = 16.0
 # Up to so many numbers, hiding those that are not read costs nothing; of more it would be a copy of them all.
 _FEW = 2**20
-# Features of which a product is computed again at a time, so that it needs little memory.
-_FEATURES_AT_ONCE = 4096
+# Numbers of which a product is computed again at a time, so that it needs little memory.
+_AT_ONCE = 2**18
 
 
 class AbstractMap(abc.ABC):
@@ -31,8 +32,8 @@ class AbstractMap(abc.ABC):
         gives: Which results there are, bool (p,); the others are NaN. All of them if None.
     """
 
-    reads: Bool[Array | np.ndarray, "rows"] | None
-    gives: Bool[Array | np.ndarray, "results"] | None
+    reads: Mask
+    gives: Mask
 
     @abc.abstractmethod
     def product(self, rows: Rows) -> Results:
@@ -62,8 +63,8 @@ class Matrix(AbstractMap):
     """
 
     entries: Halves
-    reads: Bool[Array | np.ndarray, "rows"] | None = None
-    gives: Bool[Array | np.ndarray, "results"] | None = None
+    reads: Mask = None
+    gives: Mask = None
 
     def product(self, rows: Rows) -> Results:
         if self.reads is not None:
@@ -107,8 +108,8 @@ class Selection(AbstractMap):
 
     index: Int[Array | np.ndarray, "results"]
     num_rows: int
-    reads: None = None
-    gives: Bool[Array | np.ndarray, "results"] | None = None
+    reads: Mask = None
+    gives: Mask = None
 
     def product(self, rows: Rows) -> Results:
         return jnp.take(rows, jnp.asarray(self.index), axis=-2)
@@ -172,13 +173,14 @@ def _apply_float32(linear, rows):
 
 def _again(right, product, rows, results):
     """Computes results again where they are not right, so few features at a time that it takes little memory."""
-    width = min(_FEATURES_AT_ONCE, rows.shape[1])
+    width = min(-(-_AT_ONCE // rows.shape[0]), rows.shape[1])
     passes = -(-rows.shape[1] // width)
 
     def compute(i, results):
         start = jnp.minimum(i * width, rows.shape[1] - width)
-        part = product(jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1))
-        return jax.lax.dynamic_update_slice_in_dim(results, part, start, axis=1)
+        # Tied to i, or where there is one pass only the compiler would compute it always, before the loop.
+        some, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1), i))
+        return jax.lax.dynamic_update_slice_in_dim(results, product(some), start, axis=1)
 
     return jax.lax.fori_loop(0, jnp.where(right, 0, passes), compute, results)
 

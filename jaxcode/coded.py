@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from ._checks import check_mask, is_concrete, on_host
+from ._float64 import x64_is_on
 from ._maps import apply_to_groups
 from .codes.abstract import AbstractLinearCode
 from .functions import as_pure_function
@@ -78,7 +79,7 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
         returned = np.ones(code.num_workers, bool) if returned is None else on_host(returned)
         check_mask("returned", returned, code.num_workers)
         if isinstance(returned, np.ndarray) and is_concrete(code):
-            decoder = known_decoder(returned.tobytes(), jax.config.jax_enable_x64)
+            decoder = known_decoder(returned.tobytes(), x64_is_on())
         else:
             decoder = code.decoder_map(returned)
         return run(params, x, encoder, decoder)

@@ -45,7 +45,7 @@ class ReplicationCode(AbstractLinearCode):
         xp = np if isinstance(copies, np.ndarray) else jnp
         # The first copy that returned.
         row = xp.argmax(copies, axis=0).astype(np.int32) * self.num_data + np.arange(self.num_data, dtype=np.int32)
-        return Selection(row, self.num_workers, gives=copies.any(axis=0))
+        return Selection(row, self.num_workers, gives=xp.any(copies, axis=0))
 
     def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
         return jnp.asarray(_copies(self, returned).any(axis=0))

@@ -36,9 +36,10 @@ class SplineCode(AbstractInterpolatingCode):
     References:
         arXiv 2406.00300, sections 3 and 5. arXiv 2402.04377 (NeRCC) tunes the two smoothings of the same pair.
 
+    >>> import jax.numpy as jnp
     >>> code = SplineCode.chebyshev(num_data=3, num_workers=6)
     >>> returned = np.array([True, True, False, True, True, True])
-    >>> code.decode(code.encode(np.array([1.0, 2.0, 4.0], np.float32)), returned).round(2)
+    >>> code.decode(code.encode(jnp.array([1.0, 2.0, 4.0])), returned).round(2)
     Array([1.  , 2.03, 4.  ], dtype=float32)
     """
 

@@ -16,7 +16,7 @@ References:
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import lapack
+from scipy.linalg.lapack import dgbsv  # pyright: ignore[reportAttributeAccessIssue]
 
 from .sequence import SAME_PLACE
 
@@ -77,7 +77,7 @@ def _of_sites(t, gap, points, w, smoothing):
     bands[0, 16] = bands[-1, 16] = 1
     bands[0, 9], bands[-1, 5] = smoothing * over[0], smoothing * over[-1]
     reading = _reading(t, gap, over, points)
-    _, _, solution, failed = lapack.dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
+    _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
     if failed:
         raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {t}")
     return solution[::2].T * w

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .._checks import is_concrete
 from .._float64 import Halves, halve, in_float64
-from .._maps import AbstractMap, Matrix, Results, Rows, apply_plainly
+from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly
 from .._pytree import pytree
 from .banded import banded_matrix
 from .sequence import Sequence, arrange
-from .two_filter import Blocks, two_filter
+from .two_filter import Blocks, find_moves, two_filter
 
 # Measured by `tests/benchmarks/wide.py`: with more knots and points than this, blocks are faster than one matrix.
 MOST_IN_ONE_MATRIX = 512
@@ -36,7 +36,7 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
     if is_concrete((knots, points, smoothing, weights)):
         knots, points, weights = (np.asarray(a, np.float64) for a in (knots, points, weights))
         if len(knots) + len(points) <= MOST_IN_ONE_MATRIX:
-            entries = banded_matrix(knots, points, weights, float(smoothing))
+            entries = banded_matrix(knots, points, weights, float(np.asarray(smoothing)))
             return Matrix(halve(entries), reads=None if weights.all() else weights > 0)
     return _traced_map(knots, points, smoothing, weights)
 
@@ -49,13 +49,22 @@ def _traced_map(knots, points, smoothing, weights):
     weights = jnp.asarray(weights, jnp.result_type(float))
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
     sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
-    blocks = _two_filter(sequence, knots, points, weights, smoothing)
+    if is_concrete((knots, points)):
+        blocks = _with_moves(sequence, find_moves(sequence, knots, points), weights, smoothing)
+    else:
+        blocks = _with_nodes(sequence, knots, points, weights, smoothing)
     if one_matrix:
         return Matrix(halve(blocks.from_data[0]), reads, gives)
     return BlockMap(sequence, jax.tree.map(halve, blocks), n, p, reads, gives)
 
 
-_two_filter = in_float64(jax.jit(two_filter))
+_with_moves = in_float64(jax.jit(two_filter))
+
+
+@in_float64
+@jax.jit
+def _with_nodes(sequence, knots, points, weights, smoothing):
+    return two_filter(sequence, find_moves(sequence, knots, points), weights, smoothing)
 
 
 def _arrange(knots, points, block):
@@ -83,8 +92,8 @@ class BlockMap(AbstractMap):
     blocks: Blocks
     num_rows: int
     num_results: int
-    reads: Bool[Array, "rows"] | None = None
-    gives: Bool[Array, "results"] | None = None
+    reads: Mask = None
+    gives: Mask = None
 
     def product(self, rows: Rows) -> Results:
         if rows.ndim > 2:

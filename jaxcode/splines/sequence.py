@@ -1,5 +1,7 @@
 """Knots and points in one ascending sequence, and its cuts into blocks. Indices only: nothing to differentiate."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -41,6 +43,11 @@ class Sequence:
     points: int
     distinct: bool
 
+    @property
+    def length(self) -> int:
+        """Entries with those that fill the last block up."""
+        return -(-self.order.shape[0] // self.block) * self.block
+
 
 def arrange(
     knots: Float[np.ndarray | Array, "knots"], points: Float[np.ndarray | Array, "points"], block: int | None = None
@@ -65,18 +72,23 @@ def arrange(
     order = xp.argsort(xp.concatenate([points, knots]), stable=True).astype(np.int32)
     entry = xp.argsort(order).astype(np.int32)
 
-    if block is None or block >= n + p:
-        zero = np.zeros(1, np.int32)
-        sizes = {"block": n + p, "rows": n, "points": p}
-        starts = {"first_row": zero, "first_point": zero}
-    else:
-        starts, sizes = _cut(xp, site, closing, order - p, block, n, p)
     distinct = known and bool((closing == np.arange(n)).all())
-    return Sequence(order, entry, closing, **starts, **sizes, distinct=distinct)
+    if block is None or block >= n + p:
+        start = np.zeros(1, np.int32)
+        return Sequence(order, entry, closing, start, start, n + p, n, p, distinct)
+    cut = _cut(xp, site, closing, order - p, block, n, p)
+    return Sequence(order, entry, closing, cut.first_row, cut.first_point, block, cut.rows, cut.points, distinct)
+
+
+class _Cut(NamedTuple):
+    first_row: Indices
+    first_point: Indices
+    rows: int
+    points: int
 
 
 def _cut(xp, site, closing, knot, block, n, p):
-    """First rows and points of every block, and how many of each the fullest block has; knot is below 0 for points."""
+    """Where every block begins, and how many rows and points it must hold; knot is below 0 for points."""
     blocks = -(-(n + p) // block)
     filler = blocks * block - (n + p)
     # A site's data are read where the site is entered, though its first knots may stand in the block before.
@@ -96,8 +108,5 @@ def _cut(xp, site, closing, knot, block, n, p):
     else:
         # Twice the block, for sites whose first knots stand in the block before.
         rows, points = min(2 * block, n), min(block, p)
-    starts = {
-        "first_row": xp.minimum(first_row, n - rows).astype(np.int32),
-        "first_point": xp.minimum(first_point, p - points).astype(np.int32),
-    }
-    return starts, {"block": block, "rows": rows, "points": points}
+    first_row, first_point = xp.minimum(first_row, n - rows), xp.minimum(first_point, p - points)
+    return _Cut(first_row.astype(np.int32), first_point.astype(np.int32), rows, points)

@@ -54,9 +54,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .sequence import Sequence
+
+
+class Moves(NamedTuple):
+    """What crossing the gaps does to the filters: filter 0 runs as the sequence does, filter 1 against it.
+
+    Attributes:
+        arriving: Of the covariance, over the gap before each entry.
+        leaving: Of the estimate, over the gap after each entry.
+    """
+
+    arriving: Float[Array | np.ndarray, "entries 2 5 5"]
+    leaving: Float[Array | np.ndarray, "entries 2 4 4"]
 
 
 class Blocks(NamedTuple):
@@ -79,37 +92,49 @@ class Blocks(NamedTuple):
     push_state: Float[Array, "2 blocks 4 4"]
 
 
-def two_filter(
-    sequence: Sequence,
-    knots: Float[Array, "knots"],
-    points: Float[Array, "points"],
-    weights: Float[Array, "knots"],
-    smoothing: Float[Array, ""],
-) -> Blocks:
+def find_moves(
+    sequence: Sequence, knots: Float[Array | np.ndarray, "knots"], points: Float[Array | np.ndarray, "points"]
+) -> Moves:
+    """What the gaps between knots and points, both ascending and in float64, do to the filters."""
+    xp = np if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray) else jnp
+    gaps = xp.diff(xp.concatenate([points, knots])[sequence.order])
+    gaps = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
+    before = xp.concatenate([xp.zeros(1), gaps[:-1]])
+
+    def table(h, rows):
+        zero, one = xp.zeros_like(h), xp.ones_like(h)
+        named = {0: zero, 1: one}
+        return xp.stack([xp.stack([named.get(v, v) if isinstance(v, int) else v for v in row], -1) for row in rows], -2)
+
+    h = xp.stack([before, gaps[::-1]], axis=1)
+    arriving = [
+        [1, 2 * h, h**2, 0, h**3 / 3],
+        [0, 1, h, 0, h**2 / 2],
+        [0, 0, 1, 0, h],
+        [h, h**2, h**3 / 3, 1, h**4 / 12],
+        [0, 0, 0, 0, 1],
+    ]
+    g = xp.stack([gaps, before[::-1]], axis=1)
+    leaving = [[1, g, 0, 0], [0, 1, 0, 0], [g, g**2 / 2, 1, 0], [g**2 / 2, g**3 / 6, g, 1]]
+    return Moves(table(h, arriving), table(g, leaving))
+
+
+def two_filter(sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]) -> Blocks:
     r"""Prepares a smoothing spline for any data at the knots and for its values at the points.
 
     Args:
         sequence: How knots and points interleave.
-        knots: Ascending, float64; neighbours may be equal.
-        points: Ascending, float64.
+        moves: What `find_moves` says of the gaps, float64.
         weights: Not negative, float64; zero leaves the knot out.
         smoothing: :math:`\mu \ge 0`.
 
     Returns:
         The blocks. All finite, even with one weight above zero or none.
     """
-    gaps, entered, share = _entries(sequence, knots, points, weights)
-    # The last axis tells the filters apart: 0 runs as the sequence does, 1 against it.
-    gap = jnp.stack([_delay(gaps), gaps[::-1]], axis=1)
-    weight = jnp.stack([entered, entered[::-1]], axis=1)
-    predicted = _covariances(gap, weight, smoothing)
-    ahead = jnp.stack([gaps, _delay(gaps)[::-1]], axis=1)
-    of_data, of_state = _pull(
-        tuple(_per_block(sequence, v) for v in (*_observations(predicted, weight, smoothing), ahead)),
-        _per_block(sequence, _seeds(sequence, predicted)),
-        _per_block(sequence, _columns(sequence, gaps.shape[0])),
-        sequence.points,
-    )
+    entered, share = _enter(sequence, weights)
+    predicted = _covariances(moves.arriving, entered, smoothing)
+    keep, take = _observe(moves.leaving, predicted, entered, smoothing)
+    of_data, of_state = _pull(sequence, keep, take, _weigh(sequence, predicted))
     from_data = _to_rows(sequence, of_data, share)
     at_points, at_edge = slice(None, sequence.points), slice(sequence.points, None)
     return Blocks(
@@ -121,112 +146,86 @@ def two_filter(
     )
 
 
-def _entries(sequence, knots, points, weights):
-    """Gaps to the next entry and weights entered, both padded to whole blocks; and each knot's share of its site."""
-    n, p = knots.shape[0], points.shape[0]
-    length = -(-(n + p) // sequence.block) * sequence.block
-    gaps = _pad(jnp.diff(jnp.concatenate([points, knots])[sequence.order]), length)
+def _enter(sequence, weights):
+    """The weight that each filter meets at each entry, shape (entries, 2); and each knot's share of its site."""
+    n = weights.shape[0]
     if sequence.distinct:
         total, share = weights, jnp.ones_like(weights)
-        entered = weights
     else:
-        total = jnp.zeros(n, weights.dtype).at[sequence.closing].add(weights)
-        share = weights / jnp.where(total > 0, total, 1)[sequence.closing]
-        entered = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), total, 0)
-    entered = jnp.concatenate([jnp.zeros(p, weights.dtype), entered])[sequence.order]
-    return gaps, _pad(entered, length), share
-
-
-def _pad(values, length):
-    return jnp.concatenate([values, jnp.zeros(length - values.shape[0], values.dtype)])
-
-
-def _delay(gaps):
-    """Gaps to the next entry, read as gaps to the one before."""
-    return jnp.concatenate([jnp.zeros(1, gaps.dtype), gaps[:-1]])
-
-
-def _per_block(sequence, of_entries):
-    """(entries, 2, ...) to (entries of a block, 2, blocks, ...), blocks in the sequence's order for both filters."""
-    by_block = of_entries.reshape(-1, sequence.block, *of_entries.shape[1:])
-    return jnp.stack([jnp.moveaxis(by_block[:, :, 0], 0, 1), jnp.moveaxis(by_block[::-1, :, 1], 0, 1)], axis=1)
+        of_site = jnp.zeros_like(weights).at[sequence.closing].add(weights)
+        share = weights / jnp.where(of_site > 0, of_site, 1)[sequence.closing]
+        total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), of_site, 0)
+    p = sequence.order.shape[0] - n
+    entered = jnp.concatenate([jnp.zeros(p, weights.dtype), total])[sequence.order]
+    entered = jnp.concatenate([entered, jnp.zeros(sequence.length - n - p, weights.dtype)])
+    return jnp.stack([entered, entered[::-1]], axis=1), share
 
 
 def _covariances(
-    gap: Float[Array, "entries 2"], weight: Float[Array, "entries 2"], smoothing: Float[Array, ""]
-) -> Float[Array, "entries 5 2"]:
-    """Each filter's covariance at every entry, before what is observed there."""
-    zero, one = jnp.zeros_like(gap), jnp.ones_like(gap)
-    h, h2, h3, h4 = gap, gap**2 / 2, gap**3 / 3, gap**4 / 12
-    across = jnp.stack(
-        [
-            jnp.stack([one, 2 * h, 2 * h2, zero, h3], 1),
-            jnp.stack([zero, one, h, zero, h2], 1),
-            jnp.stack([zero, zero, one, zero, h], 1),
-            jnp.stack([h, 2 * h2, h3, one, h4], 1),
-            jnp.stack([zero, zero, zero, zero, one], 1),
-        ],
-        1,
-    )
+    arriving: Float[Array | np.ndarray, "entries 2 5 5"], weight: Float[Array, "entries 2"], smoothing: Float[Array, ""]
+) -> Float[Array, "entries 2 5"]:
+    """Each filter's (p11, p12, p22, delta, q) at every entry, before what is observed there."""
+    # As rows: mu p11, mu p12, w delta + mu p22, mu delta, w p11 + mu q.
+    observing = smoothing * np.eye(5) + weight[..., None, None] * _place((2, 3), (4, 0))
 
     def step(p, entry):
-        across, w = entry
-        p = jnp.sum(across * p, axis=1)
-        p11, p12, p22, det, q = p
-        value, slope, both = smoothing * p11, smoothing * p12, w * det + smoothing * p22
-        updated = jnp.stack([value, slope, both, smoothing * det, w * p11 + smoothing * q])
-        return jnp.where(w > 0, updated / _unit(p, w, smoothing), p), p
+        arriving, observing, w = entry
+        p = _times(arriving, p)
+        unit = _unit(p, w, smoothing)
+        return jnp.where(w[:, None] > 0, _times(observing, p) / unit[:, None], p), p
 
-    unknown = jnp.zeros((5, 2), gap.dtype).at[3].set(1)
-    return jax.lax.scan(step, unknown, (across, weight))[1]
+    unknown = jnp.broadcast_to(jnp.asarray([0.0, 0, 0, 1, 0], weight.dtype), (2, 5))
+    return jax.lax.scan(step, unknown, (arriving, observing, weight))[1]
+
+
+def _place(*places):
+    """A 5 x 5 matrix of ones in these places."""
+    matrix = np.zeros((5, 5))
+    matrix[tuple(np.transpose(places))] = 1
+    return matrix
+
+
+def _times(matrix, vector):
+    """Products of matrices and vectors, without the dot that would lose its float64 when batched with x64 off."""
+    return jnp.sum(matrix * vector[..., None, :], axis=-1)
 
 
 def _unit(covariance, weight, smoothing):
-    """What observations are divided by, so that q becomes 1; or before the second site, the slope's variance."""
-    p11, _, p22, det, q = covariance
+    """What an observation is divided by, so that q becomes 1; or before the second site, the slope's variance."""
+    p11, p22, det, q = (covariance[..., i] for i in (0, 2, 3, 4))
     certain = weight * p11 + smoothing * q
     return jnp.where(weight > 0, jnp.where(certain > 0, certain, weight * det + smoothing * p22), 1)
 
 
-def _observations(predicted, weight, smoothing):
-    """What an observation does at every entry: how much of (a, b) remains, what of b_2 and of the data goes where."""
-    covariance = jnp.moveaxis(predicted, 1, 0)
-    p11, p12, _, det, _ = covariance
-    over = 1 / _unit(covariance, weight, smoothing)
-    of_data = weight * over
-    return jnp.where(weight > 0, smoothing * over, 1), of_data, of_data * p11, of_data * p12, of_data * det
+def _observe(leaving, predicted, weight, smoothing):
+    """What an entry does to an estimate on its way to the next one: to the estimate, and with the data there."""
+    over = 1 / _unit(predicted, weight, smoothing)
+    seen = weight * over
+    remains = jnp.where(weight > 0, smoothing * over, 1)
+    # From b_2 to a_2, and p11, p12 and delta times the data to a_1, a_2 and b_1.
+    keep = remains[..., None, None] * np.eye(4) - seen[..., None, None] * _place((1, 3))[:4, :4]
+    take = seen[..., None] * _times(_place((0, 0), (1, 1), (2, 3))[:4], predicted)
+    return jnp.sum(leaving[..., None] * keep[..., None, :, :], axis=-2), _times(leaving, take)
 
 
-def _seeds(sequence, predicted):
+def _weigh(sequence, predicted):
     """What (a, b) of each filter are multiplied by at every point; zero at other entries. Shape (entries, 2, 4)."""
-    p, r = predicted[:, :, 0], predicted[::-1, :, 1]
-    p11, p12, p22, det, q = p.T
-    r11, r12, r22, other_det, other_q = r.T
-    total = det * other_q + other_det * q + p11 * r22 + p22 * r11 + 2 * p12 * r12
-    is_point = _pad(sequence.order < sequence.entry.shape[0] - sequence.closing.shape[0], total.shape[0])
-    met = is_point & (total > 0)
-    over = jnp.where(met, 1 / jnp.where(met, total, 1), 0)
-
-    def weigh(own, other):
-        # Without a second site anywhere, the value at the only one.
-        slope = own[:, 2]
-        only = jnp.where(is_point & ~met & (slope > 0), 1 / jnp.where(slope > 0, slope, 1), 0)
-        return jnp.stack([other[:, 3] * over, 0 * over, other[:, 0] * over + only, other[:, 1] * over], axis=1)
-
-    return jnp.stack([weigh(p, r), weigh(r, p)[::-1]], axis=1)
+    other = predicted[::-1, ::-1]
+    total = jnp.sum(predicted * _times(_place((0, 2), (2, 0), (3, 4), (4, 3)) + 2 * _place((1, 1)), other), axis=-1)
+    p = sequence.order.shape[0] - sequence.closing.shape[0]
+    is_point = jnp.concatenate([sequence.order < p, jnp.zeros(sequence.length - sequence.order.shape[0], bool)])
+    is_point = jnp.stack([is_point, is_point[::-1]], axis=1)
+    met = total > 0
+    over = jnp.where(is_point & met, 1 / jnp.where(met, total, 1), 0)
+    # Without a second site anywhere, the value at the only one.
+    slope = predicted[..., 2]
+    alone = is_point & ~met & (slope > 0)
+    only = jnp.where(alone, 1 / jnp.where(slope > 0, slope, 1), 0)
+    both = _times(_place((0, 3), (2, 0), (3, 1))[:4], other)
+    return over[..., None] * both + only[..., None] * np.array([0.0, 0, 1, 0])
 
 
-def _columns(sequence, length):
-    """Each entry's place among the points of its block, -1 for a knot; for either filter, shape (entries, 2)."""
-    n = sequence.closing.shape[0]
-    p = sequence.order.shape[0] - n
-    first = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)
-    point = jnp.concatenate([sequence.order, jnp.full(length - n - p, p, jnp.int32)])
-    column = jnp.where(point < p, point - first, -1)
-    return jnp.stack([column, column[::-1]], axis=1)
-
-
-def _pull(along, seeds, columns, num_points):
+def _pull(sequence, keep, take, weigh):
     """Runs both filters backwards from every point to the data: the rows of their matrices.
 
     Rows are the block's points, and after them the four parts of the state that the filter leaves the block with.
@@ -235,29 +234,39 @@ def _pull(along, seeds, columns, num_points):
         What each entry's data are multiplied by, shape (steps, 2, blocks, rows), and what the state that the filter
         enters the block with is, shape (2, blocks, rows, 4).
     """
-    _, _, blocks, _ = seeds.shape
-    row = jnp.arange(num_points + 4, dtype=jnp.int32)
+    blocks = sequence.length // sequence.block
+
+    def per_block(of_entries):
+        """(entries, 2, ...) to (steps, 2, blocks, ...), blocks in the sequence's order for both filters."""
+        by_block = of_entries.reshape(blocks, sequence.block, *of_entries.shape[1:])
+        both = jnp.stack([by_block[:, :, 0], by_block[::-1, :, 1]])
+        return jnp.moveaxis(both, 2, 0)
+
+    n = sequence.closing.shape[0]
+    p = sequence.order.shape[0] - n
+    point = jnp.concatenate([sequence.order, jnp.full(sequence.length - n - p, p, jnp.int32)])
+    column = point - jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)
+    column = jnp.stack([column, column[::-1]], axis=1)
+    row = jnp.arange(sequence.points + 4, dtype=jnp.int32)
 
     def step(state, entry):
-        a1, a2, b1, b2 = state
-        (remains, seen, into_a1, into_a2, into_b1, ahead), seed, column = jax.tree.map(lambda v: v[..., None], entry)
-        h, h2, h3 = ahead, ahead**2 / 2, ahead**3 / 6
-        a1, a2, b1 = a1 + h * b1 + h2 * b2, a2 + h * a1 + h2 * b1 + h3 * b2, b1 + h * b2
-        of_data = into_a1 * a1 + into_a2 * a2 + into_b1 * b1
-        before = jnp.stack([remains * a1, remains * a2, remains * b1, remains * b2 - seen * a2])
-        return before + jnp.moveaxis(seed, 2, 0) * (row == column), of_data
+        keep, take, weigh, column = entry
+        of_data = _times(state, take)
+        before = jnp.sum(state[..., None] * keep[:, :, None], axis=-2)
+        return before + jnp.where(row == column[..., None], 1, 0)[..., None] * weigh[:, :, None], of_data
 
-    leaves = (row == num_points + jnp.arange(4, dtype=jnp.int32)[:, None]).astype(seeds.dtype)
-    state = jnp.broadcast_to(leaves[:, None, None], (4, 2, blocks, num_points + 4))
-    state, of_data = jax.lax.scan(step, state, (along, seeds, columns), reverse=True)
-    return of_data, jnp.moveaxis(state, 0, -1)
+    leaves = jnp.asarray(np.eye(sequence.points + 4, 4, -sequence.points), keep.dtype)
+    start = jnp.broadcast_to(leaves, (2, blocks, *leaves.shape))
+    along = tuple(per_block(v) for v in (keep, take, weigh, column))
+    state, of_data = jax.lax.scan(step, start, along, reverse=True)
+    return of_data, state
 
 
 def _to_rows(sequence, of_data, share):
     """What data are multiplied by, from entries to the rows that each block reads: shape (2, blocks, ..., rows)."""
-    steps, _, blocks, _ = of_data.shape
+    steps, blocks = sequence.block, sequence.length // sequence.block
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    p = sequence.entry.shape[0] - sequence.closing.shape[0]
+    p = sequence.order.shape[0] - sequence.closing.shape[0]
     entry = jnp.asarray(sequence.entry)[p + jnp.asarray(sequence.closing)[row]]
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
     step = entry - block * steps
