@@ -82,7 +82,7 @@ class Matrix(AbstractMap):
     def quick_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
         results = dataclasses.replace(self, reads=None).product(rows)
         # Finite values are multiplied by zero; others make every result of their feature NaN.
-        return results, self.reads is None or jnp.all(jnp.isfinite(results[0]))
+        return results, True if self.reads is None else jnp.all(jnp.isfinite(results[0]))
 
     def amplification(self) -> Float[Array, ""] | float:
         high = self.entries.high
@@ -133,7 +133,7 @@ def apply(linear: AbstractMap, rows: Rows) -> Results:
     found, and computed again in double precision a few features at a time; so is what a row that is not read has spoilt
     by not being finite. Narrower data are multiplied as they are and summed in float32.
     """
-    if rows.dtype != jnp.float32 or not rows.size:
+    if rows.dtype == jnp.float64 or not rows.size:
         return _plainly(linear, rows)
     hides_nothing = linear.reads is None and linear.gives is None
     known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linear))
@@ -152,28 +152,31 @@ def _where_given(linear, results):
 
 
 @jax.custom_jvp
-def _apply_float32(linear, rows):
+def _apply_accurately(linear, rows):
     if rows.size <= _FEW:
         results, clean = linear.product(rows), True
     else:
         results, clean = linear.quick_product(rows)
-    digits = linear.amplification() <= _MAX_AMPLIFICATION
+    results = results.astype(rows.dtype)
+    digits = linear.amplification() <= _MAX_AMPLIFICATION if rows.dtype == jnp.float32 else True
     if linear.gives is not None:
         digits = digits & jnp.all(linear.gives)
 
-    def part(some):
+    def precise(some):
         with jax.enable_x64(True):
-            precise = linear.product(some.astype(jnp.float64)).astype(jnp.float32)
-        return _where_given(linear, precise)
+            product = linear.product(some.astype(jnp.float64)).astype(rows.dtype)
+        return _where_given(linear, product)
 
     if clean is not True:
-        results = _again(clean, linear.product, rows, results)
-    return _again(digits, part, rows, results)
+        results = _again(clean, lambda some: linear.product(some).astype(rows.dtype), rows, results)
+    return _again(digits, precise, rows, results)
 
 
 def _again(right, product, rows, results):
     """Computes results again where they are not right, so few features at a time that it takes little memory."""
-    width = min(-(-_AT_ONCE // rows.shape[0]), rows.shape[1])
+    # All narrow data at once: on CPUs a part of them is only had by widening the whole.
+    narrow = jnp.finfo(rows.dtype).bits < 32
+    width = rows.shape[1] if narrow else min(-(-_AT_ONCE // rows.shape[0]), rows.shape[1])
     passes = -(-rows.shape[1] // width)
 
     def compute(i, results):
@@ -185,14 +188,14 @@ def _again(right, product, rows, results):
     return jax.lax.fori_loop(0, jnp.where(right, 0, passes), compute, results)
 
 
-@_apply_float32.defjvp
-def _apply_float32_jvp(primals, tangents):
-    return _apply_float32(*primals), jax.jvp(apply_plainly, primals, tangents)[1]
+@_apply_accurately.defjvp
+def _apply_accurately_jvp(primals, tangents):
+    return _apply_accurately(*primals), jax.jvp(apply_plainly, primals, tangents)[1]
 
 
 # Compiled for those who call outside of jit, where loops would compile again at every call.
 _plainly = jax.jit(apply_plainly, inline=True)
-_accurately = jax.jit(_apply_float32, inline=True)
+_accurately = jax.jit(_apply_accurately, inline=True)
 
 
 def _dot(matrix, rows):

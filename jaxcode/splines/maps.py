@@ -153,7 +153,7 @@ class BlockMap(AbstractMap):
         def push(covariance, block):
             push_data, push_state = block
             after = push_state @ covariance @ push_state.T + push_data @ push_data.T
-            return after, jnp.sqrt(jnp.diagonal(covariance))
+            return after, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
 
         def spread(filter_index, reverse):
             along = (high.push_data[filter_index], high.push_state[filter_index])

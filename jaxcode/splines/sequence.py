@@ -44,6 +44,11 @@ class Sequence:
     distinct: bool
 
     @property
+    def num_points(self) -> int:
+        """P."""
+        return self.order.shape[0] - self.closing.shape[0]
+
+    @property
     def length(self) -> int:
         """Entries with those that fill the last block up."""
         return -(-self.order.shape[0] // self.block) * self.block

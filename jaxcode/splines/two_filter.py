@@ -61,15 +61,15 @@ from .sequence import Sequence
 
 
 class Moves(NamedTuple):
-    """What crossing the gaps does to the filters: filter 0 runs as the sequence does, filter 1 against it.
+    """What crossing the gaps does to the filters; the last axis tells the one that runs against the sequence apart.
 
     Attributes:
-        arriving: Of the covariance, over the gap before each entry.
-        leaving: Of the estimate, over the gap after each entry.
+        arriving: What the gap before each entry does to the covariance.
+        ahead: The gap after each entry.
     """
 
-    arriving: Float[Array | np.ndarray, "entries 2 5 5"]
-    leaving: Float[Array | np.ndarray, "entries 2 4 4"]
+    arriving: Float[Array | np.ndarray, "entries 5 5 2"]
+    ahead: Float[Array | np.ndarray, "entries 2"]
 
 
 class Blocks(NamedTuple):
@@ -100,23 +100,16 @@ def find_moves(
     gaps = xp.diff(xp.concatenate([points, knots])[sequence.order])
     gaps = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
     before = xp.concatenate([xp.zeros(1), gaps[:-1]])
-
-    def table(h, rows):
-        zero, one = xp.zeros_like(h), xp.ones_like(h)
-        named = {0: zero, 1: one}
-        return xp.stack([xp.stack([named.get(v, v) if isinstance(v, int) else v for v in row], -1) for row in rows], -2)
-
     h = xp.stack([before, gaps[::-1]], axis=1)
+    zero, one = xp.zeros_like(h), xp.ones_like(h)
     arriving = [
-        [1, 2 * h, h**2, 0, h**3 / 3],
-        [0, 1, h, 0, h**2 / 2],
-        [0, 0, 1, 0, h],
-        [h, h**2, h**3 / 3, 1, h**4 / 12],
-        [0, 0, 0, 0, 1],
+        [one, 2 * h, h**2, zero, h**3 / 3],
+        [zero, one, h, zero, h**2 / 2],
+        [zero, zero, one, zero, h],
+        [h, h**2, h**3 / 3, one, h**4 / 12],
+        [zero, zero, zero, zero, one],
     ]
-    g = xp.stack([gaps, before[::-1]], axis=1)
-    leaving = [[1, g, 0, 0], [0, 1, 0, 0], [g, g**2 / 2, 1, 0], [g**2 / 2, g**3 / 6, g, 1]]
-    return Moves(table(h, arriving), table(g, leaving))
+    return Moves(xp.stack([xp.stack(row, 1) for row in arriving], 1), xp.stack([gaps, before[::-1]], axis=1))
 
 
 def two_filter(sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]) -> Blocks:
@@ -133,8 +126,8 @@ def two_filter(sequence: Sequence, moves: Moves, weights: Float[Array, "knots"],
     """
     entered, share = _enter(sequence, weights)
     predicted = _covariances(moves.arriving, entered, smoothing)
-    keep, take = _observe(moves.leaving, predicted, entered, smoothing)
-    of_data, of_state = _pull(sequence, keep, take, _weigh(sequence, predicted))
+    remains, seen = _observe(predicted, entered, smoothing)
+    of_data, of_state = _pull(sequence, (remains, seen, moves.ahead, *predicted), _weigh(sequence, predicted))
     from_data = _to_rows(sequence, of_data, share)
     at_points, at_edge = slice(None, sequence.points), slice(sequence.points, None)
     return Blocks(
@@ -155,77 +148,63 @@ def _enter(sequence, weights):
         of_site = jnp.zeros_like(weights).at[sequence.closing].add(weights)
         share = weights / jnp.where(of_site > 0, of_site, 1)[sequence.closing]
         total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), of_site, 0)
-    p = sequence.order.shape[0] - n
-    entered = jnp.concatenate([jnp.zeros(p, weights.dtype), total])[sequence.order]
-    entered = jnp.concatenate([entered, jnp.zeros(sequence.length - n - p, weights.dtype)])
-    return jnp.stack([entered, entered[::-1]], axis=1), share
+    entered = jnp.concatenate([jnp.zeros(sequence.num_points, weights.dtype), total])[sequence.order]
+    return _per_entry(sequence, entered, 0), share
 
 
 def _covariances(
-    arriving: Float[Array | np.ndarray, "entries 2 5 5"], weight: Float[Array, "entries 2"], smoothing: Float[Array, ""]
-) -> Float[Array, "entries 2 5"]:
-    """Each filter's (p11, p12, p22, delta, q) at every entry, before what is observed there."""
-    # As rows: mu p11, mu p12, w delta + mu p22, mu delta, w p11 + mu q.
-    observing = smoothing * np.eye(5) + weight[..., None, None] * _place((2, 3), (4, 0))
+    arriving: Float[Array | np.ndarray, "entries 5 5 2"], weight: Float[Array, "entries 2"], smoothing: Float[Array, ""]
+) -> tuple[Float[Array, "entries 2"], ...]:
+    """Each filter's p11, p12, p22, delta and q at every entry, before what is observed there."""
 
     def step(p, entry):
-        arriving, observing, w = entry
-        p = _times(arriving, p)
-        unit = _unit(p, w, smoothing)
-        return jnp.where(w[:, None] > 0, _times(observing, p) / unit[:, None], p), p
+        arriving, w = entry
+        p = jnp.sum(arriving * p, axis=1)
+        p11, _, _, det, _ = p
+        remains, seen = _observe(p, w, smoothing)
+        zero = jnp.zeros_like(seen)
+        return remains * p + jnp.stack([zero, zero, seen * det, zero, seen * p11]), p
 
-    unknown = jnp.broadcast_to(jnp.asarray([0.0, 0, 0, 1, 0], weight.dtype), (2, 5))
-    return jax.lax.scan(step, unknown, (arriving, observing, weight))[1]
-
-
-def _place(*places):
-    """A 5 x 5 matrix of ones in these places."""
-    matrix = np.zeros((5, 5))
-    matrix[tuple(np.transpose(places))] = 1
-    return matrix
+    unknown = jnp.zeros((5, 2), weight.dtype).at[3].set(1)
+    predicted = jax.lax.scan(step, unknown, (arriving, weight))[1]
+    return tuple(jnp.moveaxis(predicted, 1, 0))
 
 
-def _times(matrix, vector):
-    """Products of matrices and vectors, without the dot that would lose its float64 when batched with x64 off."""
-    return jnp.sum(matrix * vector[..., None, :], axis=-1)
+def _observe(covariance, weight, smoothing):
+    """What the smoothing and the weight are at every entry, once all is divided so that q becomes 1.
 
-
-def _unit(covariance, weight, smoothing):
-    """What an observation is divided by, so that q becomes 1; or before the second site, the slope's variance."""
-    p11, p22, det, q = (covariance[..., i] for i in (0, 2, 3, 4))
+    Before the second site, where q remains 0, the slope's variance becomes 1; where nothing is observed, all remains.
+    """
+    p11, _, p22, det, q = covariance
     certain = weight * p11 + smoothing * q
-    return jnp.where(weight > 0, jnp.where(certain > 0, certain, weight * det + smoothing * p22), 1)
-
-
-def _observe(leaving, predicted, weight, smoothing):
-    """What an entry does to an estimate on its way to the next one: to the estimate, and with the data there."""
-    over = 1 / _unit(predicted, weight, smoothing)
-    seen = weight * over
-    remains = jnp.where(weight > 0, smoothing * over, 1)
-    # From b_2 to a_2, and p11, p12 and delta times the data to a_1, a_2 and b_1.
-    keep = remains[..., None, None] * np.eye(4) - seen[..., None, None] * _place((1, 3))[:4, :4]
-    take = seen[..., None] * _times(_place((0, 0), (1, 1), (2, 3))[:4], predicted)
-    return jnp.sum(leaving[..., None] * keep[..., None, :, :], axis=-2), _times(leaving, take)
+    unit = jnp.where(certain > 0, certain, weight * det + smoothing * p22)
+    over = 1 / jnp.where(weight > 0, unit, 1)
+    return jnp.where(weight > 0, smoothing * over, 1), weight * over
 
 
 def _weigh(sequence, predicted):
-    """What (a, b) of each filter are multiplied by at every point; zero at other entries. Shape (entries, 2, 4)."""
-    other = predicted[::-1, ::-1]
-    total = jnp.sum(predicted * _times(_place((0, 2), (2, 0), (3, 4), (4, 3)) + 2 * _place((1, 1)), other), axis=-1)
-    p = sequence.order.shape[0] - sequence.closing.shape[0]
-    is_point = jnp.concatenate([sequence.order < p, jnp.zeros(sequence.length - sequence.order.shape[0], bool)])
-    is_point = jnp.stack([is_point, is_point[::-1]], axis=1)
+    """What a_1, b_1 and b_2 of each filter are multiplied by at every point; zero at other entries."""
+    p11, p12, p22, det, q = predicted
+    # At the same entry, of the filter from the other side.
+    r11, r12, r22, other_det, other_q = (v[::-1, ::-1] for v in predicted)
+    total = det * other_q + other_det * q + p11 * r22 + p22 * r11 + 2 * p12 * r12
+    is_point = _per_entry(sequence, sequence.order < sequence.num_points, False)
     met = total > 0
     over = jnp.where(is_point & met, 1 / jnp.where(met, total, 1), 0)
     # Without a second site anywhere, the value at the only one.
-    slope = predicted[..., 2]
-    alone = is_point & ~met & (slope > 0)
-    only = jnp.where(alone, 1 / jnp.where(slope > 0, slope, 1), 0)
-    both = _times(_place((0, 3), (2, 0), (3, 1))[:4], other)
-    return over[..., None] * both + only[..., None] * np.array([0.0, 0, 1, 0])
+    alone = is_point & ~met & (p22 > 0)
+    only = jnp.where(alone, 1 / jnp.where(p22 > 0, p22, 1), 0)
+    return other_det * over, r11 * over + only, r12 * over
 
 
-def _pull(sequence, keep, take, weigh):
+def _per_entry(sequence, values, filler):
+    """What is known of the sequence's entries for either filter, and for those that fill the last block up."""
+    filled = jnp.full(sequence.length - sequence.order.shape[0], filler, values.dtype)
+    values = jnp.concatenate([values, filled])
+    return jnp.stack([values, values[::-1]], axis=1)
+
+
+def _pull(sequence, entries, weighs):
     """Runs both filters backwards from every point to the data: the rows of their matrices.
 
     Rows are the block's points, and after them the four parts of the state that the filter leaves the block with.
@@ -237,37 +216,44 @@ def _pull(sequence, keep, take, weigh):
     blocks = sequence.length // sequence.block
 
     def per_block(of_entries):
-        """(entries, 2, ...) to (steps, 2, blocks, ...), blocks in the sequence's order for both filters."""
-        by_block = of_entries.reshape(blocks, sequence.block, *of_entries.shape[1:])
-        both = jnp.stack([by_block[:, :, 0], by_block[::-1, :, 1]])
-        return jnp.moveaxis(both, 2, 0)
+        """(entries, 2) to (steps, 2, blocks), blocks in the sequence's order for both filters."""
+        by_block = jnp.reshape(of_entries, (blocks, sequence.block, 2))
+        return jnp.stack([by_block[:, :, 0].T, by_block[::-1, :, 1].T], axis=1)
 
-    n = sequence.closing.shape[0]
-    p = sequence.order.shape[0] - n
-    point = jnp.concatenate([sequence.order, jnp.full(sequence.length - n - p, p, jnp.int32)])
-    column = point - jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)
-    column = jnp.stack([column, column[::-1]], axis=1)
+    first = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)[: sequence.order.shape[0]]
+    column = jnp.where(sequence.order < sequence.num_points, sequence.order - first, -1)
+    column = _per_entry(sequence, column, -1)
     row = jnp.arange(sequence.points + 4, dtype=jnp.int32)
 
     def step(state, entry):
-        keep, take, weigh, column = entry
-        of_data = _times(state, take)
-        before = jnp.sum(state[..., None] * keep[:, :, None], axis=-2)
-        return before + jnp.where(row == column[..., None], 1, 0)[..., None] * weigh[:, :, None], of_data
+        (remains, seen, h, p11, p12, _, det, _), (weigh_a1, weigh_b1, weigh_b2), column = jax.tree.map(
+            lambda v: v[..., None], entry
+        )
+        a1, a2, b1, b2 = state
+        h2, h3 = h**2 / 2, h**3 / 6
+        a1, a2, b1 = a1 + h * b1 + h2 * b2, a2 + h * a1 + h2 * b1 + h3 * b2, b1 + h * b2
+        of_data = seen * (p11 * a1 + p12 * a2 + det * b1)
+        here = row == column
+        before = (
+            remains * a1 + jnp.where(here, weigh_a1, 0),
+            remains * a2,
+            remains * b1 + jnp.where(here, weigh_b1, 0),
+            remains * b2 - seen * a2 + jnp.where(here, weigh_b2, 0),
+        )
+        return before, of_data
 
-    leaves = jnp.asarray(np.eye(sequence.points + 4, 4, -sequence.points), keep.dtype)
-    start = jnp.broadcast_to(leaves, (2, blocks, *leaves.shape))
-    along = tuple(per_block(v) for v in (keep, take, weigh, column))
+    leaves = np.eye(4, sequence.points + 4, sequence.points)
+    start = tuple(jnp.broadcast_to(jnp.asarray(v, weighs[0].dtype), (2, blocks, row.shape[0])) for v in leaves)
+    along = jax.tree.map(per_block, (entries, weighs, column))
     state, of_data = jax.lax.scan(step, start, along, reverse=True)
-    return of_data, state
+    return of_data, jnp.stack(state, axis=-1)
 
 
 def _to_rows(sequence, of_data, share):
     """What data are multiplied by, from entries to the rows that each block reads: shape (2, blocks, ..., rows)."""
     steps, blocks = sequence.block, sequence.length // sequence.block
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    p = sequence.order.shape[0] - sequence.closing.shape[0]
-    entry = jnp.asarray(sequence.entry)[p + jnp.asarray(sequence.closing)[row]]
+    entry = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)[row]]
     block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
     step = entry - block * steps
     inside = (step >= 0) & (step < steps)
