@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint types accuracy experiments clean
+.PHONY: demo test lint types accuracy experiments bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
@@ -25,6 +25,10 @@ accuracy: $(VENV)/.test
 
 experiments: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.experiments $(ARGS)
+
+# Time and memory, each figure with its bar.
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out

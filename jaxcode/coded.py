@@ -60,7 +60,7 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
     encoder = code.encoder_map()
 
     @jax.jit
-    def run(params, x, encoder, decoder):
+    def run(params, x, decoder):
         size = _batch_size(x)
         groups = -(-size // code.num_data)
         # All workers' coded inputs as one batch, the groups one after the other.
@@ -72,7 +72,7 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
     @functools.lru_cache(maxsize=64)
     def known_decoder(mask: bytes, _x64: bool):
         with jax.ensure_compile_time_eval():
-            return jax.tree.map(jnp.asarray, code.decoder_map(np.frombuffer(mask, bool)))
+            return code.decoder_map(np.frombuffer(mask, bool))
 
     def predict(x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
         """Results for the batch x from the workers that returned."""
@@ -82,7 +82,7 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
             decoder = known_decoder(returned.tobytes(), x64_is_on())
         else:
             decoder = code.decoder_map(returned)
-        return run(params, x, encoder, decoder)
+        return run(params, x, decoder)
 
     return predict
 

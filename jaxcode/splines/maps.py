@@ -8,14 +8,15 @@ from jaxtyping import Array, Float
 
 from .._checks import is_concrete
 from .._float64 import Halves, halve, in_float64
-from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly
+from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly, dot
 from .._pytree import pytree
 from .banded import banded_matrix
 from .sequence import Sequence, arrange
 from .two_filter import Blocks, find_moves, two_filter
 
-# Measured by `tests/benchmarks/wide.py`: with more knots and points than this, blocks are faster than one matrix.
-MOST_IN_ONE_MATRIX = 512
+# With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
+# `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
+MOST_IN_ONE_MATRIX = 384
 ENTRIES_IN_A_BLOCK = 32
 
 
@@ -103,7 +104,7 @@ class BlockMap(AbstractMap):
         else:
             blocks = jax.tree.map(lambda h: jnp.asarray(h.high, jnp.float32), self.blocks, is_leaf=_is_halves)
         first_row, first_point = (jnp.asarray(a) for a in (self.sequence.first_row, self.sequence.first_point))
-        features, wide = rows.shape[1], blocks.from_data.dtype
+        features, points, wide = rows.shape[1], self.sequence.points, blocks.from_data.dtype
 
         def read(first):
             def part_of(array):
@@ -114,32 +115,26 @@ class BlockMap(AbstractMap):
                 some = jnp.where(part_of(jnp.asarray(self.reads))[:, None], some, jnp.zeros((), some.dtype))
             return some.astype(wide)
 
-        def from_the_left(state, block):
-            first, push_data, push_state = block
-            return _dot(push_state, state) + _dot(push_data, read(first)), state
+        def from_the_left(left, block):
+            first, push = block
+            return dot(push, jnp.concatenate([read(first), left])), left
 
         def from_the_right(carry, block):
-            state, results = carry
-            first, at, push_data, push_state, from_data, from_left, from_right, left = block
-            data = read(first)
-            given = _dot(from_data, data) + _dot(from_left, left) + _dot(from_right, state)
-            before = jax.lax.dynamic_slice_in_dim(results, at, self.sequence.points)
-            results = jax.lax.dynamic_update_slice_in_dim(results, before + given.astype(results.dtype), at, axis=0)
-            return (_dot(push_state, state) + _dot(push_data, data), results), None
+            right, results = carry
+            first, at, both, left = block
+            out = dot(both, jnp.concatenate([read(first), right, left]))
+            # Blocks may overlap in places where all but one give zeros.
+            given = jax.lax.dynamic_slice_in_dim(results, at, points) + out[:points].astype(results.dtype)
+            return (out[points:], jax.lax.dynamic_update_slice_in_dim(results, given, at, axis=0)), None
 
+        # One product for all that a block computes: wide data are read and results written once.
+        push = jnp.concatenate([blocks.push_data, blocks.push_state], axis=-1)
+        to_points = jnp.concatenate([blocks.from_data, blocks.from_right, blocks.from_left], axis=-1)
+        both = jnp.concatenate([to_points, jnp.pad(push[1], ((0, 0), (0, 0), (0, 4)))], axis=1)
         nothing = jnp.zeros((4, features), wide)
-        _, left = jax.lax.scan(from_the_left, nothing, (first_row, blocks.push_data[0], blocks.push_state[0]))
         results = jnp.zeros((self.num_results, features), rows.dtype)
-        along = (
-            first_row,
-            first_point,
-            blocks.push_data[1],
-            blocks.push_state[1],
-            blocks.from_data,
-            blocks.from_left,
-            blocks.from_right,
-            left,
-        )
+        _, left = jax.lax.scan(from_the_left, nothing, (first_row, push[0]))
+        along = (first_row, first_point, both, left)
         (_, results), _ = jax.lax.scan(from_the_right, (nothing, results), along, reverse=True)
         return results
 
@@ -171,7 +166,3 @@ class BlockMap(AbstractMap):
 
 def _is_halves(node):
     return isinstance(node, Halves)
-
-
-def _dot(matrix, rows):
-    return jax.lax.dot_general(matrix, rows, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

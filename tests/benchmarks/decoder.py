@@ -1,0 +1,144 @@
+"""The decoder for a fresh mask, beside other splines: `python -m tests.benchmarks.decoder`.
+
+What a server pays between the last answer and the first decoded result. The others are given the identity as data, at
+the knots that returned; interpax measures smoothing in its own units, which makes no difference to its time.
+"""
+
+import functools
+import sys
+
+import csaps
+import interpax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.interpolate import make_smoothing_spline
+
+from jaxcode import SplineCode, nodes
+from jaxcode.splines import fit_and_evaluate
+
+from .timing import Report, progress, race, run_script
+
+SMOOTHING = 1e-6
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+COLUMNS = 64
+
+
+def measure(report: Report):
+    many_small_masks(report)
+    one_large_mask(report)
+    cost_against_size(report)
+
+
+def many_small_masks(report):
+    num_data, num_workers, count = 20, 64, 64
+    code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
+    rng = np.random.default_rng(0)
+    masks = np.stack([rng.permutation(num_workers) >= num_workers // 4 for _ in range(count)])
+    on_device = jnp.asarray(masks)
+    batched = jax.jit(jax.vmap(code.decoder_matrix))
+    # The same number of answers in each, so that interpax can be batched too.
+    knots = jnp.asarray(np.stack([code.worker_nodes[mask] for mask in masks]))
+    batched_interpax = jax.jit(jax.vmap(lambda t: interpax_values(t, jnp.eye(t.shape[0]), code.data_nodes, 1.0)))
+    np.testing.assert_allclose(batched(on_device)[0][:, masks[0]], scipy_matrix(code, masks[0]), atol=1e-5)
+    times = race(
+        {
+            "jaxcode, one compiled program": lambda: batched(on_device),
+            "jaxcode, a loop on the host": lambda: [code.decoder_map(mask) for mask in masks],
+            "SciPy, a loop": lambda: [scipy_matrix(code, mask) for mask in masks],
+            "csaps, a loop": lambda: [csaps_matrix(code, mask) for mask in masks],
+            "interpax, one compiled program": lambda: batched_interpax(knots),
+        }
+    )
+    report.add(
+        f"{count} random masks of N={num_workers}, K={num_data}: SciPy / ours",
+        times["SciPy, a loop"] / times["jaxcode, one compiled program"],
+        at_least=10,
+    )
+    report.times(times)
+
+
+def one_large_mask(report):
+    num_data, num_workers = 20, 1024
+    code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
+    mask = np.random.default_rng(0).permutation(num_workers) >= num_workers // 4
+    on_device = jnp.asarray(mask)
+    compiled = jax.jit(code.decoder_matrix)
+    as_map = jax.jit(code.decoder_map)
+    times = race(
+        {
+            "jaxcode, as a matrix": lambda: compiled(on_device),
+            "jaxcode, as blocks to apply": lambda: as_map(on_device),
+            "SciPy": lambda: scipy_matrix(code, mask),
+            "csaps": lambda: csaps_matrix(code, mask),
+        }
+    )
+    report.add(
+        f"one mask of N={num_workers}, K={num_data}: SciPy / ours as a matrix",
+        times["SciPy"] / times["jaxcode, as a matrix"],
+        at_least=3,
+    )
+    report.times(times)
+
+
+def cost_against_size(report):
+    """A fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
+    found: dict[str, dict[int, float]] = {}
+    memory = {}
+    for n in progress(SIZES, "N"):
+        t, points = nodes.chebyshev_second(n), nodes.chebyshev_first(n // 4)
+        mask = np.random.default_rng(0).permutation(n) >= n // 4
+        y = jnp.asarray(np.random.default_rng(1).normal(size=(n, COLUMNS)), jnp.float32)
+        wide = np.asarray(y, np.float64)
+        ours = jax.jit(functools.partial(_fit, t, points))
+        lowered = ours.lower(y, jnp.asarray(mask)).compile()
+        memory[n] = lowered.memory_analysis().temp_size_in_bytes / n
+        on_device, knots = jnp.asarray(mask), jnp.asarray(t[mask])
+        contenders = {
+            "jaxcode": functools.partial(ours, y, on_device),
+            "SciPy": lambda: make_smoothing_spline(t[mask], wide[mask], lam=SMOOTHING)(points),
+            "csaps": lambda: csaps.csaps(t[mask], wide[mask].T, points, smooth=1 / (1 + SMOOTHING)),
+        }
+        if n <= 1024:  # dense: at 8192 it would need half a gigabyte and minutes
+            theirs = jax.jit(lambda t, y: interpax_values(t, y, points, 1 / (1 + SMOOTHING)))
+            contenders["interpax"] = functools.partial(theirs, knots, y[mask])
+        for name, seconds in race(contenders, seconds=1.5).items():
+            found.setdefault(name, {})[n] = float(np.median(seconds))
+    ours = found["jaxcode"]
+    large = [n for n in SIZES if n >= 256]
+    report.add(
+        f"seconds ~ N^x from N=256 to 8192, {COLUMNS} columns: x",
+        np.polyfit(np.log(large), np.log([ours[n] for n in large]), 1)[0],
+        at_most=1.15,
+    )
+    report.add(
+        "bytes of memory ~ N^x from N=256 to 8192: x",
+        np.polyfit(np.log(large), np.log([n * memory[n] for n in large]), 1)[0],
+        at_most=1.15,
+    )
+    report.add("  bytes per knot at N=8192", memory[8192])
+    for name, by_size in found.items():
+        report.add(f"  {name} at N={max(by_size)}", by_size[max(by_size)] * 1e3, "ms")
+    report.series["seconds against N"] = found
+
+
+def _fit(t, points, y, mask):
+    return fit_and_evaluate(t, y, points, smoothing=SMOOTHING, returned=mask)
+
+
+def scipy_matrix(code, mask):
+    t = code.worker_nodes[mask]
+    return make_smoothing_spline(t, np.eye(len(t)), lam=len(t) * SMOOTHING)(code.data_nodes)
+
+
+def csaps_matrix(code, mask):
+    t = code.worker_nodes[mask]
+    return csaps.csaps(t, np.eye(len(t)), code.data_nodes, smooth=1 / (1 + len(t) * SMOOTHING)).T
+
+
+def interpax_values(t, y, points, smooth):
+    return interpax.CubicSmoothingSpline(t, y, smooth, check=False)(points)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(measure, __doc__))

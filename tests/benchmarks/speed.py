@@ -1,0 +1,83 @@
+"""Every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
+
+Runs the scripts beside it one after the other, each in a process of its own bound to the same cores, so that every
+contender has as many threads. Writes their figures to `speed.json` and a plot of cost against size to `speed.png`.
+Exits with 1 where a bar is missed by more than noise: by the better quartile of the rounds.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = ("decoder", "wide", "pipeline")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scripts", nargs="*", default=SCRIPTS, help=f"which of {', '.join(SCRIPTS)}; all by default")
+    parser.add_argument("--cores", type=int, help="use so many of the machine's cores (Linux); all by default")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for speed.json and speed.png")
+    options = parser.parse_args(argv)
+    if unknown := set(options.scripts) - set(SCRIPTS):
+        parser.error(f"no script {', '.join(sorted(unknown))}; there are {', '.join(SCRIPTS)}")
+    if options.cores is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            parser.error("--cores needs Linux")
+        available = sorted(os.sched_getaffinity(0))
+        if not 1 <= options.cores <= len(available):
+            parser.error(f"--cores is {options.cores}; this machine offers {len(available)}")
+        os.sched_setaffinity(0, available[: options.cores])
+
+    reports, failed = {}, False
+    for script in options.scripts:
+        path = options.out / f"{script}.json"
+        path.unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, "-m", f"tests.benchmarks.{script}", "--json", str(path)])
+        failed |= done.returncode != 0
+        if path.exists():
+            reports[script] = json.loads(path.read_text())
+            path.unlink()
+    if not reports:
+        return 1
+    (options.out / "speed.json").write_text(json.dumps(reports, indent=1))
+    about = next(iter(reports.values()))["machine"]
+    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in about.items()))
+    plot({k: v for report in reports.values() for k, v in report["series"].items()}, about, options.out / "speed.png")
+    print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
+    for report in reports.values():
+        for figure in report["figures"]:
+            if figure["missed"]:
+                print(f"MISSED: {figure['what']}: {figure['median']:.3g} {figure['unit']}")
+    return int(failed)
+
+
+def plot(series, about, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    what = {
+        "seconds against N": ("workers N (knots)", "a fresh mask: fit 64 columns, read N / 4 points"),
+        "seconds against n + p": ("knots and points n + p", "decode 65,536 columns from a fresh mask"),
+    }
+    shown = [name for name in what if name in series]
+    if not shown:
+        return
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], shown, strict=True):
+        for contender, by_size in series[name].items():
+            axis.loglog([int(n) for n in by_size], [1e3 * s for s in by_size.values()], "o-", ms=4, label=contender)
+        axis.set(xlabel=what[name][0], ylabel="milliseconds", title=what[name][1])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{about['processor']}, {about['cores used']} cores", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Encoders and decoders applied to wide data, beside a plain matrix product: `python -m tests.benchmarks.wide`.
+
+Also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/splines/maps.py`.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcode import SplineCode
+from jaxcode.splines import maps
+
+from .timing import Report, progress, race, run_script
+
+SMOOTHING = 1e-6
+FEATURES = 150_528  # 224 x 224 x 3
+
+
+def measure(report: Report):
+    images(report, jnp.float32)
+    images(report, jnp.bfloat16)
+    images(report, jnp.float16)
+    many_workers(report)
+    matrix_or_blocks(report)
+
+
+def images(report, dtype):
+    """20 images of 224 x 224 x 3 to 60 workers and back, a third of whom did not return."""
+    num_data, num_workers = 20, 60
+    code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(num_data, FEATURES)), dtype)
+    y = jnp.asarray(rng.normal(size=(num_workers, FEATURES)), dtype)
+    mask = np.arange(num_workers) % 3 != 0
+    encode, decode, on_device = jax.jit(code.encode), jax.jit(code.decode), jnp.asarray(mask)
+    encoder_matrix = code.encoder_matrix().astype(dtype)
+    decoder_matrix = code.decoder_matrix(mask).astype(dtype)
+    matmul = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    copy = jax.jit(jnp.copy)
+    times = race(
+        {
+            "encode": lambda: encode(x),
+            "jnp.matmul, (60, 20) (20, 150528)": lambda: matmul(encoder_matrix, x),
+            "decode, from a fresh mask": lambda: decode(y, on_device),
+            "jnp.matmul, (20, 60) (60, 150528)": lambda: matmul(decoder_matrix, y),
+            "copy of (60, 150528)": lambda: copy(y),
+        },
+        seconds=8,
+    )
+    name = jnp.dtype(dtype).name
+    for what, ours, theirs, compiled, args in (
+        ("encode", "encode", "jnp.matmul, (60, 20) (20, 150528)", encode, (x,)),
+        ("decode", "decode, from a fresh mask", "jnp.matmul, (20, 60) (60, 150528)", decode, (y, on_device)),
+    ):
+        report.add(f"{what} (20, {FEATURES}) and 60, {name}: ours / matmul", times[ours] / times[theirs], at_most=1.15)
+        # CPUs widen narrow data to multiply them, in a plain product too.
+        bar = 1.3 if dtype == jnp.float32 or jax.default_backend() != "cpu" else None
+        report.add(f"  memory at its peak / inputs and outputs: {what}", _memory(compiled, *args), at_most=bar)
+    report.times(times)
+
+
+def many_workers(report):
+    """Blocks against one matrix where there are many knots."""
+    num_data, num_workers, features = 1024, 4096, 4096
+    code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(num_data, features)), jnp.float32)
+    y = jnp.asarray(rng.normal(size=(num_workers, features)), jnp.float32)
+    mask = np.arange(num_workers) % 3 != 0
+    encode, decode, on_device = jax.jit(code.encode), jax.jit(code.decode), jnp.asarray(mask)
+    encoder_matrix, decoder_matrix = code.encoder_matrix(), code.decoder_matrix(mask)
+    matmul = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    times = race(
+        {
+            "encode": lambda: encode(x),
+            "jnp.matmul, (4096, 1024) (1024, 4096)": lambda: matmul(encoder_matrix, x),
+            "decode, from a fresh mask": lambda: decode(y, on_device),
+            "jnp.matmul, (1024, 4096) (4096, 4096)": lambda: matmul(decoder_matrix, y),
+        },
+        seconds=10,
+    )
+    names = list(times)
+    for ours, theirs in zip(names[::2], names[1::2], strict=True):
+        report.add(
+            f"{ours.split(',')[0]}, N=4096, K=1024, d=4096: matmul / ours", times[theirs] / times[ours], at_least=5
+        )
+    report.times(times)
+
+
+def matrix_or_blocks(report):
+    """Decoding wide data from a fresh mask in either form, K = N / 3."""
+    columns = 65_536
+    found: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
+    limit = maps.MOST_IN_ONE_MATRIX
+    for n in progress((96, 192, 288, 384, 480, 768, 1152), "N"):
+        code = SplineCode.chebyshev(n // 3, n, decoder_smoothing=SMOOTHING)
+        y = jnp.asarray(np.random.default_rng(0).normal(size=(n, columns)), jnp.float32)
+        mask = jnp.asarray(np.arange(n) % 3 != 0)
+        contenders = {}
+        for form, most in (("one matrix", 10**9), ("blocks", 0)):
+            maps.MOST_IN_ONE_MATRIX = most
+            try:
+                decode = jax.jit(functools.partial(code.decode)).lower(y, mask).compile()
+            finally:
+                maps.MOST_IN_ONE_MATRIX = limit
+            contenders[form] = functools.partial(decode, y, mask)
+        for form, seconds in race(contenders, seconds=1).items():
+            found[form][n + n // 3] = float(np.median(seconds))
+    for size in found["blocks"]:
+        chosen, other = ("one matrix", "blocks") if size <= limit else ("blocks", "one matrix")
+        report.add(f"n + p = {size}, {columns} columns: {chosen} / {other}", found[chosen][size] / found[other][size])
+    report.series["seconds against n + p"] = found
+
+
+def _memory(compiled, *args):
+    found = compiled.lower(*args).compile().memory_analysis()
+    needed = found.argument_size_in_bytes + found.output_size_in_bytes
+    return (needed + found.temp_size_in_bytes) / needed
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(measure, __doc__))
