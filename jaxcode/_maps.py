@@ -2,6 +2,8 @@
 
 import abc
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +79,7 @@ class Matrix(AbstractMap):
     def quick_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
         results = dataclasses.replace(self, reads=None).product(rows)
         # Finite values are multiplied by zero; others make every result of their feature NaN.
-        return results, True if self.reads is None else jnp.all(jnp.isfinite(results[0]))
+        return results, True if self.reads is None else jnp.all(jnp.isfinite(results[..., 0, :]))
 
     def amplification(self) -> Float[Array, ""] | float:
         high = self.entries.high
@@ -121,76 +123,80 @@ class Selection(AbstractMap):
         return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
 
 
-def apply(linear: AbstractMap, rows: Rows) -> Results:
-    """The results in the data's dtype, as accurate as that can hold.
+def apply(linear: AbstractMap, rows: Rows, *, precisely: bool = True) -> Results:
+    """The results in the data's dtype.
 
-    In float32 there are maps with large entries of both signs, whose products cancel to leave few digits. They are
-    found, and computed again in double precision a few features at a time; so is what a row that is not read has spoilt
-    by not being finite. Narrower data are multiplied as they are and summed in float32.
+    Wide data are multiplied as they are, once. Where a row that is not read has spoilt that by not being finite, or
+    there are results missing, it is done again with care, a few features at a time.
+
+    Args:
+        linear: The map.
+        rows: The data. Float32 stays float32, narrower data are multiplied as they are and summed in float32.
+        precisely: In float32, maps with large entries of both signs have products that cancel and leave few digits.
+            This finds them and computes them again in double precision.
     """
-    if rows.dtype == jnp.float64 or not rows.size:
+    precisely = precisely and rows.dtype == jnp.float32
+    if precisely and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linear)):
+        precisely = bool(linear.amplification() > _MAX_AMPLIFICATION)
+    if not rows.size or (not precisely and (rows.size <= _FEW or (linear.reads is None and linear.gives is None))):
         return _plainly(linear, rows)
-    hides_nothing = linear.reads is None and linear.gives is None
-    known = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linear))
-    if hides_nothing and known and linear.amplification() <= _MAX_AMPLIFICATION:
-        return _plainly(linear, rows)
-    return _accurately(linear, rows)
+    return _watchfully(precisely, linear, rows)
 
 
 def apply_plainly(linear: AbstractMap, rows: Rows) -> Results:
-    """The results in the data's dtype, with no second look at what cancels."""
-    return _where_given(linear, linear.product(rows).astype(rows.dtype))
-
-
-def _where_given(linear, results):
+    """The results in the data's dtype, with no second look."""
+    results = linear.product(rows).astype(rows.dtype)
     return results if linear.gives is None else jnp.where(linear.gives[:, None], results, jnp.nan)
 
 
-@jax.custom_jvp
-def _apply_accurately(linear, rows):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _apply_watchfully(precisely, linear, rows):
     if rows.size <= _FEW:
-        results, clean = linear.product(rows), True
+        results = apply_plainly(linear, rows)
     else:
-        results, clean = linear.quick_product(rows)
-    results = results.astype(rows.dtype)
-    digits = linear.amplification() <= _MAX_AMPLIFICATION if rows.dtype == jnp.float32 else True
-    if linear.gives is not None:
-        digits = digits & jnp.all(linear.gives)
+        results, right = linear.quick_product(rows)
+        if linear.gives is not None:
+            right = right & jnp.all(linear.gives)
+        results = results.astype(rows.dtype)
+        if right is not True:
+            results = _again(right, functools.partial(apply_plainly, linear), rows, results)
+    if precisely:
+        results = _again(
+            linear.amplification() <= _MAX_AMPLIFICATION, functools.partial(_in_double, linear), rows, results
+        )
+    return results
 
-    def precise(some):
-        with jax.enable_x64(True):
-            product = linear.product(some.astype(jnp.float64)).astype(rows.dtype)
-        return _where_given(linear, product)
 
-    if clean is not True:
-        results = _again(clean, lambda some: linear.product(some).astype(rows.dtype), rows, results)
-    return _again(digits, precise, rows, results)
+def _in_double(linear, rows):
+    with jax.enable_x64(True):
+        return apply_plainly(linear, rows.astype(jnp.float64)).astype(rows.dtype)
 
 
 def _again(right, product, rows, results):
     """Computes results again where they are not right, so few features at a time that it takes little memory."""
+    features = rows.shape[-1]
     # All narrow data at once: on CPUs a part of them is only had by widening the whole.
     narrow = jnp.finfo(rows.dtype).bits < 32
-    width = rows.shape[1] if narrow else min(-(-_AT_ONCE // rows.shape[0]), rows.shape[1])
-    passes = -(-rows.shape[1] // width)
+    width = features if narrow else min(-(-_AT_ONCE * features // rows.size), features)
+    passes = -(-features // width)
 
     def compute(i, results):
-        start = jnp.minimum(i * width, rows.shape[1] - width)
+        start = jnp.minimum(i * width, features - width)
         # Tied to i, or where there is one pass only the compiler would compute it always, before the loop.
-        some, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=1), i))
-        return jax.lax.dynamic_update_slice_in_dim(results, product(some), start, axis=1)
+        some, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=-1), i))
+        return jax.lax.dynamic_update_slice_in_dim(results, product(some), start, axis=-1)
 
     return jax.lax.fori_loop(0, jnp.where(right, 0, passes), compute, results)
 
 
-@_apply_accurately.defjvp
-def _apply_accurately_jvp(primals, tangents):
-    return _apply_accurately(*primals), jax.jvp(apply_plainly, primals, tangents)[1]
+@_apply_watchfully.defjvp
+def _apply_watchfully_jvp(precisely, primals, tangents):
+    return _apply_watchfully(precisely, *primals), jax.jvp(apply_plainly, primals, tangents)[1]
 
 
 # Compiled for those who call outside of jit, where loops would compile again at every call.
 _plainly = jax.jit(apply_plainly, inline=True)
-_accurately = jax.jit(_apply_accurately, inline=True)
+_watchfully = jax.jit(_apply_watchfully, inline=True, static_argnums=0)
 
 
 def dot(matrix: Array, rows: Rows) -> Results:
@@ -222,13 +228,16 @@ def apply_to_tree(name: str, linear: AbstractMap, tree: PyTree[Array], num_rows:
         if leaf.ndim < 1 or leaf.shape[0] != num_rows:
             shape = f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}"
             raise ValueError(f"{shape}; expected a leading axis of {num_rows}")
-        return apply(linear, leaf.reshape(num_rows, -1)).reshape(-1, *leaf.shape[1:])
+        results = apply(linear, leaf.reshape(num_rows, math.prod(leaf.shape[1:])))
+        return results.reshape(results.shape[0], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, tree)
 
 
 def apply_to_groups(name: str, linear: AbstractMap, tree: PyTree[Array], groups: int) -> PyTree[Array]:
-    """Applies a map plainly to groups of rows that lie one after the other: leaves (groups n, ...) to (groups p, ...).
+    """Applies a map to groups of rows that lie one after the other: leaves (groups n, ...) to (groups p, ...).
+
+    Float32 products that cancel stay as they are: a model's answers are not that precise.
 
     Raises:
         ValueError: If a leaf's dtype is not real.
@@ -236,8 +245,9 @@ def apply_to_groups(name: str, linear: AbstractMap, tree: PyTree[Array], groups:
 
     def on_leaf(path, leaf):
         leaf = _real(name + jax.tree_util.keystr(path), leaf)
-        results = apply_plainly(linear, leaf.reshape(groups, leaf.shape[0] // groups, -1))
-        return results.reshape(-1, *leaf.shape[1:])
+        rows = leaf.reshape(groups, leaf.shape[0] // groups, math.prod(leaf.shape[1:]))
+        results = apply(linear, rows, precisely=False)
+        return results.reshape(groups * results.shape[1], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, tree)
 

@@ -136,6 +136,28 @@ def test_new_masks_and_inputs_do_not_retrace():
     assert len(traces) == 2
 
 
+@pytest.mark.parametrize("code", [SPLINE, SplineCode.chebyshev(100, 300)], ids=["matrix", "blocks"])
+def test_a_known_mask_may_come_first_inside_or_outside_of_jit(code):
+    """What was prepared for a mask is kept, and must not be bound to the program that was being traced then."""
+    predict, x, returned = coded(curve, code), jnp.asarray(normal(6, 2)), mask(code)
+    inside = jax.jit(lambda x: predict(x, returned))(x)
+    np.testing.assert_allclose(predict(x, returned), inside, rtol=1e-5, atol=1e-5)
+    made_inside = []
+    jax.jit(lambda x: made_inside.append(coded(curve, code)) or x)(x)
+    np.testing.assert_allclose(made_inside[0](x, returned), inside, rtol=1e-5, atol=1e-5)
+
+
+def test_one_predict_serves_both_precisions():
+    predict, x, returned = coded(curve, SPLINE), normal(6, 2, dtype=float), mask(SPLINE)
+    single = predict(jnp.asarray(x, jnp.float32), returned)
+    with jax.enable_x64(True):
+        double = np.asarray(predict(jnp.asarray(x), returned))
+        again = np.asarray(coded(curve, SPLINE)(jnp.asarray(x), returned))
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(double, again, rtol=1e-13, atol=1e-13)
+    np.testing.assert_array_equal(predict(jnp.asarray(x, jnp.float32), returned), single)
+
+
 @pytest.mark.parametrize("name", ["spline", "replication"])
 def test_jit_vmap_and_remat_compute_the_same(name):
     code, predict = CODES[name], coded(curve, CODES[name])

@@ -1,5 +1,7 @@
 """The natural cubic smoothing spline in closed form: as a matrix, and applied straight to data."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -109,8 +111,8 @@ def fit_and_evaluate(
     n = np.shape(knots)[0]
     if values.ndim < 1 or values.shape[0] != n:
         raise ValueError(f"values has shape {values.shape}; expected its leading axis to be the {n} knots")
-    results = apply(spline, values.reshape(n, -1))[places]
-    return results.reshape(-1, *values.shape[1:])
+    results = apply(spline, values.reshape(n, math.prod(values.shape[1:])))[places]
+    return results.reshape(results.shape[0], *values.shape[1:])
 
 
 def _spline(knots, points, smoothing, weights, returned):

@@ -55,7 +55,7 @@ def _traced_map(knots, points, smoothing, weights):
     else:
         blocks = _with_nodes(sequence, knots, points, weights, smoothing)
     if one_matrix:
-        return Matrix(halve(blocks.from_data[0]), reads, gives)
+        return Matrix(halve(blocks.backward[0, :p, :n]), reads, gives)
     return BlockMap(sequence, jax.tree.map(halve, blocks), n, p, reads, gives)
 
 
@@ -104,7 +104,7 @@ class BlockMap(AbstractMap):
         else:
             blocks = jax.tree.map(lambda h: jnp.asarray(h.high, jnp.float32), self.blocks, is_leaf=_is_halves)
         first_row, first_point = (jnp.asarray(a) for a in (self.sequence.first_row, self.sequence.first_point))
-        features, points, wide = rows.shape[1], self.sequence.points, blocks.from_data.dtype
+        features, points, wide = rows.shape[1], self.sequence.points, blocks.forward.dtype
 
         def read(first):
             def part_of(array):
@@ -115,27 +115,22 @@ class BlockMap(AbstractMap):
                 some = jnp.where(part_of(jnp.asarray(self.reads))[:, None], some, jnp.zeros((), some.dtype))
             return some.astype(wide)
 
-        def from_the_left(left, block):
-            first, push = block
-            return dot(push, jnp.concatenate([read(first), left])), left
+        def go_right(left, block):
+            first, forward = block
+            return dot(forward, jnp.concatenate([read(first), left])), left
 
-        def from_the_right(carry, block):
+        def go_left(carry, block):
             right, results = carry
-            first, at, both, left = block
-            out = dot(both, jnp.concatenate([read(first), right, left]))
+            first, at, backward, left = block
+            out = dot(backward, jnp.concatenate([read(first), right, left]))
             # Blocks may overlap in places where all but one give zeros.
             given = jax.lax.dynamic_slice_in_dim(results, at, points) + out[:points].astype(results.dtype)
             return (out[points:], jax.lax.dynamic_update_slice_in_dim(results, given, at, axis=0)), None
 
-        # One product for all that a block computes: wide data are read and results written once.
-        push = jnp.concatenate([blocks.push_data, blocks.push_state], axis=-1)
-        to_points = jnp.concatenate([blocks.from_data, blocks.from_right, blocks.from_left], axis=-1)
-        both = jnp.concatenate([to_points, jnp.pad(push[1], ((0, 0), (0, 0), (0, 4)))], axis=1)
-        nothing = jnp.zeros((4, features), wide)
-        results = jnp.zeros((self.num_results, features), rows.dtype)
-        _, left = jax.lax.scan(from_the_left, nothing, (first_row, push[0]))
-        along = (first_row, first_point, both, left)
-        (_, results), _ = jax.lax.scan(from_the_right, (nothing, results), along, reverse=True)
+        _, left = jax.lax.scan(go_right, jnp.zeros((5, features), wide), (first_row, blocks.forward))
+        nothing = jnp.zeros((4, features), wide), jnp.zeros((self.num_results, features), rows.dtype)
+        along = (first_row, first_point, blocks.backward, left)
+        (_, results), _ = jax.lax.scan(go_left, nothing, along, reverse=True)
         return results
 
     def quick_product(self, rows: Rows) -> tuple[Results, bool]:
@@ -143,20 +138,24 @@ class BlockMap(AbstractMap):
 
     def amplification(self) -> Float[Array, ""]:
         """By the block's own data, and by the filters' states from data beyond as large as unit noise makes them."""
-        high = jax.tree.map(lambda h: jnp.asarray(h.high), self.blocks, is_leaf=_is_halves)
+        forward, backward = (jnp.asarray(h.high) for h in self.blocks)
+        data, points = self.sequence.rows, self.sequence.points
 
-        def push(covariance, block):
-            push_data, push_state = block
-            after = push_state @ covariance @ push_state.T + push_data @ push_data.T
-            return after, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
+        def spread(moves, reverse):
+            """Standard deviations of the states that a filter enters each block with."""
 
-        def spread(filter_index, reverse):
-            along = (high.push_data[filter_index], high.push_state[filter_index])
-            return jax.lax.scan(push, jnp.zeros((4, 4), high.push_data.dtype), along, reverse=reverse)[1]
+            def step(covariance, move):
+                push_data, push_state = move[:, :data], move[:, data:]
+                after = push_state @ covariance @ push_state.T + push_data @ push_data.T
+                return after, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
 
-        left, right = spread(0, False), spread(1, True)
-        beyond = jnp.abs(high.from_left) @ left[:, :, None] + jnp.abs(high.from_right) @ right[:, :, None]
-        return jnp.max(jnp.sum(jnp.abs(high.from_data), axis=-1) + beyond[..., 0])
+            start = jnp.zeros((moves.shape[1], moves.shape[1]), moves.dtype)
+            return jax.lax.scan(step, start, moves, reverse=reverse)[1]
+
+        states = spread(backward[:, points:, : data + 4], True), spread(forward, False)
+        to_points = jnp.abs(backward[:, :points])
+        beyond = to_points[..., data:] @ jnp.concatenate(states, axis=-1)[..., None]
+        return jnp.max(jnp.sum(to_points[..., :data], axis=-1) + beyond[..., 0])
 
     def matrix(self) -> Float[Array, "results rows"]:
         with jax.enable_x64(True):

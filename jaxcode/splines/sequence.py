@@ -1,7 +1,5 @@
 """Knots and points in one ascending sequence, and its cuts into blocks. Indices only: nothing to differentiate."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -17,7 +15,7 @@ Indices = Int[np.ndarray | Array, "..."]
 
 @pytree("block", "rows", "points", "distinct", eq=False)
 class Sequence:
-    """How n knots and p points interleave, and where blocks of the sequence find their data and leave their results.
+    """How n knots and p points interleave, and what of them lies in each block of the sequence.
 
     An entry is a knot or a point. Knots at one place form a site, which is entered where its last knot stands.
 
@@ -25,19 +23,17 @@ class Sequence:
         order: Entry to index into points followed by knots, shape (n + p,).
         entry: Index into points followed by knots to entry, shape (p + n,).
         closing: Knot to the last knot at its place, shape (n,).
-        first_row: Block to the first row of data that it reads, shape (blocks,).
-        first_point: Block to the first of the points that it holds, shape (blocks,).
+        knots_before: Block to the number of knots before it, shape (blocks,).
         block: Entries in a block; the last block is filled up with empty ones. Static.
-        rows: How many rows of data every block reads. Static.
-        points: How many points every block may hold. Static.
+        rows: At most so many knots lie in a block, whose data it reads. Static.
+        points: At most so many points lie in a block. Static.
         distinct: Whether it is known that no two knots share a place. Static.
     """
 
     order: Indices
     entry: Indices
     closing: Indices
-    first_row: Indices
-    first_point: Indices
+    knots_before: Indices
     block: int
     rows: int
     points: int
@@ -53,14 +49,25 @@ class Sequence:
         """Entries with those that fill the last block up."""
         return -(-self.order.shape[0] // self.block) * self.block
 
+    @property
+    def first_row(self) -> Indices:
+        """Block to the first row of data that it reads: its own knots are among the rows from there on."""
+        return _xp(self.knots_before).minimum(self.knots_before, self.closing.shape[0] - self.rows)
+
+    @property
+    def first_point(self) -> Indices:
+        """Block to the first of the results that it adds to: its own points are among those from there on."""
+        start = np.arange(0, self.length, self.block, dtype=np.int32)
+        return _xp(self.knots_before).minimum(start - self.knots_before, self.num_points - self.points)
+
 
 def arrange(
     knots: Float[np.ndarray | Array, "knots"], points: Float[np.ndarray | Array, "points"], block: int | None = None
 ) -> Sequence:
     """Interleaves ascending knots with ascending points and cuts the sequence into blocks.
 
-    With NumPy arrays everything is NumPy and the blocks read no more rows than they need; with traced arrays, whose
-    order is not known yet, they read enough for any order.
+    With NumPy arrays everything is NumPy and the blocks are as small as can be; traced arrays, whose order is not known
+    yet, have blocks that do for any order.
 
     Args:
         knots: Ascending; neighbours may be equal.
@@ -70,48 +77,23 @@ def arrange(
     known = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
     xp = np if known else jnp
     n, p = knots.shape[0], points.shape[0]
+    block = n + p if block is None else min(block, n + p)
     same = SAME_PLACE * (knots[-1] - knots[0])
     site = xp.cumsum(xp.concatenate([xp.zeros(1, np.int32), xp.diff(knots) > same]), dtype=np.int32)
     closing = xp.searchsorted(site, site, side="right").astype(np.int32) - 1
     # Points stand before knots at the same place, which makes no difference to the curve.
     order = xp.argsort(xp.concatenate([points, knots]), stable=True).astype(np.int32)
     entry = xp.argsort(order).astype(np.int32)
+    start = np.arange(0, n + p, block, dtype=np.int32)
+    knots_before = xp.searchsorted(entry[p:], start).astype(np.int32)
 
-    distinct = known and bool((closing == np.arange(n)).all())
-    if block is None or block >= n + p:
-        start = np.zeros(1, np.int32)
-        return Sequence(order, entry, closing, start, start, n + p, n, p, distinct)
-    cut = _cut(xp, site, closing, order - p, block, n, p)
-    return Sequence(order, entry, closing, cut.first_row, cut.first_point, block, cut.rows, cut.points, distinct)
-
-
-class _Cut(NamedTuple):
-    first_row: Indices
-    first_point: Indices
-    rows: int
-    points: int
+    rows, places, distinct = min(block, n), min(block, p), False
+    if known:
+        rows = int(np.diff(knots_before, append=n).max())
+        places = int(np.diff(start - knots_before, append=p).max())
+        distinct = bool((closing == np.arange(n)).all())
+    return Sequence(order, entry, closing, knots_before, block, rows, places, distinct)
 
 
-def _cut(xp, site, closing, knot, block, n, p):
-    """Where every block begins, and how many rows and points it must hold; knot is below 0 for points."""
-    blocks = -(-(n + p) // block)
-    filler = blocks * block - (n + p)
-    # A site's data are read where the site is entered, though its first knots may stand in the block before.
-    opening = xp.searchsorted(site, site, side="left").astype(np.int32)
-    none_row, none_point = xp.full(filler, n, np.int32), xp.full(filler, p, np.int32)
-    is_point = knot < 0
-    closes = ~is_point & (closing[xp.maximum(knot, 0)] == knot)
-    opens = xp.where(closes, opening[xp.maximum(knot, 0)], n)
-    count = xp.cumsum(is_point, dtype=np.int32) - 1
-    first_row = xp.concatenate([opens, none_row]).reshape(blocks, block).min(axis=1)
-    first_point = xp.concatenate([xp.where(is_point, count, p), none_point]).reshape(blocks, block).min(axis=1)
-    if xp is np:
-        last_row = np.concatenate([np.where(closes, knot, -1), np.full(filler, -1)]).reshape(blocks, block).max(axis=1)
-        rows = int(np.max(last_row - first_row)) + 1
-        held = np.concatenate([is_point, np.zeros(filler, bool)]).reshape(blocks, block).sum(axis=1)
-        points = int(held.max())
-    else:
-        # Twice the block, for sites whose first knots stand in the block before.
-        rows, points = min(2 * block, n), min(block, p)
-    first_row, first_point = xp.minimum(first_row, n - rows), xp.minimum(first_point, p - points)
-    return _Cut(first_row.astype(np.int32), first_point.astype(np.int32), rows, points)
+def _xp(array):
+    return np if isinstance(array, np.ndarray) else jnp

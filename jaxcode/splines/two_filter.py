@@ -75,21 +75,17 @@ class Moves(NamedTuple):
 class Blocks(NamedTuple):
     """What takes data to the curve's values at points, block by block of the sequence.
 
-    A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b).
+    A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b). To the
+    left's belongs a fifth number: the sum, so far, of a site whose first knots stand before the edge and others after.
 
     Attributes:
-        from_data: The block's data to its points.
-        from_left: The left filter's state at the block's first entry to its points.
-        from_right: The right filter's state at the block's last entry to its points.
-        push_data: The block's data to the states that the two filters leave the block with.
-        push_state: The state that each filter enters the block with to the one that it leaves with.
+        forward: The block's data and the left state before it, to the left state after it.
+        backward: The block's data, the right state after it and the left state before it, to the values at the block's
+            points and the right state before it.
     """
 
-    from_data: Float[Array, "blocks points rows"]
-    from_left: Float[Array, "blocks points 4"]
-    from_right: Float[Array, "blocks points 4"]
-    push_data: Float[Array, "2 blocks 4 rows"]
-    push_state: Float[Array, "2 blocks 4 4"]
+    forward: Float[Array, "blocks 5 rows+5"]
+    backward: Float[Array, "blocks points+4 rows+9"]
 
 
 def find_moves(
@@ -128,15 +124,7 @@ def two_filter(sequence: Sequence, moves: Moves, weights: Float[Array, "knots"],
     predicted = _covariances(moves.arriving, entered, smoothing)
     remains, seen = _observe(predicted, entered, smoothing)
     of_data, of_state = _pull(sequence, (remains, seen, moves.ahead, *predicted), _weigh(sequence, predicted))
-    from_data = _to_rows(sequence, of_data, share)
-    at_points, at_edge = slice(None, sequence.points), slice(sequence.points, None)
-    return Blocks(
-        from_data=from_data[0, :, at_points] + from_data[1, :, at_points],
-        from_left=of_state[0, :, at_points],
-        from_right=of_state[1, :, at_points],
-        push_data=from_data[:, :, at_edge],
-        push_state=of_state[:, :, at_edge],
-    )
+    return _in_blocks(sequence, of_data, of_state, share)
 
 
 def _enter(sequence, weights):
@@ -249,15 +237,61 @@ def _pull(sequence, entries, weighs):
     return of_data, jnp.stack(state, axis=-1)
 
 
-def _to_rows(sequence, of_data, share):
-    """What data are multiplied by, from entries to the rows that each block reads: shape (2, blocks, ..., rows)."""
-    steps, blocks = sequence.block, sequence.length // sequence.block
+def _in_blocks(sequence, of_data, of_state, share):
+    """Puts together what belongs to each block, from what its entries' data are multiplied by."""
+    steps, n, p = sequence.block, sequence.closing.shape[0], sequence.num_points
+    entry, closing = jnp.asarray(sequence.entry)[p:], jnp.asarray(sequence.closing)
+    before = jnp.asarray(sequence.knots_before)
+    block = jnp.arange(before.shape[0], dtype=jnp.int32)
+
+    def multipliers(at, where):
+        """What both filters multiply the data of one entry of each block by, shape (2, blocks, ..., points + 4)."""
+        in_block = jnp.broadcast_to(jnp.expand_dims(block, tuple(range(1, at.ndim))), at.shape)
+        step = jnp.where(where, at - in_block * steps, 0)
+        found = jnp.stack([of_data[step, 0, in_block], of_data[steps - 1 - step, 1, in_block]])
+        return jnp.where(where[..., None], found, 0)
+
+    # Data are added up over their site, and count where it closes: in their own block or a later one.
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    entry = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)[row]]
-    block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
-    step = entry - block * steps
-    inside = (step >= 0) & (step < steps)
-    step = jnp.where(inside, step, 0)
-    factor = jnp.where(inside, share[row], 0)[..., None]
-    forward, backward = of_data[step, 0, block], of_data[steps - 1 - step, 1, block]
-    return jnp.swapaxes(jnp.stack([forward * factor, backward * factor]), -1, -2)
+    mine = entry[row] // steps == block[:, None]
+    closes = entry[closing[row]]
+    at_once = mine & (closes // steps == block[:, None])
+    later = jnp.where(mine & ~at_once, share[row], 0)
+    data = jnp.swapaxes(multipliers(closes, at_once) * share[row][..., None], -1, -2)
+
+    # What earlier blocks have added up counts where that site closes, if it does so here.
+    next_knot, last_knot = jnp.minimum(before, n - 1), jnp.maximum(before - 1, 0)
+    is_open = (before > 0) & (before < n) & (closing[next_knot] == closing[last_knot])
+    closes = entry[closing[next_knot]]
+    now = closes // steps == block
+    summed = multipliers(closes, is_open & now)[..., None]
+    stays_open = jnp.where(is_open & ~now, 1, 0).astype(share.dtype)
+
+    at_points, at_edge = slice(None, sequence.points), slice(sequence.points, None)
+    left, right = 0, 1
+
+    def join(*parts):
+        return jnp.concatenate(parts, axis=-1)
+
+    none = jnp.zeros((before.shape[0], 1, 4), share.dtype)
+    return Blocks(
+        forward=jnp.concatenate(
+            [
+                join(data[left, :, at_edge], of_state[left, :, at_edge], summed[left, :, at_edge]),
+                join(later[:, None], none, stays_open[:, None, None]),
+            ],
+            axis=1,
+        ),
+        backward=jnp.concatenate(
+            [
+                join(data.sum(0)[:, at_points], *of_state[::-1, :, at_points], summed.sum(0)[:, at_points]),
+                join(
+                    data[right, :, at_edge],
+                    of_state[right, :, at_edge],
+                    jnp.broadcast_to(none, (before.shape[0], 4, 4)),
+                    summed[right, :, at_edge],
+                ),
+            ],
+            axis=1,
+        ),
+    )

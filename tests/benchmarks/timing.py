@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ _SHORTEST = 2e-3
 
 
 def race(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, rounds: int = 7) -> dict[str, np.ndarray]:
-    """Times contenders in turn, round after round, so that what else the machine does meets them alike.
+    """Times contenders in rounds, each in another order, so that what else the machine does meets them alike.
 
     Args:
         contenders: Functions of nothing; each is run twice beforehand, and waited for until its result is ready.
@@ -34,11 +35,12 @@ def race(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, roun
         jax.block_until_ready(run())
         repeats[name] = max(1, round(_SHORTEST / max(_time(run, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    names, end = list(contenders), time.perf_counter() + seconds
+    names, rng, end = list(contenders), random.Random(0), time.perf_counter() + seconds
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
+        # What ran before leaves its mark on caches and on free memory.
+        rng.shuffle(names)
         for name in names:
             times[name].append(_time(contenders[name], repeats[name]))
-        names = names[1:] + names[:1]
     return {name: np.asarray(times[name]) for name in contenders}
 
 
