@@ -46,12 +46,11 @@ def expected(linear, rows):
 @each_form
 @each_width
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_rows_that_are_not_read_may_hold_anything(form, width, dtype, compiled):
+def test_rows_that_are_not_read_may_hold_anything(form, width, dtype):
     linear, rows = FORMS[form](SOME), jnp.asarray(rows_of(width), dtype)
     right = expected(linear, rows)
     spoilt = rows.at[1].set(jnp.nan).at[4, : width // 2].set(jnp.inf)
-    found = (jax.jit(apply) if compiled else apply)(linear, spoilt)
+    found = apply(linear, spoilt)
     assert found.dtype == rows.dtype
     bound = 8 * float(jnp.finfo(dtype).eps) * np.abs(right).max()
     np.testing.assert_allclose(np.asarray(found, np.float64), right, rtol=0, atol=bound)

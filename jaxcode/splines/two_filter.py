@@ -108,23 +108,40 @@ def find_moves(
     return Moves(xp.stack([xp.stack(row, 1) for row in arriving], 1), xp.stack([gaps, before[::-1]], axis=1))
 
 
-def two_filter(sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]) -> Blocks:
-    r"""Prepares a smoothing spline for any data at the knots and for its values at the points.
+def matrix_by_filters(
+    sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+) -> Float[Array, "points knots"]:
+    r"""The matrix from any data at the knots to the smoothing spline's values at the points.
 
     Args:
-        sequence: How knots and points interleave.
+        sequence: How knots and points interleave, in one block.
         moves: What `find_moves` says of the gaps, float64.
         weights: Not negative, float64; zero leaves the knot out.
         smoothing: :math:`\mu \ge 0`.
 
     Returns:
-        The blocks. All finite, even with one weight above zero or none.
+        The matrix. Finite, even with one weight above zero or none.
     """
+    of_data, _, share = _filter(sequence, moves, weights, smoothing)
+    at = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)]
+    both = of_data[:, 0, 0, : sequence.points] + of_data[::-1, 1, 0, : sequence.points]
+    return (both[at] * share[:, None]).T
+
+
+def blocks_by_filters(
+    sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+) -> Blocks:
+    """The same block by block of the sequence. Arguments as for `matrix_by_filters`, with any number of blocks."""
+    return _in_blocks(sequence, *_filter(sequence, moves, weights, smoothing))
+
+
+def _filter(sequence, moves, weights, smoothing):
+    """What `_pull` returns, and each knot's share of its site."""
     entered, share = _enter(sequence, weights)
     predicted = _covariances(moves.arriving, entered, smoothing)
     remains, seen = _observe(predicted, entered, smoothing)
-    of_data, of_state = _pull(sequence, (remains, seen, moves.ahead, *predicted), _weigh(sequence, predicted))
-    return _in_blocks(sequence, of_data, of_state, share)
+    pulled = _pull(sequence, (remains, seen, moves.ahead, *predicted), _weigh(sequence, predicted))
+    return *pulled, share
 
 
 def _enter(sequence, weights):

@@ -185,7 +185,11 @@ def test_damaged_idx_files(tmp_path, content, message):
         datasets.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(IMAGES)[:-20], gzip.compress(IMAGES)[:12] + b"xx"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(IMAGES)[:-20], gzip.compress(IMAGES)[:12] + b"xx"],
+    ids=["empty", "not gzip", "cut off", "overwritten"],
+)
 def test_damaged_gzip_files(tmp_path, content):
     _write_mnist(tmp_path, ".gz")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)

@@ -1,5 +1,7 @@
 """What splines promise beyond accuracy: other oracles, weights, repeated knots, masks, derivatives, arguments."""
 
+import functools
+
 import csaps
 import interpax
 import jax
@@ -150,8 +152,12 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
             jnp.asarray(VALUES),
         )
         every = tuple(range(5))
-        reverse = jax.jit(jax.grad(loss, argnums=every))(*at)
-        forward = jax.jacfwd(loss, argnums=every)(*at)
+        # Compiled in haste: each of these programs runs a few times.
+        compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        reverse, forward, value = (
+            compiled(function) for function in (jax.grad(loss, every), jax.jacfwd(loss, every), loss)
+        )
+        reverse, forward = reverse(*at), forward(*at)
         for which in every:
             direction = np.random.default_rng(which).normal(size=at[which].shape)
             if which == 0:
@@ -159,12 +165,12 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
             step = 1e-9 if which == 0 and smoothing == 0.0 else 1e-6
             above, below = ([*at[:which], at[which] + sign * step * direction, *at[which + 1 :]] for sign in (1, -1))
             if which == 0 and smoothing == 0.0:  # one-sided: a negative smoothing is refused
-                numeric = (-3 * loss(*at) + 4 * loss(*above) - loss(*[2 * step * direction, *at[1:]])) / (2 * step)
+                numeric = (-3 * value(*at) + 4 * value(*above) - value(2 * step * direction, *at[1:])) / (2 * step)
             else:
-                numeric = (loss(*above) - loss(*below)) / (2 * step)
+                numeric = (value(*above) - value(*below)) / (2 * step)
             for found in (reverse[which], forward[which]):
                 slope = float(np.sum(np.asarray(found) * direction))
-                assert slope == pytest.approx(float(numeric), rel=1e-6, abs=1e-6 * abs(float(loss(*at))) + 1e-7), which
+                assert slope == pytest.approx(float(numeric), rel=1e-6, abs=1e-6 * abs(float(value(*at))) + 1e-7), which
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
