@@ -145,7 +145,7 @@ class BlockMap(AbstractMap):
 
     def amplification(self) -> Float[Array, ""]:
         """By the block's own data, and by the filters' states from data beyond as large as unit noise makes them."""
-        forward, backward = (jnp.asarray(h.high) for h in self.blocks)
+        forward, backward = (jnp.asarray(h.high) for h in jax.tree.leaves(self.blocks, is_leaf=_is_halves))
         data, points = self.sequence.rows, self.sequence.points
 
         def spread(moves, reverse):

@@ -77,22 +77,22 @@ def arrange(
     known = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
     xp = np if known else jnp
     n, p = knots.shape[0], points.shape[0]
-    block = n + p if block is None else min(block, n + p)
+    size = min(block or n + p, n + p)
     same = SAME_PLACE * (knots[-1] - knots[0])
     site = xp.cumsum(xp.concatenate([xp.zeros(1, np.int32), xp.diff(knots) > same]), dtype=np.int32)
     closing = xp.searchsorted(site, site, side="right").astype(np.int32) - 1
     # Points stand before knots at the same place, which makes no difference to the curve.
     order = xp.argsort(xp.concatenate([points, knots]), stable=True).astype(np.int32)
     entry = xp.argsort(order).astype(np.int32)
-    start = np.arange(0, n + p, block, dtype=np.int32)
+    start = np.arange(0, n + p, size, dtype=np.int32)
     knots_before = xp.searchsorted(entry[p:], start).astype(np.int32)
 
-    rows, places, distinct = min(block, n), min(block, p), False
+    rows, places, distinct = min(size, n), min(size, p), False
     if known:
         rows = int(np.diff(knots_before, append=n).max())
         places = int(np.diff(start - knots_before, append=p).max())
         distinct = bool((closing == np.arange(n)).all())
-    return Sequence(order, entry, closing, knots_before, block, rows, places, distinct)
+    return Sequence(order, entry, closing, knots_before, size, rows, places, distinct)
 
 
 def _xp(array):
