@@ -4,6 +4,7 @@ Under `jit` a value may not be known while the program is being traced; shapes a
 what is known and says what was given, what was expected and what to do.
 """
 
+import contextlib
 import operator
 from typing import Any
 
@@ -16,6 +17,13 @@ from jax.core import Tracer
 def is_concrete(tree: Any) -> bool:
     """Whether every leaf's value is known now, not only when the traced program runs."""
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def at_once() -> contextlib.AbstractContextManager:
+    """Where what is known now is computed now, although a program may be being traced."""
+    # Only then: inside, even the constants of a program that is being traced are compiled one by one.
+    tracing = isinstance(jnp.zeros(()), Tracer)
+    return jax.ensure_compile_time_eval() if tracing else contextlib.nullcontext()
 
 
 def on_host(array: Any) -> np.ndarray | jax.Array:

@@ -39,8 +39,15 @@ def halve(numbers: Array | np.ndarray) -> Halves:
     if x64_is_on():
         return Halves(numbers, None)
     with jax.enable_x64(True):
-        high = numbers.astype(np.float32)
-        return Halves(high, (numbers - high.astype(np.float64)).astype(np.float32))
+        return _in_two(numbers) if isinstance(numbers, np.ndarray) else _in_two_compiled(numbers)
+
+
+def _in_two(numbers):
+    high = numbers.astype(np.float32)
+    return Halves(high, (numbers - high.astype(np.float64)).astype(np.float32))
+
+
+_in_two_compiled = jax.jit(_in_two, inline=True)
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
-from ._checks import check_mask, is_concrete, on_host
+from ._checks import at_once, check_mask, is_concrete, on_host
 from ._float64 import x64_is_on
 from ._maps import apply_to_groups
 from .codes.abstract import AbstractLinearCode
@@ -71,7 +71,7 @@ def coded(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], cod
 
     @functools.lru_cache(maxsize=64)
     def known_decoder(mask: bytes, _x64: bool):
-        with jax.ensure_compile_time_eval():
+        with at_once():
             return code.decoder_map(np.frombuffer(mask, bool))
 
     def predict(x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:

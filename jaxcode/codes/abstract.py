@@ -2,13 +2,12 @@
 
 import abc
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_ascending, check_mask, check_vector, is_concrete, on_host
+from .._checks import at_once, check_ascending, check_mask, check_vector, is_concrete, on_host
 from .._float64 import halve
 from .._maps import AbstractMap, Matrix, apply_to_tree
 
@@ -131,7 +130,7 @@ class AbstractInterpolatingCode(AbstractLinearCode):
         if not is_concrete(self):
             return self.encoding_curve()
         # With known nodes it is a constant of the traced program.
-        with jax.ensure_compile_time_eval():
+        with at_once():
             return self.encoding_curve()
 
     def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:

@@ -45,8 +45,9 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
 def _traced_map(knots, points, smoothing, weights):
     knots, points = (np.asarray(a, np.float64) if is_concrete(a) else a for a in (knots, points))
     n, p = knots.shape[0], points.shape[0]
-    reads = None if is_concrete(weights) and np.asarray(weights).all() else jnp.asarray(weights) > 0
-    gives = None if reads is None else jnp.broadcast_to(jnp.sum(reads) >= 2, (p,))
+    xp = np if isinstance(weights, np.ndarray) else jnp
+    reads = None if xp is np and weights.all() else xp.asarray(weights) > 0
+    gives = None if reads is None else xp.broadcast_to(reads.sum() >= 2, (p,))
     weights = jnp.asarray(weights, jnp.result_type(float))
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
     sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
