@@ -12,7 +12,7 @@ from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly, dot
 from .._pytree import pytree
 from .banded import banded_matrix
 from .sequence import Sequence, arrange
-from .two_filter import Blocks, blocks_by_filters, find_moves, matrix_by_filters
+from .two_filter import Blocks, Moves, blocks_by_filters, find_moves, matrix_by_filters
 
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
 # `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
@@ -51,29 +51,24 @@ def _traced_map(knots, points, smoothing, weights):
     weights = jnp.asarray(weights, jnp.result_type(float))
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
     sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
-    known = is_concrete((knots, points))
-    solve = _SOLVERS[one_matrix, known]
-    solved = solve(sequence, find_moves(sequence, knots, points) if known else (knots, points), weights, smoothing)
+    gaps = find_moves(sequence, knots, points) if is_concrete((knots, points)) else (knots, points)
     if one_matrix:
-        return Matrix(halve(solved), reads, gives)
-    return BlockMap(sequence, jax.tree.map(halve, solved), n, p, reads, gives)
+        return Matrix(halve(_as_matrix(sequence, gaps, weights, smoothing)), reads, gives)
+    blocks = _as_blocks(sequence, gaps, weights, smoothing)
+    return BlockMap(sequence, jax.tree.map(halve, blocks), n, p, reads, gives)
 
 
-def _solver(by_filters, known):
-    """In float64, from what is known of the gaps, or from the nodes where they are traced."""
+def _solver(by_filters):
+    """In float64, from the moves over the gaps, or from knots and points where those are traced."""
 
-    def solve(sequence, places, weights, smoothing):
-        moves = places if known else find_moves(sequence, *places)
+    def solve(sequence, gaps, weights, smoothing):
+        moves = gaps if isinstance(gaps, Moves) else find_moves(sequence, *gaps)
         return by_filters(sequence, moves, weights, smoothing)
 
     return in_float64(jax.jit(solve))
 
 
-_SOLVERS = {
-    (one_matrix, known): _solver(matrix_by_filters if one_matrix else blocks_by_filters, known)
-    for one_matrix in (True, False)
-    for known in (True, False)
-}
+_as_matrix, _as_blocks = _solver(matrix_by_filters), _solver(blocks_by_filters)
 
 
 def _arrange(knots, points, block):

@@ -272,9 +272,9 @@ def _in_blocks(sequence, of_data, of_state, share):
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
     mine = entry[row] // steps == block[:, None]
     closes = entry[closing[row]]
-    at_once = mine & (closes // steps == block[:, None])
-    later = jnp.where(mine & ~at_once, share[row], 0)
-    data = jnp.swapaxes(multipliers(closes, at_once) * share[row][..., None], -1, -2)
+    here = mine & (closes // steps == block[:, None])
+    later = jnp.where(mine & ~here, share[row], 0)
+    data = jnp.swapaxes(multipliers(closes, here) * share[row][..., None], -1, -2)
 
     # What earlier blocks have added up counts where that site closes, if it does so here.
     next_knot, last_knot = jnp.minimum(before, n - 1), jnp.maximum(before - 1, 0)

@@ -17,6 +17,8 @@ from jaxcode import (
     nodes,
 )
 
+from ..compiling import jit_in_haste
+
 NUM_DATA, NUM_WORKERS = 5, 12
 
 
@@ -91,8 +93,7 @@ def all_masks(name):
 
 def in_x64(function):
     """Compiles a function of (code, ...) with x64 on, where nodes given as arguments keep their digits."""
-    # These programs run a few times each: most of the time is the compiler's, which unoptimised takes two thirds of it.
-    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    compiled = jit_in_haste(function)
 
     @functools.wraps(function)
     def call(*args):

@@ -21,9 +21,13 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
 @pytest.mark.parametrize(
     ("n", "layout", "smoothing"),
     [
+        (100, "chebyshev", 0.0),
         (100, "random", 1e-9),
         (100, "chebyshev", 1e-2),
+        (100, "random", 100.0),
+        (512, "random", 0.0),
         (512, "chebyshev", 1e-9),
+        (4096, "chebyshev", 0.0),
         (4096, "random", 0.0),
     ],
 )

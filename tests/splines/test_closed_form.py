@@ -1,7 +1,5 @@
 """What splines promise beyond accuracy: other oracles, weights, repeated knots, masks, derivatives, arguments."""
 
-import functools
-
 import csaps
 import interpax
 import jax
@@ -14,6 +12,7 @@ from scipy.interpolate import make_smoothing_spline
 
 from jaxcode.splines import fit_and_evaluate, smoother_matrix, spline_matrix
 
+from ..compiling import jit_in_haste
 from . import cases
 
 RNG = np.random.default_rng(0)
@@ -152,12 +151,9 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
             jnp.asarray(VALUES),
         )
         every = tuple(range(5))
-        # Compiled in haste: each of these programs runs a few times.
-        compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        reverse, forward, value = (
-            compiled(function) for function in (jax.grad(loss, every), jax.jacfwd(loss, every), loss)
-        )
-        reverse, forward = reverse(*at), forward(*at)
+        value = jit_in_haste(loss)
+        reverse = jit_in_haste(jax.grad(loss, every))(*at)
+        forward = jit_in_haste(jax.jacfwd(loss, every))(*at)
         for which in every:
             direction = np.random.default_rng(which).normal(size=at[which].shape)
             if which == 0:

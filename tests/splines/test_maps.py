@@ -1,15 +1,15 @@
 """One spline, three ways to prepare it: on the host, traced as a matrix, traced in blocks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcode._maps import apply_plainly
 from jaxcode.splines import maps
 from jaxcode.splines.banded import banded_matrix
 
+from ..compiling import jit_in_haste
 from . import cases
 
 RNG = np.random.default_rng(5)
@@ -20,8 +20,6 @@ LAYOUTS = {
     "all but one at one place": np.array([-1.0, *[0.5] * 22]),
 }
 POINTS = np.sort(np.concatenate([RNG.uniform(-1.4, 1.4, 9), [-1.0, 0.5, 1.0]]))
-# These programs run a few times each: most of the time is the compiler's.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -41,7 +39,7 @@ def test_every_way_gives_the_same_matrix(form, layout, nodes):
     weights = RNG.uniform(0.5, 2, 23)
     with jax.enable_x64(True):
 
-        @compiled
+        @jit_in_haste
         def traced(knots_now, points_now, weights, smoothing):
             at = (knots, POINTS) if nodes == "known" else (knots_now, points_now)
             return maps.spline_map(*at, smoothing, weights).matrix()
@@ -60,9 +58,9 @@ def test_blocks_have_the_gradients_of_the_matrix():
 
     def gradients():
         def loss(smoothing, knots, points, weights, values):
-            return jnp.sum(pull * maps.apply_plainly(maps.spline_map(knots, points, smoothing, weights), values))
+            return jnp.sum(pull * apply_plainly(maps.spline_map(knots, points, smoothing, weights), values))
 
-        return compiled(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
+        return jit_in_haste(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
 
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         expected = gradients()
