@@ -19,10 +19,14 @@ def is_concrete(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
+# Part of the program that is being traced, if one is; else a call of what is compiled, which takes microseconds.
+_probe = jax.jit(lambda: 0.0)
+
+
 def at_once() -> contextlib.AbstractContextManager:
     """Where what is known now is computed now, although a program may be being traced."""
     # Only then: inside, even the constants of a program that is being traced are compiled one by one.
-    tracing = isinstance(jnp.zeros(()), Tracer)
+    tracing = isinstance(_probe(), Tracer)
     return jax.ensure_compile_time_eval() if tracing else contextlib.nullcontext()
 
 
