@@ -6,6 +6,7 @@ and the K results are decoded from the answers that came.
 
 from . import metrics as metrics
 from . import nodes as nodes
+from . import ordering as ordering
 from . import splines as splines
 from . import stragglers as stragglers
 from .coded import coded as coded

@@ -112,5 +112,19 @@ def check_mask(name: str, value: Any, count: int) -> None:
         )
 
 
+def batch_size(name: str, tree: Any) -> int:
+    """The length of the leading axis, at least 1, that all leaves share."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        raise ValueError(f"{name} is {tree!r}; expected at least one array with a leading axis, the batch")
+    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"{name} has leaves of shapes {[np.shape(leaf) for leaf in leaves]}; expected one leading axis, the batch, "
+            "of the same length in all and at least 1"
+        )
+    return sizes.pop()
+
+
 def _dtype(value):
     return value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
