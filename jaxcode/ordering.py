@@ -162,30 +162,38 @@ def _shortened(tour, distances):
 
     The first place stays the first.
     """
-    place = jnp.arange(len(tour), dtype=jnp.int32)
+    size = len(tour)
+    place = jnp.arange(size, dtype=jnp.int32)
     least = 1e-6 * jnp.max(distances)
 
+    def lengths(tour):
+        return distances[tour, jnp.roll(tour, -1)]
+
     def try_step(i, carry):
-        tour, _ = carry
-        after = jnp.roll(tour, -1)
+        tour, steps, _ = carry
         # Steps a -> b and c -> d become a -> c and b -> d, all between them walked backwards.
-        a, b = tour[i], after[i]
-        saved = distances[a, b] + distances[tour, after] - distances[a][tour] - distances[b][after]
-        j = jnp.argmax(jnp.where(place == i, 0, saved)).astype(jnp.int32)
-        better = saved[j] > least
-        first, last = jnp.minimum(i, j) + 1, jnp.maximum(i, j)
-        inside = (place >= first) & (place <= last) & better
-        return tour[jnp.where(inside, first + last - place, place)], carry[1] | better
+        a, b = tour[i], tour[jnp.where(i + 1 == size, 0, i + 1)]
+        saved = steps[i] + steps - distances[a][tour] - jnp.roll(distances[b][tour], -1)
+        saved = jnp.where(place == i, 0, saved)
+
+        def walk_backwards():
+            j = jnp.argmax(saved).astype(jnp.int32)
+            first, last = jnp.minimum(i, j) + 1, jnp.maximum(i, j)
+            turned = tour[jnp.where((place >= first) & (place <= last), first + last - place, place)]
+            return turned, lengths(turned), jnp.bool_(True)
+
+        # Most steps have no such partner, and looking is far cheaper than walking.
+        return jax.lax.cond(jnp.max(saved) > least, walk_backwards, lambda: carry)
 
     def one_pass(carry):
-        tour, _, passes = carry
-        tour, better = jax.lax.fori_loop(0, len(tour), try_step, (tour, jnp.bool_(False)))
-        return tour, better, passes + 1
+        tour, steps, _, passes = carry
+        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.bool_(False))), passes + 1
 
     def unfinished(carry):
-        return carry[1] & (carry[2] < MOST_PASSES)
+        return carry[2] & (carry[3] < MOST_PASSES)
 
-    return jax.lax.while_loop(unfinished, one_pass, (tour, jnp.bool_(True), jnp.int32(0)))[0]
+    start = tour, lengths(tour), jnp.bool_(True), jnp.int32(0)
+    return jax.lax.while_loop(unfinished, one_pass, start)[0]
 
 
 def _without_copies(path, size):
