@@ -161,7 +161,7 @@ def compare(
             drawn = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
             images, labels = jnp.asarray(x[drawn]), jnp.asarray(y[drawn])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
-            path = order_by_likeness(x[drawn])
+            path = np.asarray(jc.ordering.greedy(images, num_data))
             targets = base(state, images)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
             for j, scheme in enumerate(schemes):
@@ -171,28 +171,6 @@ def compare(
                     values[metric][j, :, i] = measured[metric]
                 bar.update()
     return Comparison(tuple(schemes), tuple(straggler_counts), values, base_accuracy)
-
-
-def order_by_likeness(x: Float[np.ndarray, "images *pixels"]) -> Int[np.ndarray, " images"]:
-    """An order in which like follows like: from the first image, always the nearest of those left.
-
-    The smoother the curve through the inputs of a request, the better the spline; this makes it short.
-
-    Args:
-        x: images, nearness is the squared distance of their pixels.
-
-    Returns:
-        A permutation of the images that begins with 0.
-    """
-    flat = x.reshape(len(x), -1).astype(np.float64)
-    squares = (flat**2).sum(axis=1)
-    distances = squares[:, None] + squares[None] - 2 * flat @ flat.T
-    order = np.zeros(len(x), int)
-    for i in range(len(x)):
-        distances[:, order[i]] = np.inf
-        if i + 1 < len(x):
-            order[i + 1] = distances[order[i]].argmin()
-    return order
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:

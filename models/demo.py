@@ -14,7 +14,7 @@ from flax import nnx
 import jaxcode as jc
 
 from . import datasets
-from .comparison import Comparison, compare, order_by_likeness, standard_schemes, write_csv
+from .comparison import Comparison, compare, standard_schemes, write_csv
 from .datasets import Dataset
 from .lenet5 import LeNet5, num_parameters
 from .plots import plot_comparison, plot_request
@@ -122,27 +122,25 @@ def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
 
 def _ask_once(model: LeNet5, data: Dataset, args: argparse.Namespace) -> None:
     """The library in three lines, and one request as a picture."""
-    order = order_by_likeness(data.x_test[: args.batch_size])
-    images, labels = jnp.asarray(data.x_test[order]), data.y_test[order]
+    images, labels = jnp.asarray(data.x_test[: args.batch_size]), data.y_test[: args.batch_size]
     code = jc.SplineCode.chebyshev(num_data=args.num_data, num_workers=args.num_workers)
     key = jax.random.key(args.seed)
     returned = jc.stragglers.Uniform(args.num_stragglers).sample(key, num_workers=args.num_workers)
 
-    predict = jc.coded(model, code)
+    predict = jc.coded(model, code, order=jc.ordering.greedy)
     logits = predict(images, returned)
 
     right, alone = (float(jc.metrics.accuracy(out, labels)) for out in (logits, model(images)))
     print(
         f"2. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
         f"       code = jc.SplineCode.chebyshev(num_data={args.num_data}, num_workers={args.num_workers})\n"
-        "       predict = jc.coded(model, code)\n"
+        "       predict = jc.coded(model, code, order=jc.ordering.greedy)\n"
         "       logits = predict(images, returned)\n\n"
-        f"   {right:.1%} of {len(images)} images right, sorted so that like follows like; "
-        f"{alone:.1%} when every worker replies.\n",
+        f"   {right:.1%} of {len(images)} images right; {alone:.1%} when every worker replies.\n",
         flush=True,
     )
-    inputs = data.x_test[: args.num_data]
-    inputs = jnp.asarray(inputs[order_by_likeness(inputs)])
+    inputs = images[: args.num_data]
+    inputs = inputs[jc.ordering.greedy(inputs, args.num_data)]
     coded = code.encode(inputs)
     decoded = jax.nn.softmax(code.decode(model(coded), returned))
     plot_request(

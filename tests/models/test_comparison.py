@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from models.comparison import METRICS, compare, mean_and_half_width, order_by_likeness, standard_schemes, write_csv
+from models.comparison import METRICS, compare, mean_and_half_width, standard_schemes, write_csv
 from models.datasets import load
 
 COUNTS = (0, 3, 6)
@@ -111,16 +111,6 @@ def test_the_seed_decides_everything(data):
     for metric in METRICS:
         np.testing.assert_array_equal(one.values[metric], again.values[metric])
     assert not np.array_equal(one.values["rmse"], other.values["rmse"])
-
-
-def test_like_follows_like():
-    points = np.random.default_rng(0).permutation(50)
-    start = np.flatnonzero(points == 0)[0]
-    points[[0, start]] = points[[start, 0]]
-    x = np.broadcast_to(points[:, None, None], (50, 3, 2)).astype(np.float32)
-    np.testing.assert_array_equal(points[order_by_likeness(x)], np.arange(50))
-    # Equal images are all visited, each once.
-    np.testing.assert_array_equal(np.sort(order_by_likeness(np.zeros((4, 2), np.float32))), np.arange(4))
 
 
 def test_intervals_are_those_of_students_t():
