@@ -56,7 +56,7 @@ def greedy(
 
     Returns:
         int32, shape (B,): a permutation of the batch; groups are num_data consecutive entries, the last may be shorter.
-        Inputs with NaN or infinity in their features come last in their part.
+        Inputs with NaN or infinity in their features are far from all others.
 
     Raises:
         ValueError: If x or the features have no leaves or leading axes that differ, or num_data is not a whole number.
@@ -67,7 +67,7 @@ def greedy(
 
     >>> x = jnp.array([0.0, 9.0, 1.0, 8.0, 2.0, 10.0])[:, None]
     >>> sorted(x[order, 0].tolist() for order in greedy(x, 3).reshape(2, 3))
-    [[2.0, 1.0, 0.0], [8.0, 9.0, 10.0]]
+    [[0.0, 1.0, 2.0], [8.0, 9.0, 10.0]]
     """
     check_count("num_data", num_data)
     size = batch_size("x", x)
