@@ -51,7 +51,8 @@ def coded(
 
     Raises:
         ValueError: If f or code is none of the above. From `predict`: if x has no leaves, its leading axes differ or
-            are 0, XX
+            are 0, returned is not bool (N,), f does not return real numbers with its batch as leading axis, or order
+            does not return whole numbers (B,).
 
     References:
         arXiv 2406.00300, section 3.
@@ -80,7 +81,10 @@ def coded(
         answers = fn(params, sent)
         _check_answers(answers, groups * code.num_workers)
         results = jax.tree.map(lambda leaf: leaf[:size], apply_to_groups("f's result", decoder, answers, groups))
-        return results if turn is None else jax.tree.map(lambda leaf: leaf[jnp.argsort(turn)], results)
+        if turn is None:
+            return results
+        back = jnp.argsort(turn)
+        return jax.tree.map(lambda leaf: leaf[back], results)
 
     @functools.lru_cache(maxsize=64)
     def known_decoder(mask: bytes, _x64: bool):

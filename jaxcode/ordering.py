@@ -23,7 +23,7 @@ Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
 Metric = Callable[[Any, Any], Float[Array, ""]]
 
 # A batch longer than this is cut into parts, whose distances fit in memory one part at a time (16 MB).
-MOST_IN_ONE_TOUR = 2048
+MOST_IN_ONE_PATH = 2048
 # Every pass tries the moves of every input; a tour stops getting shorter after five to ten.
 MOST_PASSES = 16
 
@@ -73,8 +73,8 @@ def greedy(
     size = batch_size("x", x)
     x = jax.tree.map(jnp.asarray, x)
     features = x if key is None else key(x)
-    if batch_size("key(x)", features) != size:
-        found = batch_size("key(x)", features)
+    found = batch_size("key(x)", features)
+    if found != size:
         raise ValueError(f"key(x) has {found} rows; expected one for each of the {size} inputs in x")
     features = jax.tree.map(jax.lax.stop_gradient, features)
     return _greedy(features, size, min(num_data, size), metric)
@@ -82,20 +82,19 @@ def greedy(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _greedy(features, size, num_data, metric):
+    vectors = _as_vectors(features, size)
     if metric is None:
-        features, metric = _as_vectors(features, size), _euclidean
+        features, metric = vectors, _euclidean
     # As many parts as the next power of two; what is missing to equal parts are copies of the last input.
-    levels = max(0, math.ceil(math.log2(size / MOST_IN_ONE_TOUR)))
+    levels = max(0, math.ceil(math.log2(size / MOST_IN_ONE_PATH)))
     parts = 2**levels
     members = jnp.minimum(jnp.arange(-(-size // parts) * parts, dtype=jnp.int32), size - 1).reshape(1, -1)
-    if levels:
-        vectors = _as_vectors(features, size)
-        for _ in range(levels):
-            members = jax.vmap(lambda part: _halved(part, vectors[part]))(members).reshape(2 * len(members), -1)
+    for _ in range(levels):
+        members = jax.vmap(lambda part: _halved(part, vectors[part]))(members).reshape(2 * len(members), -1)
 
     def path_of(part):
         own = jax.tree.map(lambda leaf: leaf[part], features)
-        distances = _distances(own, own, metric)
+        distances = _distances(own, metric)
         # A place as near as can be to everything is where the path begins and the tour closes.
         distances = jnp.pad(distances, (0, 1))
         return part[_shortened(_nearest_neighbours(distances), distances)[1:]]
@@ -118,14 +117,13 @@ def _euclidean(a, b):
     return jnp.sqrt(jnp.sum((a - b) ** 2))
 
 
-def _distances(a, b, metric):
-    """Of every row of a to every row of b."""
+def _distances(features, metric):
+    """Of every row to every row."""
     if metric is _euclidean:
-        inner = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-        squares = (jnp.sum(rows**2, axis=1) for rows in (a, b))
-        squared = jnp.add.outer(*squares) - 2 * inner
-        return _finite(jnp.sqrt(jnp.maximum(squared, 0)))
-    return _finite(jax.vmap(lambda one: jax.vmap(lambda other: metric(one, other))(b))(a))
+        inner = jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
+        squares = jnp.sum(features**2, axis=1)
+        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares - 2 * inner, 0)))
+    return _finite(jax.vmap(lambda one: jax.vmap(lambda other: metric(one, other))(features))(features))
 
 
 def _finite(distances):

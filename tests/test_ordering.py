@@ -104,7 +104,7 @@ def test_key_and_metric_decide_what_is_near():
     by_key = greedy(x, 30, key=lambda rows: rows[:, :1])
     by_metric = greedy(x, 30, metric=lambda a, b: jnp.abs(a[0] - b[0]))
     for order in (by_key, by_metric):
-        # There and back again along the first coordinate.
+        # Along the first coordinate, and in one step back.
         assert tour_length(x[:, :1], order) == pytest.approx(2 * np.ptp(x[:, 0]), rel=1e-4)
     assert tour_length(x[:, :1], greedy(x, 30)) > 3 * np.ptp(x[:, 0])
 
@@ -153,7 +153,7 @@ def test_parts_of_a_long_batch(monkeypatch, size):
     """Cut into parts the tour is a little longer, and still visits each input once."""
     x = normal(size, 2)
     whole = tour_length(x, ordering.greedy(x, 10))
-    monkeypatch.setattr(ordering, "MOST_IN_ONE_TOUR", 64)
+    monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 64)
     jax.clear_caches()
     order = ordering.greedy(x, 10)
     jax.clear_caches()
