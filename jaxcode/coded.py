@@ -17,6 +17,8 @@ from ._maps import apply_to_groups
 from .codes.abstract import AbstractLinearCode
 from .functions import as_pure_function
 from .ordering import Ordering
+from .outputs import OutputSpace, as_returned
+from .robust import Defence, Suspicion
 
 Predict = Callable[..., PyTree[Array]]
 
@@ -26,6 +28,8 @@ def coded(
     code: AbstractLinearCode,
     *,
     order: Ordering | None = None,
+    output: OutputSpace = as_returned,
+    defence: Defence | None = None,
 ) -> Predict:
     r"""Makes a model answer although workers are missing.
 
@@ -44,10 +48,15 @@ def coded(
         order: In which order the batch is cut into groups: a function (x, K) to a permutation of the batch, traced
             with the rest; no derivatives pass through it. `jaxcode.ordering.greedy` puts like beside like, which with
             a code that mixes inputs is where most of the accuracy is. Results come in the caller's order all the same.
+        output: In which space answers are decoded; `jaxcode.outputs.logits` for a model that returns probabilities.
+            Results are what the model returns all the same.
+        defence: Which workers to believe of those that returned: `jaxcode.robust.leave_one_out` finds those that lie,
+            from their answers to the whole batch, and decodes as if they had not returned. Everyone if not given.
 
     Returns:
         `predict(x, returned=None)`: leaves (B, ...) to leaves (B, ...), returned bool (N,), everyone if not given.
         Where the code cannot recover an input from these answers (with splines: fewer than two), its results are NaN.
+        With a defence, `predict.inspect(x, returned=None)` gives the results and whom it suspected, a `Suspicion`.
 
     Raises:
         ValueError: If f or code is none of the above. From `predict`: if x has no leaves, its leading axes differ or
@@ -70,7 +79,7 @@ def coded(
     encoder = code.encoder_map()
 
     @jax.jit
-    def run(params, x, decoder):
+    def run(params, x, decoder, returned):
         size = batch_size("x", x)
         groups = -(-size // code.num_data)
         turn = None if order is None else _checked_order(order(jax.lax.stop_gradient(x), code.num_data), size)
@@ -80,27 +89,42 @@ def coded(
         sent = apply_to_groups("x", encoder, jax.tree.map(lambda leaf: _fill(leaf, groups * code.num_data), x), groups)
         answers = fn(params, sent)
         _check_answers(answers, groups * code.num_workers)
-        results = jax.tree.map(lambda leaf: leaf[:size], apply_to_groups("f's result", decoder, answers, groups))
+        answers, suspicion = output.of_answers(answers), None
+        if defence is not None:
+            suspicion = defence(code, answers, returned)
+            decoder = code.decoder_map(suspicion.returned)
+        results = apply_to_groups("f's result", decoder, answers, groups)
+        results = jax.tree.map(lambda leaf: leaf[:size], output.to_results(results))
         if turn is None:
-            return results
+            return results, suspicion
         back = jnp.argsort(turn)
-        return jax.tree.map(lambda leaf: leaf[back], results)
+        return jax.tree.map(lambda leaf: leaf[back], results), suspicion
 
     @functools.lru_cache(maxsize=64)
     def known_decoder(mask: bytes, _x64: bool):
         with at_once():
             return code.decoder_map(np.frombuffer(mask, bool))
 
-    def predict(x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
-        """Results for the batch x from the workers that returned."""
+    def inspect(
+        x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
+    ) -> tuple[PyTree[Array], Suspicion | None]:
+        """Results for the batch x from the workers that returned, and whom of them the defence suspected."""
         returned = np.ones(code.num_workers, bool) if returned is None else on_host(returned)
         check_mask("returned", returned, code.num_workers)
+        if defence is not None:
+            return run(params, x, None, returned)
         if isinstance(returned, np.ndarray) and is_concrete(code):
             decoder = known_decoder(returned.tobytes(), x64_is_on())
         else:
             decoder = code.decoder_map(returned)
-        return run(params, x, decoder)
+        return run(params, x, decoder, None)
 
+    def predict(x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
+        """Results for the batch x from the workers that returned."""
+        return inspect(x, returned)[0]
+
+    if defence is not None:
+        predict.inspect = inspect  # pyright: ignore[reportFunctionMemberAccess]
     return predict
 
 

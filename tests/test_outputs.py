@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcode import SplineCode, coded, outputs
+
+K, N = 4, 8
+WEIGHTS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(1).normal(size=(K, 3)), jnp.float32)
+RETURNED = np.arange(N) != 3
+
+
+def logits_of(x):
+    return jnp.tanh(x @ WEIGHTS)
+
+
+def probabilities_of(x):
+    return jax.nn.softmax(logits_of(x))
+
+
+@pytest.mark.parametrize("space", [outputs.as_returned, outputs.probabilities, outputs.logits], ids=lambda s: s.name)
+def test_there_and_back(space):
+    y = jax.nn.log_softmax(logits_of(X)) if space is outputs.probabilities else probabilities_of(X)
+    np.testing.assert_allclose(space.to_results(space.of_answers(y)), y, atol=1e-6)
+
+
+def test_decoding_is_done_in_the_space():
+    code = SplineCode.chebyshev(K, N)
+    answers = code.encode(X)
+    found = coded(logits_of, code, output=outputs.probabilities)(X, RETURNED)
+    decoded = code.decode(probabilities_of(answers), RETURNED)
+    np.testing.assert_allclose(jnp.exp(found), jnp.maximum(decoded, 0), atol=1e-6)
+    found = coded(probabilities_of, code, output=outputs.logits)(X, RETURNED)
+    decoded = code.decode(jnp.log(probabilities_of(answers)), RETURNED)
+    np.testing.assert_allclose(found, jax.nn.softmax(decoded), atol=1e-6)
+    assert not np.allclose(found, code.decode(probabilities_of(answers), RETURNED), atol=1e-4)
+
+
+def test_probabilities_of_zero_have_finite_logits():
+    certain = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    logits = outputs.logits.of_answers(certain)
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(outputs.logits.to_results(logits), certain)
