@@ -1,14 +1,19 @@
 """LeTCC: smoothing splines both ways."""
 
+import math
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from .. import nodes
 from .._checks import check_count, check_smoothing, is_concrete
 from .._maps import AbstractMap
 from .._pytree import pytree
 from ..splines.maps import spline_map
+from ..splines.posterior import predicted_errors
 from .abstract import AbstractInterpolatingCode, as_nodes
 
 
@@ -102,3 +107,49 @@ class SplineCode(AbstractInterpolatingCode):
         # The mean square over |F| answers, times |F|, is the solver's sum of squares.
         smoothing = returned.sum() * self.decoder_smoothing
         return spline_map(self.worker_nodes, self.data_nodes, smoothing, returned)
+
+    def decode_with_error(
+        self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        r"""Decodes the answers that came, and says before any truth is known how far off each result may be.
+
+        How fast errors fall with the distance between nodes, and where the curve bends, is read off the answers
+        themselves, by predicting each from the others. The results :math:`\pm 1.645` errors hold nine truths of ten.
+        Coding's error only: what f would have answered to the input itself is the truth.
+
+        Args:
+            y: As for `decode`. Features of one leaf are judged together, so let one leaf hold numbers of one kind.
+            returned: As for `decode`.
+
+        Returns:
+            The results of `decode`, and standard errors like them, not negative, in the same unit. Zero where a worker
+            at the input's own node returned and the decoder interpolates; infinite, unless so, with answers at fewer
+            than three nodes: nothing then tells how the curve bends. Derivatives with respect to answers, nodes and
+            smoothing are finite, at errors of zero too.
+
+        Raises:
+            ValueError: As for `decode`.
+
+        References:
+            `jaxcode.splines.posterior` says how, and after whom.
+
+        >>> import jax.numpy as jnp
+        >>> code = SplineCode.systematic(num_data=4, num_workers=9)
+        >>> returned = np.arange(9) != 3  # the worker of the second input
+        >>> results, errors = code.decode_with_error(jnp.exp(jnp.asarray(code.worker_nodes)), returned)
+        >>> errors.round(4)
+        Array([0.    , 0.0008, 0.    , 0.    ], dtype=float32)
+        >>> bool(jnp.all(jnp.abs(results - jnp.exp(jnp.asarray(code.data_nodes))) <= 1.645 * errors + 1e-6))
+        True
+        """
+        results = self.decode(y, returned)
+        mask = jnp.asarray(returned)
+        exact = is_concrete(self.decoder_smoothing) and self.decoder_smoothing == 0
+        smoothing = 0.0 if exact else mask.sum() * self.decoder_smoothing
+
+        def on_leaf(leaf, result):
+            rows = jnp.asarray(leaf).astype(result.dtype).reshape(self.num_workers, math.prod(result.shape[1:]))
+            errors = predicted_errors(self.worker_nodes, rows, self.data_nodes, mask, smoothing)
+            return errors.reshape(result.shape)
+
+        return results, jax.tree.map(on_leaf, y, results)

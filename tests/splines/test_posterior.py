@@ -1,0 +1,249 @@
+"""Predicted errors: the variances beneath against brute force, coverage and rank, and what few data say."""
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from scipy.interpolate import make_interp_spline
+from scipy.stats import spearmanr
+
+import jaxcode as jc
+from jaxcode.splines import posterior, spline_matrix
+
+from ..compiling import jit_in_haste
+
+RNG = np.random.default_rng(0)
+KNOTS = np.sort(RNG.uniform(-1, 1, 10))
+KNOTS[4] = KNOTS[5]
+POINTS = np.sort(np.append(RNG.uniform(-1.1, 1.1, 5), KNOTS[7]))
+WEIGHTS = np.array([1, 2, 0, 1, 1, 3, 1, 1, 1, 0.5])
+SITES = np.unique(KNOTS[WEIGHTS > 0])
+CODE = jc.SplineCode.systematic(6, 12)
+MASK = np.arange(12) % 5 != 1
+OWN = np.isin(CODE.data_nodes, CODE.worker_nodes[MASK])
+
+
+def values(code=CODE, scale=1.0):
+    t = np.asarray(code.worker_nodes)
+    return scale * np.stack([np.sin(3 * t), np.abs(t - 0.1)], axis=1)
+
+
+def errors(y, returned=MASK, code=CODE):
+    return np.asarray(code.decode_with_error(jnp.asarray(y, jnp.float32), returned)[1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-3, 1.0])
+def test_unit_variances_are_a_brute_force_gaussian_process(smoothing):
+    with jax.enable_x64(True):
+        ours = posterior.unit_variances(KNOTS, POINTS, WEIGHTS, smoothing)
+    theirs = _gaussian_process(KNOTS[WEIGHTS > 0], WEIGHTS[WEIGHTS > 0], POINTS, smoothing)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-15)
+
+
+def _gaussian_process(knots, weights, points, smoothing):
+    """Posterior variances with 150 digits: integrated Brownian motion, started at -2 with a wild value and slope."""
+    with mpmath.workdps(150):
+
+        def covariance(s, t):
+            s, t = mpmath.mpf(float(s)) + 2, mpmath.mpf(float(t)) + 2
+            low, high = min(s, t), max(s, t)
+            return low**2 * (3 * high - low) / 6 + mpmath.mpf(10) ** 22 * (1 + s * t)
+
+        # Noise so small that it is none, but knots at one place do not make the matrix singular.
+        noise = mpmath.mpf(smoothing) + mpmath.mpf(10) ** -25
+        n = len(knots)
+        among = mpmath.matrix(n, n)
+        for i in range(n):
+            for j in range(n):
+                among[i, j] = covariance(knots[i], knots[j]) + (noise / mpmath.mpf(float(weights[i])) if i == j else 0)
+        inverse = among**-1
+        found = []
+        for p in points:
+            to = mpmath.matrix([covariance(p, t) for t in knots])
+            found.append(float(covariance(p, p) - (to.T * inverse * to)[0]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_posterior_means_are_scipys_natural_splines(order):
+    inside = np.linspace(SITES[0], SITES[-1], 7)
+    y = np.sin(3 * SITES)
+    ends = [(order + i, 0.0) for i in range(order - 1)]
+    theirs = make_interp_spline(SITES, y, k=2 * order - 1, bc_type=(ends, ends) if ends else None)(inside)
+    with jax.enable_x64(True):
+        found = posterior._find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
+        ours = posterior._process(found, jnp.asarray(inside), order).rows[:, : len(SITES)] @ y
+    np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+def test_residuals_are_those_of_fitting_without_the_site_or_without_it_and_the_next():
+    with jax.enable_x64(True):
+        found = posterior._find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
+        process = posterior._process(found, jnp.asarray(POINTS), 2)
+        rows, variance, there = (np.asarray(a) for a in posterior._held_out(found, process.precision, 2))
+        n = len(SITES)
+        np.testing.assert_array_equal(there, np.broadcast_to(np.arange(len(KNOTS)) < n, there.shape))
+        for i in range(n):
+            for which, others in enumerate(([], [i + 1 if i + 1 < n else i - 1])):
+                keep = ~np.isin(np.arange(n), [i, *others])
+                expected = -np.asarray(spline_matrix(SITES, SITES[[i]], returned=keep))[0]
+                expected[i] += 1
+                np.testing.assert_allclose(rows[which, i, :n], expected, atol=1e-10)
+                without = posterior.unit_variances(SITES, SITES[[i]], keep.astype(float))
+                np.testing.assert_allclose(variance[which, i], without[0], rtol=1e-9)
+
+
+FUNCTIONS = {
+    "sine": np.sin,
+    "x sin x": lambda x: x * np.sin(2 * x),
+    "exponential": np.exp,
+    "Runge": lambda x: 1 / (1 + 9 * x**2),
+    "logistic": lambda x: 1 / (1 + np.exp(-3 * x)),
+    "waves": lambda x: sum(np.exp(-0.4 * j) * np.sin(j * x + j * j) for j in range(1, 12)),
+    "hyperbolic network": lambda x: np.tanh(np.sin(4 * np.arange(9) + np.tanh(2 * x[..., None] + np.arange(9)))).sum(
+        -1
+    ),
+}
+
+
+def test_intervals_hold_nine_truths_of_ten_and_errors_rank_the_true_ones():
+    rng, size = np.random.default_rng(1), (12, 36)
+    alike = np.linspace(-1, 1, 14)[1:-1], np.linspace(-1, 1, 36)
+    codes = [jc.SplineCode.chebyshev(*size), jc.SplineCode.systematic(*size), jc.SplineCode(*alike)]
+    held, ranks = {}, []
+    with jax.enable_x64(True):
+        # One feature at a time: each is judged alone.
+        predict = jit_in_haste(
+            lambda t, y, p, w: jax.vmap(lambda c: posterior.predicted_errors(t, c[:, None], p, w)[:, 0], 1, 1)(y)
+        )
+        for code in codes:
+            encoder, alpha = np.asarray(code.encoder_matrix()), code.data_nodes
+            for name, f in FUNCTIONS.items():
+                for x in (
+                    np.linspace(-2, 2, 12)[:, None] * rng.uniform(0.6, 1, 4),
+                    np.sort(rng.uniform(-2, 2, (12, 4)), axis=0),
+                ):
+                    returned = np.isin(np.arange(36), rng.permutation(36)[:30])
+                    y = f(encoder @ x)
+                    error = np.asarray(predict(code.worker_nodes, jnp.asarray(y), alpha, returned))
+                    true = np.abs(np.asarray(code.decoder_matrix(returned)) @ y - f(x))
+                    live = ~np.isin(alpha, code.worker_nodes[returned])
+                    held.setdefault(name, []).append((true <= 1.645 * error)[live].ravel())
+                    if live.sum() > 6:
+                        ranks += [spearmanr(true[:, j], error[:, j])[0] for j in range(4)]
+    share = {name: np.concatenate(each).mean() for name, each in held.items()}
+    assert 0.85 <= np.mean(list(share.values())) <= 0.95, share
+    assert min(share.values()) > 0.8, share
+    assert np.mean(ranks) > 0.7
+
+
+def test_an_answer_to_the_input_itself_is_exact_and_others_are_not():
+    error = errors(values())
+    assert OWN.any()
+    assert (~OWN).any()
+    assert (error[OWN] == 0).all()
+    assert (error[~OWN] > 0).all()
+
+
+def test_results_are_those_of_decode_and_errors_are_like_them():
+    y = {"logits": jnp.asarray(values(), jnp.bfloat16), "count": jnp.arange(12)}
+    results, error = CODE.decode_with_error(y, MASK)
+    expected = CODE.decode(y, MASK)
+    for name in y:
+        np.testing.assert_array_equal(results[name], expected[name])
+        assert error[name].dtype == results[name].dtype
+        assert error[name].shape == results[name].shape
+        assert (error[name] >= 0).all()
+
+
+def test_errors_have_the_unit_of_the_answers():
+    error = errors(values())
+    np.testing.assert_allclose(errors(values(scale=1e12)), 1e12 * error, rtol=1e-4)
+    np.testing.assert_allclose(errors(values(scale=1e-12)), 1e-12 * error, rtol=1e-4)
+
+
+def test_straight_lines_have_no_error_and_no_say():
+    line = 3 - 2 * np.asarray(CODE.worker_nodes)
+    with jax.enable_x64(True):
+        alone, _ = (np.asarray(CODE.decode_with_error(jnp.stack([c, c], 1), MASK)[1]) for c in (line, line))
+        beside = np.asarray(CODE.decode_with_error(jnp.stack([values()[:, 0], line], 1), MASK)[1])
+        twice = np.asarray(CODE.decode_with_error(jnp.stack([values()[:, 0]] * 2, 1), MASK)[1])
+    assert alone.max() < 1e-12
+    assert beside[:, 1].max() < 1e-9
+    assert np.all(beside[~OWN, 0] > 0.3 * twice[~OWN, 0])
+    assert np.all(beside[~OWN, 0] < 3 * twice[~OWN, 0])
+    assert (errors(np.zeros((12, 2))) == 0).all()
+
+
+def test_rows_that_did_not_return_are_not_read():
+    y = values()
+    for poison in (np.nan, np.inf, 1e30):
+        np.testing.assert_array_equal(errors(np.where(MASK[:, None], y, poison)), errors(y))
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_few_answers_say_what_they_can(count):
+    returned = np.isin(np.arange(12), np.argsort(np.abs(np.arange(12) - 5.2))[:count])
+    own = np.isin(CODE.data_nodes, CODE.worker_nodes[returned])
+    error = errors(values(), returned)
+    assert not np.isnan(error).any()
+    if count < 2:
+        assert np.isinf(error).all()
+    else:
+        assert (error[own] == 0).all()
+        assert (error[~own] > 0).all()
+        assert np.isinf(error[~own]).all() == (count == 2)
+
+
+def test_workers_at_one_node_count_as_one_with_their_mean():
+    code = jc.SplineCode.repeated(6, 12)
+    returned = np.isin(np.arange(12), [0, 1, 2, 5, 6, 9])
+    y = values(code) + RNG.normal(size=(12, 2))
+    single = np.stack([y[[0, 1]].mean(0), y[2], y[5], y[6], y[9]])
+    sites = code.worker_nodes[[0, 2, 5, 6, 9]]
+    assert len(np.unique(sites)) == 5
+    with jax.enable_x64(True):
+        merged = code.decode_with_error(jnp.asarray(y), returned)[1]
+        filled = np.append(sites, np.linspace(1.5, 2, 7))
+        rows = np.concatenate([single, np.full((7, 2), np.nan)])
+        expected = posterior.predicted_errors(filled, jnp.asarray(rows), code.data_nodes, np.arange(12) < 5)
+    np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_vmap_over_masks_is_a_loop():
+    masks = np.stack([MASK, ~MASK, np.ones(12, bool), np.arange(12) < 2])
+    y = jnp.asarray(values(), jnp.float32)
+    together = jax.jit(jax.vmap(lambda m: CODE.decode_with_error(y, m)[1]))(masks)
+    for mask, error in zip(masks, together, strict=True):
+        np.testing.assert_allclose(error, errors(values(), mask), rtol=1e-5, atol=1e-6)
+
+
+def test_derivatives_are_finite_and_agree_with_finite_differences():
+    masks = np.stack([MASK, np.ones(12, bool), np.arange(12) < 2, np.arange(12) < 4])
+    t = np.asarray(CODE.worker_nodes)
+    data = [values(), np.zeros((12, 2)), np.stack([t, 1 + t], 1)]
+    smoothings = np.array([0.0, 1e-4])
+
+    def total(smoothing, beta, alpha, y, mask):
+        # Beneath `in_float64`, whose own derivatives have their own tests and double the time to compile.
+        error = posterior._errors(True, beta, jnp.where(mask[:, None], y, jnp.nan), alpha, mask, smoothing, 1e-16)
+        return jnp.sum(jnp.where(jnp.isfinite(error), error, 0))
+
+    with jax.enable_x64(True):
+        slopes = jit_in_haste(jax.value_and_grad(total, (0, 1, 2, 3)))
+        for smoothing in smoothings:
+            for y in data:
+                for mask in masks:
+                    found = slopes(smoothing, t, CODE.data_nodes, y, mask)
+                    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        at = (1e-4, t, CODE.data_nodes, values())
+        _, slope = slopes(*at, MASK)
+        for which in range(4):
+            direction = np.random.default_rng(which).normal(size=np.shape(at[which]))
+            step = 1e-6 if which else 1e-7
+            above, below = (
+                slopes(*at[:which], at[which] + sign * step * direction, *at[which + 1 :], MASK)[0] for sign in (1, -1)
+            )
+            numeric = float(above - below) / (2 * step)
+            assert np.sum(np.asarray(slope[which]) * direction) == pytest.approx(numeric, rel=1e-4, abs=1e-6)
