@@ -7,8 +7,11 @@ and the K results are decoded from the answers that came.
 from . import metrics as metrics
 from . import nodes as nodes
 from . import ordering as ordering
+from . import outputs as outputs
+from . import robust as robust
 from . import splines as splines
 from . import stragglers as stragglers
+from . import tuning as tuning
 from .coded import coded as coded
 from .codes import AbstractCode as AbstractCode
 from .codes import AbstractLinearCode as AbstractLinearCode
@@ -19,3 +22,4 @@ from .codes import LagrangeCode as LagrangeCode
 from .codes import ReplicationCode as ReplicationCode
 from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
+from .tuning import tune as tune

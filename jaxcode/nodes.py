@@ -148,6 +148,39 @@ def repeated(data_nodes: Float[np.ndarray, "data"], num_workers: int) -> Float[n
     return np.sort(data_nodes[np.arange(num_workers) % len(data_nodes)])
 
 
+def mixed(data_nodes: Float[np.ndarray, "data"], num_workers: int, num_between: int) -> Float[np.ndarray, "workers"]:
+    """Every data node, some of them again, and nodes between them: from replication to `systematic` in steps of one.
+
+    Of the N - K workers beyond the first copy of every input, num_between sit between the data nodes as in
+    `systematic`. The others hold second copies (third, ...) of inputs spread evenly over the curve, so that an input
+    with one copy has neighbours with two.
+
+    Args:
+        data_nodes: Strictly ascending on [-1, 1], shape (K,).
+        num_workers: N, at least K.
+        num_between: How many workers sit between data nodes, from 0 to N - K.
+
+    Returns:
+        Ascending float64 nodes, shape (N,).
+
+    Raises:
+        ValueError: If the data nodes are not ascending on [-1, 1], there are fewer workers than data nodes, or
+            num_between is out of range.
+
+    >>> mixed(uniform(3), 5, num_between=1)
+    array([-1.        , -0.70710678,  0.        ,  0.        ,  1.        ])
+    """
+    data_nodes, num_workers = _check_cover(data_nodes, num_workers)
+    num_data = len(data_nodes)
+    if check_count("num_between", num_between, least=0) > num_workers - num_data:
+        raise ValueError(
+            f"num_between is {num_between}; expected at most num_workers - num_data, {num_workers - num_data}"
+        )
+    copies = num_workers - num_data - num_between
+    again = (np.arange(copies) * num_data + num_data // 2) // max(copies, 1)
+    return np.sort(np.concatenate([systematic(data_nodes, num_data + num_between), data_nodes[again]]))
+
+
 def _check_cover(data_nodes, num_workers):
     check_vector("data_nodes", data_nodes)
     check_ascending("data_nodes", data_nodes, strictly=True)

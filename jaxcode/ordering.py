@@ -8,15 +8,17 @@ groups of num_data; `coded(f, code, order=...)` applies it and gives results bac
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen, nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._checks import batch_size, check_count
+from .functions import as_pure_function
 
 # From a batch, leaves (B, ...), and K to a permutation of the batch: entry i names the input that comes i-th.
 Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
@@ -26,6 +28,8 @@ Metric = Callable[[Any, Any], Float[Array, ""]]
 MOST_IN_ONE_PATH = 2048
 # Every pass tries the moves of every input; a tour stops getting shorter after five to ten.
 MOST_PASSES = 16
+# Numbers in all derivatives that are kept of a model (256 MB).
+_MOST_OF_PROBES = 2**26
 
 
 def greedy(
@@ -78,6 +82,80 @@ def greedy(
         raise ValueError(f"key(x) has {found} rows; expected one for each of the {size} inputs in x")
     features = jax.tree.map(jax.lax.stop_gradient, features)
     return _greedy(features, size, min(num_data, size), metric)
+
+
+def sensitivity(
+    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    x_sample: PyTree[ArrayLike],
+    *,
+    num_probes: int = 1024,
+    key: PRNGKeyArray | None = None,
+) -> Callable[[PyTree[Array]], Float[Array, "batch probes"]]:
+    r"""What a model sees of its inputs: features for `greedy` whose distances are changes of the model's answers.
+
+    Two inputs are alike, for coding, if the model's answer changes little between them. To first order, and on average
+    over the sample, it changes by
+
+    .. math::
+        \operatorname{E} \|J (x - x')\|^2 \approx \frac1n \sum_{i=1}^n (v_i^T J(x_i) (x - x'))^2,
+
+    with J the model's derivative at inputs of the sample, and v random directions among its outputs. The features of x
+    are the n numbers :math:`v_i^T J(x_i) x / \sqrt n`, a linear map that costs far less than the model.
+
+    Args:
+        f: A differentiable model, as `jaxcode.coded` takes it.
+        x_sample: Inputs, leaves (B, ...) of real numbers.
+        num_probes: n, how many derivatives are taken, each at the cost of two to three runs of the model; fewer for
+            inputs so large that they would be more than 2^26 numbers. More resolve more directions.
+        key: Random key of the directions.
+
+    Returns:
+        A function from a batch to its features, (B, n) in float32: `functools.partial(greedy, key=sensitivity(...))`.
+
+    Raises:
+        ValueError: If x_sample has no leaves, leading axes that differ or numbers that are not real.
+
+    References:
+        Constantine, Dow and Wang, Active subspace methods in theory and practice, arXiv 1304.2070.
+
+    >>> look = sensitivity(lambda x: x[:, 0] ** 2, jnp.array([[1.0, 5.0], [2.0, 6.0]]), num_probes=4)
+    >>> near, far = look(jnp.array([[0.0, 0.0], [0.0, 9.0], [1.0, 0.0]]))[1:]
+    >>> bool(jnp.sum(near**2) == 0), bool(jnp.sum(far**2) > 1)
+    (True, True)
+    """
+    check_count("num_probes", num_probes)
+    size = batch_size("x_sample", x_sample)
+    x = jax.tree.map(jnp.asarray, x_sample)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            name = "x_sample" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which have derivatives")
+    fn, params = as_pure_function(f)
+    features = sum(leaf.size for leaf in jax.tree.leaves(x)) // size
+    num_probes = max(1, min(num_probes, _MOST_OF_PROBES // features))
+
+    @jax.jit
+    def probe(params, x, key):
+        answers, pull = jax.vjp(lambda x: fn(params, x), x)
+        leaves, structure = jax.tree.flatten(answers)
+        keys = jax.random.split(key, len(leaves))
+        directions = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        return pull(jax.tree.unflatten(structure, directions))[0]
+
+    keys = jax.random.split(jax.random.key(0) if key is None else key, -(-num_probes // size))
+    rounds = [probe(params, x, k) for k in keys]
+    probes = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *rounds)
+
+    def look(x: PyTree[ArrayLike]) -> Float[Array, "batch probes"]:
+        def along(leaf, probe):
+            leaf = jnp.asarray(leaf)
+            rows = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
+            return jnp.matmul(rows, probe.reshape(num_probes, -1).T, precision=jax.lax.Precision.HIGHEST)
+
+        seen = jax.tree.leaves(jax.tree.map(along, x, probes))
+        return functools.reduce(jnp.add, seen) / math.sqrt(num_probes)
+
+    return look
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -107,10 +107,29 @@ def test_repeated_deals_the_data_out(size):
     assert set(counts) <= {num_workers // num_data, -(-num_workers // num_data)}
 
 
+@few
+@given(size=sizes, share=st.floats(0, 1))
+def test_mixed_nodes_are_data_nodes_copies_and_nodes_between(size, share):
+    num_data, num_workers = size
+    alpha = nodes.chebyshev_first(num_data)
+    between = round(share * (num_workers - num_data))
+    beta = nodes.mixed(alpha, num_workers, between)
+    assert beta.shape == (num_workers,)
+    assert (np.diff(beta) >= 0).all()
+    counts = np.sum(beta[:, None] == alpha, axis=0)
+    assert counts.sum() == num_workers - between
+    assert set(counts) <= {counts.min(), counts.min() + 1}
+    # Copies are spread: any stretch of inputs has as many as its length asks for, give or take one.
+    first, last = num_data // 4, num_data // 2
+    assert abs(counts[first:last].sum() - (last - first) * counts.mean()) <= 1
+    np.testing.assert_array_equal(np.unique(beta), nodes.systematic(alpha, num_data + between))
+
+
 # ---- bad arguments -----------------------------------------------------------------------------------------
 
 UP = np.array([-0.5, 0.0, 0.5])
 REFUSED = {
+    "too-many-between": (lambda: nodes.mixed(UP, 5, 3), "num_between is 3; expected at most .*, 2"),
     "no-nodes": (lambda: nodes.chebyshev_first(0), "count is 0; expected a whole number, at least 1"),
     "one-of-the-second-kind": (lambda: nodes.chebyshev_second(1), "count is 1; expected .* at least 2"),
     "one-uniform": (lambda: nodes.uniform(1), "count is 1"),

@@ -243,3 +243,43 @@ def test_pytrees_with_an_order_of_ones_own():
 def test_an_order_that_is_none(order):
     with pytest.raises(ValueError, match="expected a permutation"):
         coded(f, CODE, order=order)(jnp.asarray(normal(20, 3)))
+
+
+# ---- sensitivity -------------------------------------------------------------------------------------------
+
+
+def test_sensitive_features_tell_what_a_linear_model_tells():
+    weights = normal(6, 3, seed=1)
+    x = jnp.asarray(normal(50, 6))
+    look = ordering.sensitivity(lambda x: x @ weights, x, num_probes=20_000)
+    np.testing.assert_allclose(cdist(look(x), look(x)), cdist(x @ weights, x @ weights), rtol=0.05, atol=1e-5)
+
+
+def test_what_a_model_does_not_see_does_not_order():
+    x = jnp.asarray(np.concatenate([normal(40, 1), 100 * normal(40, 5, seed=1)], axis=1))
+
+    def f(x):
+        return {"only": jnp.tanh(x[:, :1])}
+
+    order = ordering.greedy(x, 8, key=ordering.sensitivity(f, x, num_probes=64))
+    places = np.asarray(x)[np.asarray(order), 0]
+    turns = np.abs(np.diff(np.sign(np.diff(places)))).sum() / 2
+    assert turns <= 1
+
+
+def test_sensitivity_of_trees_in_a_coded_call():
+    def f(x):
+        return jnp.sin(x["a"]).sum(axis=1) + x["b"]
+
+    x = {"a": jnp.asarray(normal(30, 2)), "b": jnp.asarray(normal(30, seed=3), jnp.bfloat16)}
+    order = functools.partial(ordering.greedy, key=ordering.sensitivity(f, x))
+    results = coded(f, SplineCode.systematic(5, 8), order=order)(x)
+    np.testing.assert_allclose(results, f(x), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"), [({"a": jnp.arange(4)}, r"x_sample\['a'\] has dtype int32"), ({}, "x_sample is {}")]
+)
+def test_what_has_no_derivatives(x, message):
+    with pytest.raises(ValueError, match=message):
+        ordering.sensitivity(lambda x: x, x)
