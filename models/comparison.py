@@ -29,15 +29,14 @@ class Scheme:
         label: what the table and the plot call it.
         code: the code; a code for fewer than N workers uses the first of them.
         decodes: whether the code decodes the model's logits or their softmax.
-        ordered: whether the images of a batch are sorted, each beside its like, before they are cut into
-            requests.
+        order: how the images of a batch are put into order before they are cut into requests; None for as they come.
     """
 
     name: str
     label: str
     code: jc.AbstractCode
     decodes: Literal["softmax", "logits"]
-    ordered: bool = False
+    order: jc.ordering.Ordering | None = None
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,15 @@ def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
         Scheme("bacc", "BACC, as published", jc.BerrutCode.chebyshev(**size), "softmax"),
         Scheme("letcc", "LeTCC, as published", smoothed, "softmax"),
         Scheme("logits", "LeTCC on logits", chebyshev, "logits"),
-        Scheme("ordered", "LeTCC on logits, ordered", chebyshev, "logits", ordered=True),
-        Scheme("repeated", "repeated, logits, ordered", repeated, "logits", ordered=True),
+        Scheme("ordered", "LeTCC on logits, ordered", chebyshev, "logits", jc.ordering.greedy),
+        Scheme("repeated", "repeated, logits, ordered", repeated, "logits", jc.ordering.greedy),
     )
+
+
+def tuned_scheme(tuned: jc.tuning.Tuned) -> Scheme:
+    """What tuning chose, for a model that returns logits."""
+    decodes = "softmax" if tuned.output is jc.outputs.probabilities else "logits"
+    return Scheme("tuned", "tuned", tuned.code, decodes, tuned.order)
 
 
 def compare(
@@ -117,15 +122,16 @@ def compare(
     num_workers: int,
     batch_size: int,
     num_seeds: int,
+    num_sets: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
     """Run every scheme on the same batches under the same stragglers.
 
-    For each seed a batch is drawn from the images and cut into requests of K, and every request loses a
-    random set of workers of its own. A smaller straggler count loses a part of the same set. The model runs
-    once for each scheme and batch, since what a worker computes does not depend on who else replies; only the
-    decoding is done for every mask.
+    For each seed a batch is drawn from the images and cut into requests of K, and every request loses random
+    sets of workers of its own. A smaller straggler count loses a part of the same set. The model runs once for
+    each scheme and batch, since what a worker computes does not depend on who else replies; only the decoding
+    is done for every mask.
 
     Args:
         model: classifier in evaluation mode, from images to logits.
@@ -137,6 +143,7 @@ def compare(
         num_workers: N.
         batch_size: images in a batch, at most the number of images; rounded down to a multiple of K.
         num_seeds: number of batches, at least 2 for an interval.
+        num_sets: how many straggler sets each request meets; figures of a batch are means over them.
         seed: seed of batches and stragglers.
         progress: whether to show a progress bar on standard error.
 
@@ -152,7 +159,7 @@ def compare(
     # Ordering happens before the compiled part, so schemes that differ in nothing else share it.
     run = {(s.code, s.decodes): jax.jit(partial(_measure, s, apply, num_data)) for s in schemes}
     base = jax.jit(apply)
-    sample = jax.jit(partial(_sample_masks, requests=requests, num_workers=num_workers))
+    sample = jax.jit(partial(_sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
     counts = jnp.asarray(straggler_counts)
     values = {m: np.zeros((len(schemes), len(straggler_counts), num_seeds), np.float32) for m in METRICS}
     base_accuracy = np.zeros(num_seeds, np.float32)
@@ -161,14 +168,14 @@ def compare(
             drawn = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
             images, labels = jnp.asarray(x[drawn]), jnp.asarray(y[drawn])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
-            path = np.asarray(jc.ordering.greedy(images, num_data))
+            paths = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
             targets = base(state, images)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
             for j, scheme in enumerate(schemes):
-                order = path if scheme.ordered else np.arange(len(drawn))
-                measured = run[scheme.code, scheme.decodes](state, images[order], labels[order], targets[order], masks)
+                path = paths[scheme.order] if scheme.order else np.arange(len(drawn))
+                measured = run[scheme.code, scheme.decodes](state, images[path], labels[path], targets[path], masks)
                 for metric in METRICS:
-                    values[metric][j, :, i] = measured[metric]
+                    values[metric][j, :, i] = np.mean(measured[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
     return Comparison(tuple(schemes), tuple(straggler_counts), values, base_accuracy)
 
@@ -188,14 +195,17 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def _sample_masks(
-    key: PRNGKeyArray, counts: Int[Array, " counts"], *, requests: int, num_workers: int
-) -> Bool[Array, "counts requests workers"]:
-    keys = jax.random.split(key, requests)
+    key: PRNGKeyArray, counts: Int[Array, " counts"], *, num_sets: int, requests: int, num_workers: int
+) -> Bool[Array, "masks requests workers"]:
+    """For each set in turn every count."""
+    keys = jax.random.split(key, (num_sets, requests))
 
     def sample(count: Int[Array, ""], key: PRNGKeyArray) -> Bool[Array, " workers"]:
         return jc.stragglers.Uniform(count).sample(key, num_workers=num_workers)
 
-    return jax.vmap(lambda count: jax.vmap(partial(sample, count))(keys))(counts)
+    over_requests = jax.vmap(sample, (None, 0))
+    masks = jax.vmap(jax.vmap(over_requests, (0, None)), (None, 0))(counts, keys)
+    return masks.reshape(-1, requests, num_workers)
 
 
 def _measure(
@@ -206,9 +216,9 @@ def _measure(
     images: Float[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
     targets: Float[Array, "batch classes"],
-    masks: Bool[Array, "counts requests workers"],
-) -> dict[str, Float[Array, " counts"]]:
-    """Metrics of one scheme on one batch, for each straggler count."""
+    masks: Bool[Array, "masks requests workers"],
+) -> dict[str, Float[Array, " masks"]]:
+    """Metrics of one scheme on one batch, for each mask."""
     requests = images.shape[0] // num_data
     grouped = images.reshape(requests, num_data, *images.shape[1:]).swapaxes(0, 1)
     coded = scheme.code.encode(grouped)
@@ -216,7 +226,7 @@ def _measure(
     logits = apply(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
     answers = logits if scheme.decodes == "logits" else jax.nn.softmax(logits)
 
-    def of_count(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
+    def of_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
         decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
         decoded = decoded.reshape(targets.shape)
         probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
@@ -233,4 +243,4 @@ def _measure(
             "lost": jnp.mean(lost),
         }
 
-    return jax.lax.map(of_count, masks)
+    return jax.lax.map(of_mask, masks)

@@ -14,7 +14,7 @@ from flax import nnx
 import jaxcode as jc
 
 from . import datasets
-from .comparison import Comparison, compare, standard_schemes, write_csv
+from .comparison import Comparison, compare, standard_schemes, tuned_scheme, write_csv
 from .datasets import Dataset
 from .lenet5 import LeNet5, num_parameters
 from .plots import plot_comparison, plot_request
@@ -31,7 +31,7 @@ Agreement: the same class as without stragglers. RMSE: of the class probabilitie
 classes. Lost: inputs without any answer; they count as wrong, and in the RMSE as equal
 probabilities. Ordered: the images of a batch are sorted, each beside its like, before they are
 cut into requests, so the whole batch must be at hand. Repeated: workers hold the inputs themselves,
-as in replication, and the spline fills in what nobody returned."""
+as in replication, and the spline fills in what nobody returned. Tuned: chosen on training images."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     start = time.perf_counter()
     model = _train(data, args)
-    _ask_once(model, data, args)
-    comparison = _compare(model, data, args)
+    tuned = _tune(model, data, args)
+    _ask_once(model, tuned, data, args)
+    comparison = _compare(model, tuned, data, args)
     _write(comparison, args)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Figures, pictures and settings are in {args.out}/")
-    for name in ("stragglers.png", "request.png", "figures.csv", "settings.json"):
+    for name in ("stragglers.png", "request.png", "tuned.png", "figures.csv", "settings.json"):
         print(f"  {args.out / name}")
 
 
@@ -120,27 +121,47 @@ def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
     return model
 
 
-def _ask_once(model: LeNet5, data: Dataset, args: argparse.Namespace) -> None:
+def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
+    """A code for this network, chosen on training images."""
+    print(
+        f"2. Choosing a code on {min(args.batch_size, len(data.x_train))} training images, without their labels.",
+        flush=True,
+    )
+    start = time.perf_counter()
+    sample = data.x_train[: args.batch_size]
+    tuned = jc.tune(model, sample, args.num_data, args.num_workers, jc.stragglers.Uniform(args.num_stragglers))
+    tuned.plot(args.out / "tuned.png")
+    best = tuned.candidates[0]
+    print(
+        f"   Of {len(tuned.candidates)} candidates: {best.layout}; order: {best.order}; decodes {best.output.name} "
+        f"({time.perf_counter() - start:.0f} s).\n",
+        flush=True,
+    )
+    return tuned
+
+
+def _ask_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
     """The library in three lines, and one request as a picture."""
     images, labels = jnp.asarray(data.x_test[: args.batch_size]), data.y_test[: args.batch_size]
-    code = jc.SplineCode.chebyshev(num_data=args.num_data, num_workers=args.num_workers)
     key = jax.random.key(args.seed)
     returned = jc.stragglers.Uniform(args.num_stragglers).sample(key, num_workers=args.num_workers)
 
-    predict = jc.coded(model, code, order=jc.ordering.greedy)
+    predict = tuned.coded(model)
     logits = predict(images, returned)
 
     right, alone = (float(jc.metrics.accuracy(out, labels)) for out in (logits, model(images)))
     print(
-        f"2. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
-        f"       code = jc.SplineCode.chebyshev(num_data={args.num_data}, num_workers={args.num_workers})\n"
-        "       predict = jc.coded(model, code, order=jc.ordering.greedy)\n"
+        f"3. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
+        f"       late = jc.stragglers.Uniform({args.num_stragglers})\n"
+        f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late)\n"
+        "       predict = tuned.coded(model)\n"
         "       logits = predict(images, returned)\n\n"
         f"   {right:.1%} of {len(images)} images right; {alone:.1%} when every worker replies.\n",
         flush=True,
     )
     inputs = images[: args.num_data]
     inputs = inputs[jc.ordering.greedy(inputs, args.num_data)]
+    code = jc.SplineCode.chebyshev(num_data=args.num_data, num_workers=args.num_workers)
     coded = code.encode(inputs)
     decoded = jax.nn.softmax(code.decode(model(coded), returned))
     plot_request(
@@ -154,13 +175,13 @@ def _ask_once(model: LeNet5, data: Dataset, args: argparse.Namespace) -> None:
     )
 
 
-def _compare(model: LeNet5, data: Dataset, args: argparse.Namespace) -> Comparison:
-    print(f"3. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
+def _compare(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> Comparison:
+    print(f"4. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
     comparison = compare(
         model,
         data.x_test,
         data.y_test,
-        standard_schemes(args.num_data, args.num_workers),
+        (*standard_schemes(args.num_data, args.num_workers), tuned_scheme(tuned)),
         _straggler_counts(args.num_stragglers, args.num_workers),
         num_data=args.num_data,
         num_workers=args.num_workers,

@@ -19,6 +19,7 @@ _STYLES = {
     "logits": ("#56B4E9", "D", "-"),
     "ordered": ("#0072B2", "o", "-"),
     "repeated": ("#009E73", "P", "-"),
+    "tuned": ("#D55E00", "*", "-"),
 }
 _MISSING = "#D55E00"
 

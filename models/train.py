@@ -19,6 +19,7 @@ def fit(
     epochs: int = 15,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
+    augment: bool = False,
     progress: bool = True,
 ) -> Float32[np.ndarray, " epochs"]:
     """Train a classifier in place: Adam, one warm-up epoch, then a cosine down to zero, cross-entropy.
@@ -38,6 +39,8 @@ def fit(
         epochs: passes over the training images, at least 1.
         batch_size: images in a step, at most the number of training images.
         learning_rate: the highest step size of Adam.
+        augment: whether every second image is mirrored and all are shifted by up to an eighth of their size, at
+            random; for natural images, not for digits.
         progress: whether to show a progress bar on standard error.
 
     Returns:
@@ -79,6 +82,8 @@ def fit(
             total = jnp.zeros(())
             for batch in rng.permutation(num_images)[: steps * batch_size].reshape(steps, batch_size):
                 x, y = dataset.x_train[batch], dataset.y_train[batch]
+                if augment:
+                    x = _augmented(x, rng)
                 params, rest, opt_state, value = step(params, rest, opt_state, x, y)
                 total = total + value
                 bar.update()
@@ -87,6 +92,19 @@ def fit(
     nnx.update(model, params, rest)
     model.eval()
     return history
+
+
+def _augmented(
+    x: Float32[np.ndarray, "batch height width channels"], rng: np.random.Generator
+) -> Float32[np.ndarray, "batch height width channels"]:
+    """Images mirrored with probability one half and shifted within a black margin of an eighth of their size."""
+    batch, height, width, _ = x.shape
+    margins = height // 8, width // 8
+    rows, columns = (rng.integers(0, 2 * margin + 1, (batch, 1)) for margin in margins)
+    padded = np.pad(x, [(0, 0), *((margin, margin) for margin in margins), (0, 0)])
+    columns = columns + np.where(rng.random((batch, 1)) < 0.5, np.arange(width), np.arange(width)[::-1])
+    rows = rows + np.arange(height)
+    return padded[np.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def accuracy(

@@ -28,7 +28,7 @@ SMALL = [
     "--num-seeds",
     "2",
 ]
-FILES = {"stragglers.png", "request.png", "figures.csv", "settings.json"}
+FILES = {"stragglers.png", "request.png", "tuned.png", "figures.csv", "settings.json"}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from flax import nnx
 
 from models.datasets import Dataset, load
 from models.lenet5 import LeNet5
-from models.train import accuracy, fit
+from models.train import _augmented, accuracy, fit
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,21 @@ def test_accuracy_counts_every_image_once(digits):
 def test_bad_arguments(digits, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(LeNet5(rngs=nnx.Rngs(0)), digits, progress=False, **arguments)
+
+
+def test_augmented_images_are_shifted_and_mirrored_ones():
+    x = np.random.default_rng(0).random((200, 16, 16, 1)).astype(np.float32)
+    augmented = _augmented(x, np.random.default_rng(1))
+    padded = np.pad(x, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    seen = set()
+    for i, image in enumerate(augmented):
+        matches = [
+            (row, column, mirrored)
+            for row in range(5)
+            for column in range(5)
+            for mirrored in (False, True)
+            if np.array_equal(image, padded[i, row : row + 16, column : column + 16][:, :: -1 if mirrored else 1])
+        ]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) > 40

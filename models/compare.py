@@ -1,0 +1,251 @@
+"""Every code on a trained network, at several sizes: ``python -m models.compare``."""
+
+import argparse
+import csv
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+import jaxcode as jc
+
+from . import datasets, weights
+from .comparison import Comparison, Scheme, compare, standard_schemes, tuned_scheme
+from .datasets import Dataset
+from .lenet5 import LeNet5
+from .resnet import ResNet14
+from .train import accuracy, fit
+
+Setting = tuple[int, int, int]
+
+_SETTINGS = ((100, 20, 60), (60, 20, 20), (30, 20, 5), (20, 8, 3), (12, 8, 2))
+_NETWORKS = {"lenet5": LeNet5, "resnet14": ResNet14}
+_NETWORK_OF = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
+_TRAINING = {
+    "digits": {"epochs": 15, "batch_size": 64},
+    "mnist": {"epochs": 4, "batch_size": 128},
+    "cifar10": {"epochs": 10, "batch_size": 128, "augment": True},
+}
+_SHOWN = {
+    "agreement": "same class as without stragglers",
+    "accuracy": "accuracy",
+    "rmse": "RMSE of the class probabilities, norm over classes",
+}
+
+_FOOTNOTE = """\
+Columns are N,K,S. Means over {num_batches} batches of {batch_size} test images and {num_sets} random straggler sets
+of each request, with 95 % intervals over batches (Student's t), of one trained network; the same images and sets
+for every scheme. Tuned on one other batch of test images. Published codes decode softmax outputs in the
+order of the batch. A lost input counts as wrong, and in the RMSE as equal probabilities."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train or load a network, tune a code for it at every size, compare; exits with code 2 on bad arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        data = datasets.load(args.dataset, args.data_dir)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    settings = args.setting or list(_SETTINGS)
+    largest = max(num_data for _, num_data, _ in settings)
+    if min(args.num_batches, args.num_sets) < 2:
+        parser.error("--num-batches and --num-sets must be at least 2")
+    if not 2 * largest <= args.batch_size <= len(data.x_test) // 2:
+        parser.error(
+            f"--batch-size must be from two requests ({2 * largest} images) to half of the {len(data.x_test)} test "
+            f"images, got {args.batch_size}"
+        )
+    start = time.perf_counter()
+    name = args.network or _NETWORK_OF[args.dataset]
+    path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
+    model = network(name, data, args.dataset, path, seed=args.seed)
+    score = accuracy(model, data.x_test, data.y_test)
+    print(f"{name} on {args.dataset}: {score:.1%} of {len(data.x_test):,} test images right.\n", flush=True)
+
+    compared = {}
+    for setting in settings:
+        compared[setting] = _compare(model, data, setting, args)
+    print(_tables(compared, args))
+    _write(compared, args.out / "figures.csv")
+    _plot(compared, f"{name} on {args.dataset}", args.out / "loss.png")
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: figures.csv, loss.png, and for every size")
+    print("tuned-N-K-S.txt and tuned-N-K-S.png, what the tuned code was chosen from.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.compare",
+        description="Compares every code, and one tuned for the network, at several (N, K, S).",
+    )
+
+    def number(name: str, default: int, text: str) -> None:
+        parser.add_argument(name, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
+
+    parser.add_argument(
+        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+    )
+    parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
+    parser.add_argument("--network", choices=sorted(_NETWORKS), help="default: resnet14 for cifar10, else lenet5")
+    parser.add_argument(
+        "--setting",
+        type=_setting,
+        action="append",
+        metavar="N,K,S",
+        help="workers, inputs of a request, stragglers; may be given several times (default: "
+        + " ".join(",".join(map(str, setting)) for setting in _SETTINGS)
+        + ")",
+    )
+    number("--batch-size", 400, "test images in a batch")
+    number("--num-batches", 5, "batches to average over")
+    number("--num-sets", 20, "straggler sets that each request of a batch meets")
+    number("--seed", 0, "seed of weights, batches and stragglers")
+    parser.add_argument(
+        "--weights", type=Path, help="safetensors file with the network's weights; trained and written if not there"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/compare"), help="folder to write to (default: %(default)s)"
+    )
+    return parser
+
+
+def _setting(text: str) -> Setting:
+    try:
+        num_workers, num_data, num_stragglers = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected three numbers N,K,S, got {text!r}") from None
+    if not 2 <= num_data <= num_workers or not 0 <= num_stragglers <= num_workers - 2:
+        raise argparse.ArgumentTypeError(f"expected 2 <= K <= N and 0 <= S <= N - 2, got {text}")
+    return num_workers, num_data, num_stragglers
+
+
+def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
+    """A trained network: from the file of its weights if that is there, else trained and written to it."""
+    height, width, channels = data.x_train.shape[1:]
+    model = _NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
+    if path.exists():
+        weights.load(model, path)
+        print(f"Weights of {name} from {path}.", flush=True)
+    else:
+        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
+        fit(model, data, seed=seed, **_TRAINING[dataset])
+        weights.save(model, path)
+    return model
+
+
+def _compare(model: nnx.Module, data: Dataset, setting: Setting, args: argparse.Namespace) -> Comparison:
+    """Tunes on one batch of test images, compares on the others."""
+    num_workers, num_data, num_stragglers = setting
+    print(f"(N, K, S) = {setting}", flush=True)
+    stragglers = jc.stragglers.Uniform(num_stragglers)
+    seen = data.x_test[: args.batch_size]
+    tune = functools.partial(jc.tune, model, seen, num_data, num_workers, stragglers)
+    tuned = tune()
+    where = args.out / ("tuned-" + "-".join(map(str, setting)))
+    where.with_suffix(".txt").write_text(f"{tuned}\n")
+    tuned.plot(where.with_suffix(".png"))
+    return compare(
+        model,
+        data.x_test[args.batch_size :],
+        data.y_test[args.batch_size :],
+        (*_schemes(num_data, num_workers, tune), tuned_scheme(tuned)),
+        [num_stragglers],
+        num_data=num_data,
+        num_workers=num_workers,
+        batch_size=args.batch_size,
+        num_seeds=args.num_batches,
+        num_sets=args.num_sets,
+        seed=args.seed,
+    )
+
+
+def _schemes(num_data: int, num_workers: int, tune) -> tuple[Scheme, ...]:
+    size = num_data, num_workers
+    nested = tune(layouts={"Chebyshev": jc.SplineCode.chebyshev(*size)}, orders={"as given": None})
+    order = jc.ordering.greedy
+    return (
+        *standard_schemes(num_data, num_workers),
+        Scheme("bri", "Floater-Hormann (BRI)", jc.FloaterHormannCode.chebyshev(*size), "softmax"),
+        Scheme("bscc", "B-spline (BSCC)", jc.BSplineCode.chebyshev(*size), "softmax"),
+        Scheme("lcc", "Lagrange (LCC)", jc.LagrangeCode.chebyshev(*size), "softmax"),
+        Scheme("nercc", "two smoothings tuned (NeRCC)", nested.code, tuned_scheme(nested).decodes),
+        Scheme("systematic", "systematic, logits, ordered", jc.SplineCode.systematic(*size), "logits", order),
+    )
+
+
+def _tables(compared: dict[Setting, Comparison], args: argparse.Namespace) -> str:
+    first = next(iter(compared.values()))
+    head = f"{'':30}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in compared)
+    parts = []
+    for metric, title in _SHOWN.items():
+        intervals = [comparison.interval(metric) for comparison in compared.values()]
+        lines = [f"{title}\n{head}"]
+        for i, scheme in enumerate(first.schemes):
+            cells = (_cell(mean[i, 0], half[i, 0]) for mean, half in intervals)
+            lines.append(f"{_label(scheme):30}" + "".join(f"{cell:>16}" for cell in cells))
+        parts.append("\n".join(lines))
+    shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in compared.values())
+    parts.append(f"What tuned loses of the classes that replication loses\n{head}\n{'tuned':30}{shares}")
+    parts.append(_FOOTNOTE.format(**vars(args)))
+    return "\n\n".join(parts)
+
+
+def _cell(mean: float, half: float) -> str:
+    digits = 4 if mean < 10 else 0
+    return f"{mean:.{digits}f} ±{half:.{digits}f}"
+
+
+def _label(scheme: Scheme) -> str:
+    return "uncoded, K workers" if scheme.name == "uncoded" else scheme.label
+
+
+def _lost_classes(comparison: Comparison, name: str) -> Float[np.ndarray, " batches"]:
+    at = [scheme.name for scheme in comparison.schemes].index(name)
+    return 1 - comparison.values["agreement"][at, 0]
+
+
+def _share_of_replication(comparison: Comparison) -> float:
+    tuned, replication = (_lost_classes(comparison, name).mean() for name in ("tuned", "replication"))
+    return float(tuned / replication) if replication else float("nan")
+
+
+def _write(compared: dict[Setting, Comparison], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("num_workers", "num_data", "num_stragglers", "scheme", "metric", "mean", "low", "high"))
+        for setting, comparison in compared.items():
+            for metric in comparison.values:
+                mean, half = comparison.interval(metric)
+                for i, scheme in enumerate(comparison.schemes):
+                    numbers = mean[i, 0], mean[i, 0] - half[i, 0], mean[i, 0] + half[i, 0]
+                    writer.writerow((*setting, scheme.name, metric, *(f"{number:.6f}" for number in numbers)))
+
+
+def _plot(compared: dict[Setting, Comparison], title: str, path: Path) -> None:
+    """What each scheme loses, beside what replication loses."""
+    figure = Figure(figsize=(3 * len(compared) + 2.5, 5), layout="constrained")
+    figure.suptitle(f"{title}: classes lost to stragglers (mean and 95 % interval over batches)")
+    panels = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]
+    for axes, (setting, comparison) in zip(panels, compared.items(), strict=True):
+        mean, half = comparison.interval("agreement")
+        for i, scheme in enumerate(comparison.schemes):
+            color = "#0072B2" if scheme.name == "tuned" else "#444444"
+            axes.errorbar(max(1 - mean[i, 0], 1e-4), i, xerr=half[i, 0], color=color, marker="o", capsize=3)
+        axes.axvline(_lost_classes(comparison, "replication").mean(), color="#000000", linestyle="--", linewidth=0.8)
+        axes.set(title=f"N, K, S = {', '.join(map(str, setting))}", xlabel="1 - agreement", xscale="log")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    schemes = next(iter(compared.values())).schemes
+    panels[0].set_yticks(range(len(schemes)), [_label(scheme) for scheme in schemes])
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+import contextlib
+import csv
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models import datasets
+from models.compare import main, network
+from models.train import accuracy
+
+SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--num-sets", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One small run: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("compare")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([*SMALL, "--out", str(out)])
+    return out, printed.getvalue()
+
+
+def _figures(out):
+    with (out / "figures.csv").open(newline="") as file:
+        return {(row["scheme"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+
+
+def test_the_tuned_code_loses_less_than_replication(run):
+    figures = _figures(run[0])
+    assert 1 - figures["tuned", "agreement"] < 0.6 * (1 - figures["replication", "agreement"])
+    assert figures["nercc", "agreement"] >= figures["logits", "agreement"] - 0.03
+
+
+def test_tables_show_the_figures_of_the_file(run):
+    out, printed = run
+    figures = _figures(out)
+    lines = [line.split() for line in printed.splitlines() if line.startswith("replication  ")]
+    for line, metric in zip(lines, ("agreement", "accuracy", "rmse"), strict=True):
+        assert float(line[1]) == pytest.approx(figures["replication", metric], abs=6e-5)
+    lost = (1 - figures["tuned", "agreement"]) / (1 - figures["replication", "agreement"])
+    assert f"{lost:.0%}" in printed
+
+
+def test_the_network_is_trained_once(run, capsys):
+    out, printed = run
+    assert printed.startswith("Training lenet5")
+    data = datasets.load("digits")
+    model = network("lenet5", data, "digits", out / "lenet5-digits-0.safetensors", seed=0)
+    assert capsys.readouterr().out.startswith("Weights of lenet5")
+    assert f"{accuracy(model, data.x_test, data.y_test):.1%} of 400 test images right" in printed
+
+
+def test_pictures_are_not_blank(run):
+    for name in ("loss.png", "tuned-6-4-1.png"):
+        with Image.open(run[0] / name) as image:
+            assert np.asarray(image.convert("L")).std() > 10
+    assert "replication" in (run[0] / "tuned-6-4-1.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--setting", "3,4,1"], "2 <= K <= N"),
+        (["--setting", "12"], "expected three numbers N,K,S"),
+        (["--batch-size", "39"], "two requests"),
+        (["--num-sets", "1"], "at least 2"),
+    ],
+)
+def test_bad_arguments_exit_with_two(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*arguments, "--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
