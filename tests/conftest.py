@@ -1,5 +1,10 @@
 """What all tests share: the runtime type checker, exact matmuls' dtypes, and random masks."""
 
+import os
+
+# Most of the tests' time is the compiler's, which unoptimised takes a quarter less of it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 from jaxtyping import install_import_hook
 
 # Before anything imports jaxcode: every annotated call is checked against its shapes and dtypes.

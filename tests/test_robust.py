@@ -10,7 +10,6 @@ from jaxcode._leave_one_out import NOISE, NOISE_OF_TWINS, _prepare
 from jaxcode.robust import error_locator, finite, leave_one_out, only_finite
 
 from . import attacks
-from .compiling import jit_in_haste
 
 # One size for all: what is compiled for one code serves every other.
 K, N, GROUPS, OUTPUTS = 10, 40, 8, 3
@@ -228,7 +227,7 @@ def test_the_precision_is_that_of_the_process():
     live = np.arange(11) != 4
     with jax.enable_x64(True):
         nodes = jnp.asarray(code.worker_nodes), jnp.asarray(code.data_nodes)
-        setting = jit_in_haste(_prepare)(*nodes, jnp.ones((11, 1)), jnp.asarray(live), 0.0, 0.5)
+        setting = jax.jit(_prepare)(*nodes, jnp.ones((11, 1)), jnp.asarray(live), 0.0, 0.5)
         found = np.asarray(setting.precision)[np.ix_(live, live)]
         scale = np.asarray(setting.outputs)[live, 0]
     t = code.worker_nodes[live]
@@ -276,7 +275,7 @@ def test_narrow_answers(dtype):
 def test_the_same_with_x64_on():
     code, sent, returned, liars = case()
     with jax.enable_x64(True):
-        report = jit_in_haste(functools.partial(leave_one_out, code))(jnp.asarray(sent.reshape(-1, OUTPUTS)), returned)
+        report = jax.jit(functools.partial(leave_one_out, code))(jnp.asarray(sent.reshape(-1, OUTPUTS)), returned)
     np.testing.assert_array_equal(np.flatnonzero(report.suspected), liars)
     assert report.score.dtype == jnp.float32
 
@@ -285,7 +284,7 @@ def test_masks_and_groups_may_be_traced_and_mapped():
     code, sent, _, _ = case()
     masks = np.stack([some_missing(seed) for seed in range(3)])
     alone = [leave_one_out(code, flat(sent), returned) for returned in masks]
-    mapped = jit_in_haste(jax.vmap(lambda mask: leave_one_out(code, flat(sent), mask)))(jnp.asarray(masks))
+    mapped = jax.jit(jax.vmap(lambda mask: leave_one_out(code, flat(sent), mask)))(jnp.asarray(masks))
     for i, report in enumerate(alone):
         np.testing.assert_array_equal(mapped.suspected[i], report.suspected)
         np.testing.assert_allclose(mapped.score[i], report.score, rtol=1e-3)
@@ -342,7 +341,7 @@ def test_it_is_mapped_over_masks_and_differentiated_as_for_the_mask_that_was_fou
         return lambda x, mask: jnp.sum(jnp.cos(predict(x, mask)))
 
     defended = jax.value_and_grad(loss(coded(lying, code, defence=leave_one_out)))
-    values, slopes = jit_in_haste(jax.vmap(defended, (None, 0)))(batch, masks)
+    values, slopes = jax.jit(jax.vmap(defended, (None, 0)))(batch, masks)
     value, slope = jax.value_and_grad(loss(coded(lying, code)))(batch, masks[1])
     np.testing.assert_allclose(values, [value, value], rtol=1e-5)
     np.testing.assert_allclose(slopes, jnp.stack([slope, slope]), rtol=1e-4, atol=1e-4)

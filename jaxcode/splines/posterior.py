@@ -49,6 +49,8 @@ from .._checks import is_concrete
 from .._float64 import in_float64
 from .sequence import SAME_PLACE
 
+# Of integrated processes: m.
+ORDERS = (1, 2, 3, 4)
 # Powers of v that are tried, from the process's own to the highest.
 POWERS = 4
 # Nine tenths of a standard normal variable lie within the first, and below the second.
@@ -82,10 +84,6 @@ def predicted_errors(
 
     References:
         Those of the module.
-
-    >>> t = np.linspace(-1, 1, 9)
-    >>> predicted_errors(t, jnp.asarray(np.exp(t))[:, None], np.array([0.1, 0.25, 1.1]), np.ones(9))[:, 0].round(4)
-    Array([0.0001, 0.    , 0.0202], dtype=float32)
     """
     noisy = not (is_concrete(smoothing) and float(np.asarray(smoothing)) == 0)
     rounding = float(jnp.finfo(values.dtype).eps)
@@ -190,8 +188,8 @@ def _errors(noisy, knots, values, points, weights, smoothing, rounding):
     size = jnp.where(size > 0, size, 1)
     data = data / size
 
-    processes = [(m, _process(sites, points, m)) for m in (1, 2, 3, 4)]
-    spline = processes[1][1]
+    processes = [(m, _process(sites, points, m)) for m in ORDERS]
+    spline = dict(processes)[2]
     if noisy:
         spline = _process(sites, points, 2, smoothing)
         processes.append((2, spline))

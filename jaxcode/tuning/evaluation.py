@@ -137,6 +137,11 @@ class Measurement:
         loss = float(self.losses.mean())
         return (loss if np.isfinite(loss) else np.inf), (self.rmse if np.isfinite(self.rmse) else np.inf)
 
+    def surely_better_than(self, other: "Measurement") -> bool:
+        """Whether it loses less, by more than the standard error of the difference."""
+        gained = other.losses - self.losses
+        return bool(gained.mean() > standard_error(gained))
+
 
 def standard_error(losses: Float[np.ndarray, "masks groups"]) -> float:
     """Of the mean, over straggler sets and over groups, each of which all of the other share."""

@@ -69,8 +69,8 @@ def tune(
     the decoder, on a grid and from there by Brent's method on the squared error, and the best with smoothing of the
     encoder.
 
-    Replication is a candidate like others, and is chosen unless another one loses less by more than the standard error
-    of the difference.
+    Replication is a candidate like others. It is chosen unless another one loses less by more than the standard error
+    of the difference, and so is no smoothing.
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
@@ -145,8 +145,7 @@ def tune(
     replication = [trial for trial in trials if isinstance(trial.code, ReplicationCode)]
     if replication:
         safe = min(replication, key=lambda trial: trial.measured.rank)
-        gained = safe.measured.losses - best.losses
-        if not gained.mean() > standard_error(gained):
+        if not best.surely_better_than(safe.measured):
             chosen = safe
     ranked = sorted(ranked, key=lambda trial: trial is not chosen)
     return Tuned(
@@ -239,21 +238,23 @@ class _Trial:
             trial = dataclasses.replace(self, code=code, curve=curve)
             trial.meet([self.measured.output], self.measured.losses.shape[1])
             trial.smooth_decoder()
-            if not trial.measured.rank < self.measured.rank:
+            if not trial.measured.surely_better_than(self.measured):
                 break
             self.curve, self.best = curve, trial.best
 
     def smooth_decoder(self):
         """Tries smoothing of the decoder: on a grid, and around the best of it where the error is least."""
-        for smoothing in _SMOOTHINGS:
-            self._try(smoothing * self._unit)
-        best = _decoder_smoothing(self.measured.code)
-        if best > 0:
-            around = np.log(best / 10), np.log(best * 10)
-            found = optimize.minimize_scalar(
-                lambda log: self._smoothed(np.exp(log)).rmse, bounds=around, method="bounded", options={"maxiter": 12}
-            )
-            self._try(np.exp(found.x))
+        best = min((self._smoothed(smoothing * self._unit) for smoothing in _SMOOTHINGS), key=lambda m: m.rank)
+        if not best.surely_better_than(self.measured):
+            return
+        middle = np.log(_decoder_smoothing(best.code))
+        found = optimize.minimize_scalar(
+            lambda log: self._smoothed(np.exp(log)).rmse,
+            bounds=(middle - np.log(10), middle + np.log(10)),
+            method="bounded",
+            options={"maxiter": 12},
+        )
+        self.best = min(best, self._smoothed(np.exp(found.x)), key=lambda m: m.rank)
 
     @property
     def _unit(self):
@@ -262,11 +263,6 @@ class _Trial:
     def _smoothed(self, smoothing):
         code = dataclasses.replace(self.measured.code, decoder_smoothing=float(smoothing))
         return self.measure(code, self.measured.output, self.measured.losses.shape[1])
-
-    def _try(self, smoothing):
-        found = self._smoothed(smoothing)
-        if found.rank < self.measured.rank:
-            self.best = found
 
     def report(self):
         m = self.measured

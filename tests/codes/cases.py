@@ -17,8 +17,6 @@ from jaxcode import (
     nodes,
 )
 
-from ..compiling import jit_in_haste
-
 NUM_DATA, NUM_WORKERS = 5, 12
 
 
@@ -93,7 +91,7 @@ def all_masks(name):
 
 def in_x64(function):
     """Compiles a function of (code, ...) with x64 on, where nodes given as arguments keep their digits."""
-    compiled = jit_in_haste(function)
+    compiled = jax.jit(function)
 
     @functools.wraps(function)
     def call(*args):

@@ -27,7 +27,6 @@ def trained():
 def test_it_is_of_the_size_it_says(trained):
     assert trained(images()).shape == (3, 10)
     assert f"{num_parameters(trained):,}" in ResNet14.__doc__
-    assert ResNet14((8, 9, 1), 4, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 9, 1))).shape == (2, 4)
     with pytest.raises(ValueError, match="at least 8 x 8, got 7 x 32"):
         ResNet14((7, 32, 3), rngs=nnx.Rngs(0))
 

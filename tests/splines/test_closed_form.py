@@ -12,7 +12,6 @@ from scipy.interpolate import make_smoothing_spline
 
 from jaxcode.splines import fit_and_evaluate, smoother_matrix, spline_matrix
 
-from ..compiling import jit_in_haste
 from . import cases
 
 RNG = np.random.default_rng(0)
@@ -151,9 +150,9 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
             jnp.asarray(VALUES),
         )
         every = tuple(range(5))
-        value = jit_in_haste(loss)
-        reverse = jit_in_haste(jax.grad(loss, every))(*at)
-        forward = jit_in_haste(jax.jacfwd(loss, every))(*at)
+        value = jax.jit(loss)
+        reverse = jax.jit(jax.grad(loss, every))(*at)
+        forward = jax.jit(jax.jacfwd(loss, every))(*at)
         for which in every:
             direction = np.random.default_rng(which).normal(size=at[which].shape)
             if which == 0:

@@ -9,7 +9,6 @@ from jaxcode._maps import apply_plainly
 from jaxcode.splines import maps
 from jaxcode.splines.banded import banded_matrix
 
-from ..compiling import jit_in_haste
 from . import cases
 
 RNG = np.random.default_rng(5)
@@ -39,7 +38,7 @@ def test_every_way_gives_the_same_matrix(form, layout, nodes):
     weights = RNG.uniform(0.5, 2, 23)
     with jax.enable_x64(True):
 
-        @jit_in_haste
+        @jax.jit
         def traced(knots_now, points_now, weights, smoothing):
             at = (knots, POINTS) if nodes == "known" else (knots_now, points_now)
             return maps.spline_map(*at, smoothing, weights).matrix()
@@ -60,7 +59,7 @@ def test_blocks_have_the_gradients_of_the_matrix():
         def loss(smoothing, knots, points, weights, values):
             return jnp.sum(pull * apply_plainly(maps.spline_map(knots, points, smoothing, weights), values))
 
-        return jit_in_haste(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
+        return jax.jit(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
 
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         expected = gradients()
