@@ -256,9 +256,11 @@ def _process(sites, points, m, smoothing=None):
     gram = (splines * measure[:, None]).T @ splines
     if smoothing is not None:
         gram = gram + smoothing * (contrasts / sites.weight) @ contrasts.T
-    diagonal = jnp.where(there, jnp.diagonal(gram), 1)
-    scale = jnp.where(there, 1 / jnp.sqrt(diagonal), 0)
-    factor = jnp.linalg.cholesky(scale[:, None] * gram * scale + jnp.diag(jnp.where(there, 0.0, 1.0)))
+    # Symmetric of bandwidth m, scaled to a diagonal of ones: row i holds what stands at i, i - 1, ..., i - m.
+    before = row - np.arange(m + 1)
+    scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, jnp.diagonal(gram), 1)), 0)
+    bands = jnp.where(before >= 0, scale[:, None] * gram[row, before] * scale[before], 0)
+    bands = bands.at[:, 0].set(1)
 
     start = jnp.sum(place < points[:, None], axis=1, dtype=jnp.int32) - m // 2
     near = jnp.clip(start, 0, jnp.maximum(sites.live - m, 0))[:, None] + np.arange(m, dtype=np.int32)
@@ -286,10 +288,35 @@ def _process(sites, points, m, smoothing=None):
         variance = variance + smoothing * jnp.sum(polynomial**2 / sites.weight, axis=1)
 
     both = scale[:, None] * jnp.concatenate([contrasts, cross.T], axis=1)
-    white = jax.scipy.linalg.solve_triangular(factor, both, lower=True)
+    white = _whitened(bands, both)
     white, known = white[:, :n], white[:, n:]
     variance = jnp.maximum(variance - jnp.sum(known**2, axis=0), 0)
     return _Process(white.T @ white, polynomial + known.T @ white, variance)
+
+
+def _whitened(bands, columns):
+    """Columns from the left by the inverse of the Cholesky factor of a banded matrix, row by row.
+
+    Batched factorizations of LAPACK's that run side by side can wait for each other forever on a CPU of few cores.
+    """
+    m = bands.shape[1] - 1
+
+    def step(carry, row):
+        # The factor's rows i - 1, ..., i - m, each from its diagonal to the left, and what has been solved there.
+        factor, solved = carry
+        band, column = row
+        new = [None] * (m + 1)
+        for j in range(m, 0, -1):
+            known = sum(new[k] * factor[j - 1, k - j] for k in range(j + 1, m + 1))
+            new[j] = (band[j] - known) / factor[j - 1, 0]
+        new[0] = jnp.sqrt(band[0] - sum(new[j] ** 2 for j in range(1, m + 1)))
+        column = (column - sum(new[j] * solved[j - 1] for j in range(1, m + 1))) / new[0]
+        factor = jnp.concatenate([jnp.stack(new)[None], factor[:-1]])
+        return (factor, jnp.concatenate([column[None], solved[:-1]])), column
+
+    unit = jnp.zeros((m, m + 1), bands.dtype).at[:, 0].set(1)
+    start = unit, jnp.zeros((m, columns.shape[1]), bands.dtype)
+    return jax.lax.scan(step, start, (bands, columns))[1]
 
 
 def _bsplines(knots, at, order):
