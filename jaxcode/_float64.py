@@ -100,6 +100,33 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def fixed_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, computed in float64 whether JAX's x64 mode is on or off, as a constant to derivatives.
+
+    Args:
+        function: Of arrays, to a pytree of arrays; traced.
+        arguments: Arrays; inexact ones narrower than float64 are widened.
+
+    Returns:
+        The value, real numbers in float64 with x64 on, else float32. Mapped with `vmap`, one after the other: what is
+        batched after it has been traced is given float32 for float64, and batched factorizations of LAPACK's that run
+        side by side can wait for each other forever on a CPU of few cores.
+    """
+    narrow = jnp.result_type(float)
+    # As constants, for with x64 off they would be rounded as arguments are.
+    known = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, np.ndarray)}
+
+    @jax.custom_batching.sequential_vmap
+    def compute(*others):
+        with jax.enable_x64(True):
+            rest = iter(others)
+            every = [_widen(known[i] if i in known else next(rest)) for i in range(len(arguments))]
+            found = function(*every)
+            return jax.tree.map(lambda a: a.astype(narrow) if jnp.issubdtype(a.dtype, jnp.inexact) else a, found)
+
+    return compute(*jax.lax.stop_gradient([argument for i, argument in enumerate(arguments) if i not in known]))
+
+
 def _widen(value):
     # A copy, because JAX remembers by identity how it converted a NumPy array, whatever x64 mode it was in: the same
     # array given to a jitted function later, with x64 off, would come in as float64 where the program expects

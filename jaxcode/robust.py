@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._checks import check_count, check_mask
+from ._float64 import fixed_in_float64
 from ._leave_one_out import find_suspects
 from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 
@@ -139,7 +140,7 @@ def leave_one_out(
     right = finite(answers, returned)
     outputs, groups, precision = _outputs(answers, right)
     least = 1.2 * math.exp(3 / math.sqrt(groups))
-    suspected, score = _in_float64(
+    suspected, score = fixed_in_float64(
         lambda *known: find_suspects(*known, precision, most, least),
         code.worker_nodes,
         code.data_nodes,
@@ -187,28 +188,11 @@ def error_locator(
     num_liars = check_count("num_liars", num_liars)
     right = finite(answers, returned)
     outputs, _, _ = _outputs(answers, right)
-    votes = _in_float64(lambda *known: _locate(*known, code.num_data, num_liars), code.worker_nodes, outputs, right)
+    votes = fixed_in_float64(
+        lambda *known: _locate(*known, code.num_data, num_liars), code.worker_nodes, outputs, right
+    )
     ranked = jnp.argsort(jnp.argsort(jnp.where(right, -votes, 1)))
     return _report(returned, right, right & (ranked >= num_liars), votes)
-
-
-def _in_float64(function, *arguments):
-    """The function's value, computed in float64 whether x64 mode is on or off, as float32; not differentiated."""
-    # As constants, for with x64 off they would be rounded as arguments are.
-    known = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, np.ndarray)}
-
-    # One after the other where mapped: what is batched once it has been traced is given float32 for float64.
-    @jax.custom_batching.sequential_vmap
-    def compute(*others):
-        with jax.enable_x64(True):
-            rest = iter(others)
-            # Copies, because JAX remembers by identity how it converted an array, in whatever mode.
-            all_of_them = [np.array(known[i]) if i in known else next(rest) for i in range(len(arguments))]
-            wide = [a if a.dtype == bool else jax.lax.stop_gradient(jnp.asarray(a).astype(float)) for a in all_of_them]
-            found = function(*wide)
-            return jax.tree.map(lambda a: a if a.dtype == bool else a.astype(jnp.float32), found)
-
-    return compute(*(argument for i, argument in enumerate(arguments) if i not in known))
 
 
 def _check_curve(name, code):

@@ -81,6 +81,12 @@ def test_batched_masks_and_narrow_data():
     np.testing.assert_allclose(batched, alone, rtol=1e-3)
     assert batched.dtype == jnp.float32
 
+    def log_smoothing(values, mask):
+        return jnp.log(gcv_smoothing(knots, values, returned=mask))
+
+    gradients = jax.jit(jax.vmap(jax.grad(log_smoothing), (None, 0)))(values, jnp.asarray(masks))
+    np.testing.assert_allclose(gradients[0], jax.grad(log_smoothing)(values, masks[0]), rtol=1e-2, atol=1e-3)
+
 
 def test_two_answers_lie_on_a_line():
     knots, values = noisy(5)
