@@ -89,6 +89,7 @@ def sensitivity(
     x_sample: PyTree[ArrayLike],
     *,
     num_probes: int = 1024,
+    model_batch: int = 128,
     key: PRNGKeyArray | None = None,
 ) -> Callable[[PyTree[Array]], Float[Array, "batch probes"]]:
     r"""What a model sees of its inputs: features for `greedy` whose distances are changes of the model's answers.
@@ -107,6 +108,7 @@ def sensitivity(
         x_sample: Inputs, leaves (B, ...) of real numbers.
         num_probes: n, how many derivatives are taken, each at the cost of two to three runs of the model; fewer for
             inputs so large that they would be more than 2^26 numbers. More resolve more directions.
+        model_batch: Inputs that the model is differentiated on at a time.
         key: Random key of the directions.
 
     Returns:
@@ -124,6 +126,7 @@ def sensitivity(
     (True, True)
     """
     check_count("num_probes", num_probes)
+    model_batch = check_count("model_batch", model_batch)
     size = batch_size("x_sample", x_sample)
     x = jax.tree.map(jnp.asarray, x_sample)
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
@@ -142,8 +145,11 @@ def sensitivity(
         directions = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
         return pull(jax.tree.unflatten(structure, directions))[0]
 
-    keys = jax.random.split(jax.random.key(0) if key is None else key, -(-num_probes // size))
-    rounds = [probe(params, x, k) for k in keys]
+    # The sample over and over, in runs of one size, compiled once.
+    model_batch = min(model_batch, size)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, -(-num_probes // model_batch))
+    rows = jnp.arange(len(keys) * model_batch).reshape(-1, model_batch) % size
+    rounds = [probe(params, jax.tree.map(lambda leaf, i=i: leaf[i], x), k) for i, k in zip(rows, keys, strict=True)]
     probes = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *rounds)
 
     def look(x: PyTree[ArrayLike]) -> Float[Array, "batch probes"]:

@@ -58,7 +58,7 @@ def test_a_model_without_any_smoothness_gets_copies():
 
 def test_the_reported_loss_is_what_the_tuned_code_loses():
     x = inputs()
-    tuned = tune(smooth_classifier, x, K, N, LATE, orders={"as given": None}, key=jax.random.key(3))
+    tuned = tune(smooth_classifier, x, K, N, LATE, orders={"as given": None}, key=jax.random.key(3), model_batch=7)
     predict = tuned.coded(smooth_classifier)
     drawn = jax.vmap(lambda k: LATE.sample(k, N))(jax.random.split(jax.random.key(3), 256))
     found = np.mean([1 - float(metrics.agreement(predict(x, mask), smooth_classifier(x))) for mask in drawn])

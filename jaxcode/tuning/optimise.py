@@ -17,7 +17,7 @@ from .._checks import batch_size, check_count
 from .._maps import apply_to_groups
 from ..codes import SplineCode
 from ..functions import as_pure_function
-from ..splines.posterior import unit_variances
+from ..splines.wiener import unit_variances
 from ..stragglers import AbstractStragglers
 
 _MASKS_TO_COMPARE = 256

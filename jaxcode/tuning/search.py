@@ -52,6 +52,7 @@ def tune(
     layouts: Mapping[str, SplineCode | ReplicationCode] | None = None,
     orders: Mapping[str, Ordering | None] | None = None,
     num_masks: int = 256,
+    model_batch: int = 128,
     key: PRNGKeyArray | None = None,
     progress: bool = True,
 ) -> Tuned:
@@ -86,6 +87,7 @@ def tune(
         layouts: Candidates by name, codes of K and N; `standard_layouts` if not given.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over.
+        model_batch: Inputs that the model runs on at a time, and is differentiated on.
         key: Random key of the straggler sets.
         progress: Whether to show a progress bar on standard error.
 
@@ -113,18 +115,19 @@ def tune(
     num_data = check_count("num_data", num_data, least=2)
     num_workers = check_count("num_workers", num_workers, least=2)
     check_count("num_masks", num_masks, least=2)
+    check_count("model_batch", model_batch)
     size = batch_size("x_sample", x_sample)
     if size < 2 * num_data:
         raise ValueError(f"x_sample has {size} inputs; expected at least two groups of num_data, {2 * num_data}")
     if not isinstance(stragglers, AbstractStragglers):
         raise ValueError(f"stragglers is {stragglers!r}; expected a model such as jaxcode.stragglers.Uniform(5)")
-    orders = standard_orders(f, x_sample) if orders is None else orders
+    orders = standard_orders(f, x_sample, model_batch) if orders is None else orders
     layouts = standard_layouts(num_data, num_workers) if layouts is None else layouts
     _check_candidates(layouts, orders, num_data, num_workers)
 
     num_groups = size // num_data
     x_sample = jax.tree.map(np.asarray, x_sample)
-    model = Model(*as_pure_function(f), size)
+    model = Model(*as_pure_function(f), min(model_batch, size))
     targets = model(x_sample)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_masks)
     masks = jax.vmap(lambda k: stragglers.sample(k, num_workers))(keys)
@@ -140,14 +143,13 @@ def tune(
             curve = curves.setdefault(alpha.tobytes(), Curve(model, x, answers, alpha))
             trials.append(_Trial(layout, name, code, curve, judge))
     ranked = _halving(trials, _output_spaces(targets), num_groups, progress)
-    best = min((trial.measured for trial in ranked), key=lambda m: m.rank)
-    chosen = next(trial for trial in ranked if trial.measured is best)
+    chosen = ranked[0]
     replication = [trial for trial in trials if isinstance(trial.code, ReplicationCode)]
     if replication:
         safe = min(replication, key=lambda trial: trial.measured.rank)
-        if not best.surely_better_than(safe.measured):
+        if not chosen.measured.surely_better_than(safe.measured):
             chosen = safe
-    ranked = sorted(ranked, key=lambda trial: trial is not chosen)
+            ranked = sorted(ranked, key=lambda trial: trial is not chosen)
     return Tuned(
         chosen.measured.code,
         orders[chosen.order],
@@ -182,20 +184,23 @@ def standard_layouts(num_data: int, num_workers: int) -> dict[str, SplineCode | 
 
 
 def standard_orders(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]], x_sample: PyTree[ArrayLike]
+    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    x_sample: PyTree[ArrayLike],
+    model_batch: int = 128,
 ) -> dict[str, Ordering | None]:
     """The orders that `tune` tries, by name.
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
         x_sample: Inputs, leaves (B, ...).
+        model_batch: Inputs that the model is differentiated on at a time.
 
     Returns:
         The batch's own; by `ordering.greedy` on the inputs; and, of a model that has derivatives, on its `sensitivity`.
     """
     orders: dict[str, Ordering | None] = {"as given": None, "greedy": ordering.greedy}
     try:
-        look = ordering.sensitivity(f, x_sample)
+        look = ordering.sensitivity(f, x_sample, model_batch=model_batch)
     except (TypeError, ValueError, NotImplementedError):
         # Whole numbers, or a model that calls the host.
         return orders

@@ -9,7 +9,7 @@ from scipy.interpolate import make_interp_spline
 from scipy.stats import spearmanr
 
 import jaxcode as jc
-from jaxcode.splines import posterior, spline_matrix
+from jaxcode.splines import posterior, spline_matrix, wiener
 
 RNG = np.random.default_rng(0)
 KNOTS = np.sort(RNG.uniform(-1, 1, 10))
@@ -34,7 +34,7 @@ def errors(y, returned=MASK, code=CODE):
 @pytest.mark.parametrize("smoothing", [0.0, 1e-3, 1.0])
 def test_unit_variances_are_a_brute_force_gaussian_process(smoothing):
     with jax.enable_x64(True):
-        ours = posterior.unit_variances(KNOTS, POINTS, WEIGHTS, smoothing)
+        ours = wiener.unit_variances(KNOTS, POINTS, WEIGHTS, smoothing)
     theirs = _gaussian_process(KNOTS[WEIGHTS > 0], WEIGHTS[WEIGHTS > 0], POINTS, smoothing)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-15)
 
@@ -70,17 +70,19 @@ def test_posterior_means_are_scipys_natural_splines(order):
     ends = [(order + i, 0.0) for i in range(order - 1)]
     theirs = make_interp_spline(SITES, y, k=2 * order - 1, bc_type=(ends, ends) if ends else None)(inside)
     with jax.enable_x64(True):
-        found = posterior._find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
-        rows = jax.jit(lambda found: posterior._process(found, jnp.asarray(inside), order).rows)(found)
+        found = wiener.find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
+        rows = jax.jit(lambda found: wiener.integrated_process(found, jnp.asarray(inside), order).rows)(found)
         ours = rows[:, : len(SITES)] @ y
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 
 def test_residuals_are_those_of_fitting_without_the_site_or_without_it_and_the_next():
     with jax.enable_x64(True):
-        found = posterior._find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
+        found = wiener.find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
         held_out = jax.jit(
-            lambda found: posterior._held_out(found, posterior._process(found, jnp.asarray(POINTS), 2).precision, 2)
+            lambda found: posterior._held_out(
+                found, wiener.integrated_process(found, jnp.asarray(POINTS), 2).precision, 2
+            )
         )
         rows, variance, there = (np.asarray(a) for a in held_out(found))
         n = len(SITES)
@@ -91,7 +93,7 @@ def test_residuals_are_those_of_fitting_without_the_site_or_without_it_and_the_n
                 expected = -np.asarray(spline_matrix(SITES, SITES[[i]], returned=keep))[0]
                 expected[i] += 1
                 np.testing.assert_allclose(rows[which, i, :n], expected, atol=1e-10)
-                without = posterior.unit_variances(SITES, SITES[[i]], keep.astype(float))
+                without = wiener.unit_variances(SITES, SITES[[i]], keep.astype(float))
                 np.testing.assert_allclose(variance[which, i], without[0], rtol=1e-9)
 
 
