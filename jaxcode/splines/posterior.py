@@ -20,8 +20,8 @@ process says about itself. What hypotheses are likely is judged from all feature
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Geisser and Eddy, Journal of the American Statistical
-    Association 74 (1979), for predictive likelihood. Karvonen et al., SIAM/ASA Journal on Uncertainty Quantification 8 (2020), for how Gaussian processes misjudge
-    functions smoother than they are.
+    Association 74 (1979), for predictive likelihood. Karvonen et al., SIAM/ASA Journal on Uncertainty Quantification 8
+    (2020), for how Gaussian processes misjudge functions smoother than they are.
 """
 
 import functools
