@@ -90,6 +90,12 @@ def check_smoothing(name: str, value: Any) -> None:
             raise ValueError(f"{name} is {number}; expected a finite number, 0 (interpolate) or more (smooth)")
 
 
+def check_values(name: str, value: Any, count: int) -> None:
+    """An array whose leading axis is the knots."""
+    if np.ndim(value) < 1 or np.shape(value)[0] != count:
+        raise ValueError(f"{name} has shape {np.shape(value)}; expected its leading axis to be the {count} knots")
+
+
 def check_weights(name: str, value: Any, count: int) -> None:
     """One finite number, zero or more, per knot."""
     if np.shape(value) != (count,):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import jaxcode as jc
 
 from . import datasets, weights
-from .comparison import Comparison, Scheme, compare, standard_schemes, tuned_scheme
+from .comparison import Comparison, Scheme, compare, figures, standard_schemes, tuned_scheme
 from .datasets import Dataset
 from .lenet5 import LeNet5
 from .resnet import ResNet14
@@ -219,12 +219,9 @@ def _write(compared: dict[Setting, Comparison], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("num_workers", "num_data", "num_stragglers", "scheme", "metric", "mean", "low", "high"))
-        for setting, comparison in compared.items():
-            for metric in comparison.values:
-                mean, half = comparison.interval(metric)
-                for i, scheme in enumerate(comparison.schemes):
-                    numbers = mean[i, 0], mean[i, 0] - half[i, 0], mean[i, 0] + half[i, 0]
-                    writer.writerow((*setting, scheme.name, metric, *(f"{number:.6f}" for number in numbers)))
+        for (num_workers, num_data, _), comparison in compared.items():
+            for scheme, num_stragglers, *rest in figures(comparison):
+                writer.writerow((num_workers, num_data, num_stragglers, scheme, *rest))
 
 
 def _plot(compared: dict[Setting, Comparison], title: str, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The schemes that the demo compares: same model, same inputs, same stragglers."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,18 +180,22 @@ def compare(
     return Comparison(tuple(schemes), tuple(straggler_counts), values, base_accuracy)
 
 
+def figures(comparison: Comparison) -> Iterator[tuple[str, int, str, str, str, str]]:
+    """Scheme, straggler count, metric, and in digits the mean over seeds and the ends of its 95 % interval."""
+    for metric in METRICS:
+        mean, half = comparison.interval(metric)
+        for i, scheme in enumerate(comparison.schemes):
+            for j, count in enumerate(comparison.straggler_counts):
+                low, high = mean[i, j] - half[i, j], mean[i, j] + half[i, j]
+                yield scheme.name, count, metric, f"{mean[i, j]:.6f}", f"{low:.6f}", f"{high:.6f}"
+
+
 def write_csv(comparison: Comparison, path: Path) -> None:
     """Write one row for each scheme, straggler count and metric: mean and 95 % interval over seeds."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("scheme", "num_stragglers", "metric", "mean", "low", "high"))
-        for metric in METRICS:
-            mean, half = comparison.interval(metric)
-            for i, scheme in enumerate(comparison.schemes):
-                for j, count in enumerate(comparison.straggler_counts):
-                    low, high = mean[i, j] - half[i, j], mean[i, j] + half[i, j]
-                    numbers = (f"{value:.6f}" for value in (mean[i, j], low, high))
-                    writer.writerow((scheme.name, count, metric, *numbers))
+        writer.writerows(figures(comparison))
 
 
 def _sample_masks(

@@ -38,7 +38,7 @@ class ReplicationCode(AbstractLinearCode):
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
 
     def encoder_map(self) -> AbstractMap:
-        return Selection(_assignment(self), self.num_data)
+        return Selection(assignment(self), self.num_data)
 
     def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
         copies = _copies(self, returned)
@@ -86,7 +86,7 @@ class UncodedCode(AbstractLinearCode):
         return jnp.asarray(returned)
 
 
-def _assignment(code: ReplicationCode) -> np.ndarray:
+def assignment(code: ReplicationCode) -> np.ndarray:
     """Which input each worker computes."""
     return np.arange(code.num_workers, dtype=np.int32) % code.num_data
 

@@ -7,7 +7,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from .._checks import check_ascending, check_mask, check_smoothing, check_vector, check_weights, is_concrete
+from .._checks import (
+    check_ascending,
+    check_mask,
+    check_smoothing,
+    check_values,
+    check_vector,
+    check_weights,
+    is_concrete,
+)
 from .._maps import apply
 from .maps import spline_map
 
@@ -109,8 +117,7 @@ def fit_and_evaluate(
         values = values.astype(jnp.float32)
     spline, places = _spline(knots, points, smoothing, weights, returned)
     n = np.shape(knots)[0]
-    if values.ndim < 1 or values.shape[0] != n:
-        raise ValueError(f"values has shape {values.shape}; expected its leading axis to be the {n} knots")
+    check_values("values", values, n)
     results = apply(spline, values.reshape(n, math.prod(values.shape[1:])))[places]
     return results.reshape(results.shape[0], *values.shape[1:])
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from .._checks import check_ascending, check_mask, check_smoothing, check_vector
+from .._checks import check_ascending, check_mask, check_smoothing, check_values, check_vector
 from .._float64 import fixed_in_float64, in_float64
 
 # Logarithms of smoothings that are tried, from the largest eigenvalue of P K P: beyond them, nothing is smoothed that
@@ -90,8 +90,7 @@ def _checked(knots, values, returned):
     check_ascending("knots", knots)
     n = np.shape(knots)[0]
     values = jnp.asarray(values)
-    if values.ndim < 1 or values.shape[0] != n:
-        raise ValueError(f"values has shape {values.shape}; expected its leading axis to be the {n} knots")
+    check_values("values", values, n)
     if returned is None:
         returned = np.ones(n, bool)
     check_mask("returned", returned, n)
@@ -145,23 +144,26 @@ def _lowest(knots, values, returned):
     eigenvalues, vectors = jnp.linalg.eigh(kernel)
     power = jnp.sum((vectors.T @ gram) * vectors.T, axis=1)
     part = jnp.sum((vectors.T @ projection) * vectors.T, axis=1)
-    eigenvalues = jnp.maximum(eigenvalues, 0)
+
+    def left_over(log_smoothing):
+        return jax.nn.sigmoid(log_smoothing - jnp.log(jnp.maximum(eigenvalues, 1e-300)))
 
     def score(log_smoothing):
-        shrunk = jax.nn.sigmoid(log_smoothing - jnp.log(jnp.maximum(eigenvalues, 1e-300)))
-        return jnp.log(jnp.sum(power * shrunk**2) + 1e-300) - 2 * jnp.log(jnp.sum(part * shrunk) + 1e-300)
+        over = left_over(log_smoothing)
+        return jnp.log(jnp.sum(power * over**2) + 1e-300) - 2 * jnp.log(jnp.sum(part * over) + 1e-300)
 
+    slope_at = jax.grad(score)
+    curvature_at = jax.grad(slope_at)
     tried = jnp.log(jnp.maximum(jnp.max(eigenvalues), 1e-300)) + jnp.asarray(_TRIED)
     # In float32: with x64 off the reduction of wider numbers is lowered for narrow ones.
     coarse = tried[jax.lax.argmin(jax.vmap(score)(tried).astype(jnp.float32), 0, jnp.int32)]
     step = tried[1] - tried[0]
 
     def newton(best, _):
-        slope, curvature = jax.grad(score)(best), jax.grad(jax.grad(score))(best)
+        slope, curvature = slope_at(best), curvature_at(best)
         move = jnp.where(curvature > 0, slope / jnp.where(curvature > 0, curvature, 1), step / 8 * jnp.sign(slope))
         return jnp.clip(best - move, coarse - step, coarse + step), None
 
     best = jax.lax.scan(newton, coarse, length=_NEWTON_STEPS)[0]
-    shrunk = jax.nn.sigmoid(best - jnp.log(jnp.maximum(eigenvalues, 1e-300)))
-    left = projection @ (vectors * shrunk) @ vectors.T @ projection
-    return best, jax.grad(jax.grad(score))(best), left
+    left = projection @ (vectors * left_over(best)) @ vectors.T @ projection
+    return best, curvature_at(best), left

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +166,11 @@ class Judge:
     def __call__(
         self,
         code: SplineCode | ReplicationCode,
-        output: OutputSpace,
+        outputs: Sequence[OutputSpace],
         answers: PyTree[np.ndarray],
         targets: PyTree[np.ndarray],
-    ) -> Measurement:
-        """Measures a code on groups of answers, leaves (groups, N, ...) and (groups, K, ...)."""
+    ) -> list[Measurement]:
+        """Measures a code in each space on groups of answers, leaves (groups, N, ...) and (groups, K, ...)."""
         groups = batch_size("answers", answers)
 
         def filled(leaf):
@@ -182,9 +182,12 @@ class Judge:
             matrices = _decoder_matrices(code, self.masks)
         matrices = np.asarray(matrices, np.float32)
         answers, targets = jax.tree.map(filled, (answers, targets))
-        losses, squares = _measure(matrices, answers, targets, self._mean, self._loss, output)
-        losses, squares = (np.asarray(values, np.float64)[:, :groups] for values in (losses, squares))
-        return Measurement(code, output, losses, float(np.sqrt(np.mean(squares))))
+        measurements = []
+        for output in outputs:
+            found = _measure(matrices, answers, targets, self._mean, self._loss, output)
+            losses, squares = (np.asarray(values, np.float64)[:, :groups] for values in found)
+            measurements.append(Measurement(code, output, losses, float(np.sqrt(np.mean(squares)))))
+        return measurements
 
 
 _decoder_matrices = jax.jit(jax.vmap(lambda code, returned: code.decoder_matrix(returned), (None, 0)))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import nodes, ordering, outputs
 from .._checks import batch_size, check_count
 from ..codes import ReplicationCode, SplineCode
+from ..codes.replication import assignment
 from ..functions import as_pure_function
 from ..ordering import Ordering
 from ..outputs import OutputSpace
@@ -227,13 +228,15 @@ class _Trial:
             raise RuntimeError("nothing has been measured yet")
         return self.best
 
-    def measure(self, code, output, groups):
-        at = code.worker_nodes if isinstance(code, SplineCode) else np.arange(code.num_workers) % code.num_data
+    def measure(self, code, outputs, groups):
+        """The best of these output spaces."""
+        at = code.worker_nodes if isinstance(code, SplineCode) else assignment(code)
         targets = jax.tree.map(lambda leaf: leaf[:groups], self.curve.targets)
-        return self.judge(code, output, self.curve.answers(np.asarray(at, np.float64), groups), targets)
+        found = self.judge(code, outputs, self.curve.answers(np.asarray(at, np.float64), groups), targets)
+        return min(found, key=lambda m: m.rank)
 
     def meet(self, outputs, groups):
-        self.best = min((self.measure(self.code, output, groups) for output in outputs), key=lambda m: m.rank)
+        self.best = self.measure(self.code, outputs, groups)
 
     def smooth_encoder(self):
         """Tries smoothing of the encoder, more and more while that helps."""
@@ -267,7 +270,7 @@ class _Trial:
 
     def _smoothed(self, smoothing):
         code = dataclasses.replace(self.measured.code, decoder_smoothing=float(smoothing))
-        return self.measure(code, self.measured.output, self.measured.losses.shape[1])
+        return self.measure(code, [self.measured.output], self.measured.losses.shape[1])
 
     def report(self):
         m = self.measured
