@@ -10,8 +10,10 @@ from . import ordering as ordering
 from . import outputs as outputs
 from . import robust as robust
 from . import splines as splines
+from . import stop as stop
 from . import stragglers as stragglers
 from . import tuning as tuning
+from . import workers as workers
 from .coded import coded as coded
 from .codes import AbstractCode as AbstractCode
 from .codes import AbstractLinearCode as AbstractLinearCode
@@ -22,4 +24,6 @@ from .codes import LagrangeCode as LagrangeCode
 from .codes import ReplicationCode as ReplicationCode
 from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
+from .serving import Answer as Answer
+from .serving import CodedServer as CodedServer
 from .tuning import tune as tune

@@ -1,19 +1,16 @@
 """The whole of coded inference as one function: encode, let every worker compute, decode from those that returned."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
-from ._checks import at_once, batch_size, check_mask, is_concrete, on_host
-from ._float64 import x64_is_on
-from ._maps import apply_to_groups
+from ._checks import check_mask, is_concrete, on_host
+from ._groups import check_answers, decode_groups, encode_groups, in_the_callers_order, known_decoders
 from .codes.abstract import AbstractLinearCode
 from .functions import as_pure_function
 from .ordering import Ordering
@@ -66,6 +63,7 @@ def coded(
     References:
         arXiv 2406.00300, section 3.
 
+    >>> import jax.numpy as jnp
     >>> from jaxcode.codes import SplineCode
     >>> predict = coded(jnp.sin, SplineCode.chebyshev(num_data=4, num_workers=12))
     >>> returned = jnp.arange(12) % 3 != 0  # four of the twelve never answer
@@ -80,30 +78,18 @@ def coded(
 
     @jax.jit
     def run(params, x, decoder, returned):
-        size = batch_size("x", x)
-        groups = -(-size // code.num_data)
-        turn = None if order is None else _checked_order(order(jax.lax.stop_gradient(x), code.num_data), size)
-        if turn is not None:
-            x = jax.tree.map(lambda leaf: leaf[turn], x)
-        # All workers' coded inputs as one batch, the groups one after the other.
-        sent = apply_to_groups("x", encoder, jax.tree.map(lambda leaf: _fill(leaf, groups * code.num_data), x), groups)
+        # All workers' coded inputs as one batch.
+        sent, cut = encode_groups(encoder, code.num_data, order, x)
         answers = fn(params, sent)
-        _check_answers(answers, groups * code.num_workers)
+        check_answers(answers, cut.num_groups * code.num_workers)
         answers, suspicion = output.of_answers(answers), None
         if defence is not None:
             suspicion = defence(code, answers, returned)
             decoder = code.decoder_map(suspicion.returned)
-        results = apply_to_groups("f's result", decoder, answers, groups)
-        results = jax.tree.map(lambda leaf: leaf[:size], output.to_results(results))
-        if turn is None:
-            return results, suspicion
-        back = jnp.argsort(turn)
-        return jax.tree.map(lambda leaf: leaf[back], results), suspicion
+        results = output.to_results(decode_groups(decoder, answers, cut))
+        return in_the_callers_order(results, cut), suspicion
 
-    @functools.lru_cache(maxsize=64)
-    def known_decoder(mask: bytes, _x64: bool):
-        with at_once():
-            return code.decoder_map(np.frombuffer(mask, bool))
+    known = known_decoders(code)
 
     def inspect(
         x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
@@ -114,7 +100,7 @@ def coded(
         if defence is not None:
             return run(params, x, None, returned)
         if isinstance(returned, np.ndarray) and is_concrete(code):
-            decoder = known_decoder(returned.tobytes(), x64_is_on())
+            decoder = known(returned)
         else:
             decoder = code.decoder_map(returned)
         return run(params, x, decoder, None)
@@ -126,32 +112,3 @@ def coded(
     if defence is not None:
         predict.inspect = inspect  # pyright: ignore[reportFunctionMemberAccess]
     return predict
-
-
-def _checked_order(order, size):
-    order = jnp.asarray(order)
-    if order.shape != (size,) or not jnp.issubdtype(order.dtype, jnp.integer):
-        raise ValueError(
-            f"order returned {order.dtype} of shape {order.shape} for a batch of {size}; expected a permutation: "
-            f"whole numbers of shape ({size},)"
-        )
-    return order
-
-
-def _fill(leaf, size):
-    """The batch filled up with its last input."""
-    missing = size - leaf.shape[0]
-    return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
-
-
-def _check_answers(answers, size):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(answers):
-        name = "f's result" + jax.tree_util.keystr(path)
-        if leaf.ndim < 1 or leaf.shape[0] != size:
-            raise ValueError(
-                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {leaf.dtype}; expected real numbers, which can be decoded (logits, not classes)"
-            )

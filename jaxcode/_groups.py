@@ -1,0 +1,110 @@
+"""Batches cut into groups of K inputs, each coded for the same workers: what happens before and after the model."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import at_once, batch_size
+from ._float64 import x64_is_on
+from ._maps import AbstractMap, apply_to_groups
+from ._pytree import pytree
+from .codes.abstract import AbstractLinearCode
+from .ordering import Ordering
+
+
+@pytree("size", "num_groups")
+class Cut:
+    """How a batch was cut.
+
+    Attributes:
+        turn: Which input came in which place, shape (B,); in its own order if None.
+        size: B.
+        num_groups: How many groups it makes, the last one filled up with its last input.
+    """
+
+    turn: Int[Array, "batch"] | None
+    size: int
+    num_groups: int
+
+
+def encode_groups(
+    encoder: AbstractMap, num_data: int, order: Ordering | None, x: PyTree[Array]
+) -> tuple[PyTree[Array], Cut]:
+    """Orders a batch, cuts it into groups and encodes each.
+
+    Returns:
+        All workers' coded inputs as one batch, leaves (groups N, ...), the groups one after the other; and the cut.
+
+    Raises:
+        ValueError: If x has no leaves, its leading axes differ or are 0, or order does not return whole numbers (B,).
+    """
+    size = batch_size("x", x)
+    cut = Cut(None, size, -(-size // num_data))
+    if order is not None:
+        cut = Cut(_checked_order(order(jax.lax.stop_gradient(x), num_data), size), size, cut.num_groups)
+        x = jax.tree.map(lambda leaf: leaf[cut.turn], x)
+    filled = jax.tree.map(lambda leaf: _fill(leaf, cut.num_groups * num_data), x)
+    return apply_to_groups("x", encoder, filled, cut.num_groups), cut
+
+
+def decode_groups(decoder: AbstractMap, answers: PyTree[Array], cut: Cut) -> PyTree[Array]:
+    """Results, leaves (groups K, ...), of the groups' answers, leaves (groups N, ...)."""
+    return apply_to_groups("f's result", decoder, answers, cut.num_groups)
+
+
+def in_the_callers_order(results: PyTree[Array], cut: Cut) -> PyTree[Array]:
+    """The batch's own results, leaves (B, ...), of those of its groups, leaves (groups K, ...)."""
+    results = jax.tree.map(lambda leaf: leaf[: cut.size], results)
+    if cut.turn is None:
+        return results
+    back = jnp.argsort(cut.turn)
+    return jax.tree.map(lambda leaf: leaf[back], results)
+
+
+def known_decoders(code: AbstractLinearCode) -> Callable[[np.ndarray], AbstractMap]:
+    """Decoders for masks that the host knows, of a code whose nodes are known; the latest are kept."""
+
+    @functools.lru_cache(maxsize=64)
+    def decoder(mask: bytes, _x64: bool) -> AbstractMap:
+        with at_once():
+            return code.decoder_map(np.frombuffer(mask, bool))
+
+    return lambda returned: decoder(returned.tobytes(), x64_is_on())
+
+
+def check_answers(answers: PyTree[Array], size: int) -> None:
+    """Real numbers with the batch as leading axis.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(answers):
+        name = "f's result" + jax.tree_util.keystr(path)
+        if leaf.ndim < 1 or leaf.shape[0] != size:
+            raise ValueError(
+                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {leaf.dtype}; expected real numbers, which can be decoded (logits, not classes)"
+            )
+
+
+def _checked_order(order, size):
+    order = jnp.asarray(order)
+    if order.shape != (size,) or not jnp.issubdtype(order.dtype, jnp.integer):
+        raise ValueError(
+            f"order returned {order.dtype} of shape {order.shape} for a batch of {size}; expected a permutation: "
+            f"whole numbers of shape ({size},)"
+        )
+    return order
+
+
+def _fill(leaf, size):
+    """The batch filled up with its last input."""
+    missing = size - leaf.shape[0]
+    return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf

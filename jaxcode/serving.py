@@ -1,0 +1,280 @@
+"""The loop that keeps answering: encode, send, wait by a policy, decode from whoever replied."""
+
+import asyncio
+import bisect
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, PyTree
+
+from ._groups import decode_groups, encode_groups, in_the_callers_order, known_decoders
+from .codes.abstract import AbstractLinearCode
+from .codes.spline import SplineCode
+from .ordering import Ordering
+from .outputs import OutputSpace, as_returned
+from .robust import Defence, Suspicion
+from .stop import AbstractStop, answers
+from .workers.pool import AbstractPool
+from .workers.responses import Fault, NotEnoughAnswers
+
+log = logging.getLogger("jaxcode.serving")
+log.addHandler(logging.NullHandler())
+
+# Upper ends of the latency histogram's classes, in seconds.
+LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What came of a request.
+
+    Attributes:
+        values: Results in the caller's order, NumPy arrays, leaves (B, ...).
+        returned: From whose answers they were decoded, bool, shape (N,).
+        latency: Seconds from the request to this answer.
+        error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
+            `SplineCode.decode_with_error`, in the space in which answers are decoded; infinite where nothing can be
+            said. None where the code predicts none.
+        faults: What went wrong with workers.
+        suspicion: Whom the defence did not believe, if there is one.
+    """
+
+    values: PyTree[np.ndarray]
+    returned: Bool[np.ndarray, "workers"]
+    latency: float
+    error: Float[np.ndarray, "batch"] | None
+    faults: tuple[Fault, ...]
+    suspicion: Suspicion | None
+
+
+class CodedServer:
+    r"""Answers batches from whichever of the pool's workers reply.
+
+    A batch is ordered, cut into groups of K and encoded; every worker that is free computes f on its coded inputs of
+    all groups, and when the policy says stop the results are decoded from what came. Workers that are slow, dead, stuck
+    or wrong make an answer less exact, not late.
+
+    Batches of another number of groups have each worker compile again: `warm_up` does that beforehand.
+
+    Args:
+        code: Of as many workers as the pool has.
+        pool: Whose workers compute f. The server does not close it.
+        stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. Before the code can decode every
+            input the policy is not asked, and it is over where nobody who could answer soon is left.
+        time_limit: Seconds after which a request is answered from what came, or refused.
+        order: As for `jaxcode.coded`.
+        output: As for `jaxcode.coded`.
+        defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
+        predict_error: Whether answers carry their predicted error, which costs some milliseconds; where the code
+            predicts any if not given.
+        max_in_flight: How many requests `submit` and `asynchronously` work on at a time.
+
+    Raises:
+        ValueError: If code and pool differ in their workers, or stop can never be reached.
+
+    >>> from jaxcode import SplineCode, stop
+    >>> from jaxcode.workers import ThreadPool
+    >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)
+    >>> with ThreadPool(jnp.sin, num_workers=12) as pool:
+    ...     server = CodedServer(code, pool, stop.answers(9))
+    ...     answer = server(np.linspace(0.0, 1.0, 4, dtype=np.float32))
+    >>> int(answer.returned.sum()) >= 9, bool(np.max(np.abs(answer.values - np.sin(np.linspace(0.0, 1.0, 4)))) < 0.01)
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        code: AbstractLinearCode,
+        pool: AbstractPool,
+        stop: AbstractStop,
+        *,
+        time_limit: float = 30.0,
+        order: Ordering | None = None,
+        output: OutputSpace = as_returned,
+        defence: Defence | None = None,
+        predict_error: bool | None = None,
+        max_in_flight: int = 8,
+    ):
+        if code.num_workers != pool.num_workers:
+            raise ValueError(
+                f"code is for {code.num_workers} workers and pool has {pool.num_workers}; expected as many of both"
+            )
+        predicts = isinstance(code, SplineCode) if predict_error is None else predict_error
+        if predicts and not isinstance(code, SplineCode):
+            raise ValueError(f"predict_error is True, but {type(code).__name__} predicts none; expected a SplineCode")
+        stop.check(code.num_workers, predicts)
+        if not time_limit > 0:
+            raise ValueError(f"time_limit is {time_limit!r}; expected seconds, above zero")
+        self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
+        self._predicts, self._output, self._defence = predicts, output, defence
+        self._steps = _Steps(code, order, output, defence)
+        self._executor = ThreadPoolExecutor(max_in_flight, thread_name_prefix="jaxcode request")
+        self._tally = _Tally()
+
+    def __call__(self, x: PyTree[Any]) -> Answer:
+        """Answers a batch, leaves (B, ...).
+
+        Raises:
+            NotEnoughAnswers: If too few workers answered within the time limit.
+            PoolClosed: If the pool is closed.
+            ValueError: As `jaxcode.coded`'s predict does.
+        """
+        began = time.monotonic()
+        sent, cut = self._steps.encode(jax.tree.map(jnp.asarray, x))
+        error = functools.partial(self._error, cut) if self._predicts else None
+        try:
+            responses = self._pool.run(
+                sent,
+                self._stop,
+                time_limit=max(0.0, self._time_limit - (time.monotonic() - began)),
+                enough=self._steps.enough,
+                error=error,
+            )
+        except NotEnoughAnswers as refusal:
+            self._tally.refused()
+            log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": cut.size})
+            raise
+        values, suspicion = self._steps.decode(responses.values, responses.returned, cut)
+        returned = responses.returned if suspicion is None else np.asarray(suspicion.returned)
+        answer = Answer(
+            values=jax.tree.map(np.asarray, values),
+            returned=returned,
+            latency=0.0,
+            error=None if error is None else error(responses.values, returned),
+            faults=responses.faults,
+            suspicion=suspicion,
+        )
+        answer = dataclasses.replace(answer, latency=time.monotonic() - began)
+        self._tally.answered(answer)
+        log.info(
+            "answered",
+            extra={"kind": "answered", "batch": cut.size, "answers": int(returned.sum()), "seconds": answer.latency},
+        )
+        return answer
+
+    def submit(self, x: PyTree[Any]) -> Future[Answer]:
+        """Answers a batch in the background; at most `max_in_flight` at a time, others wait for their turn."""
+        return self._executor.submit(self, x)
+
+    async def asynchronously(self, x: PyTree[Any]) -> Answer:
+        """Answers a batch without blocking the event loop."""
+        return await asyncio.wrap_future(self.submit(x))
+
+    def warm_up(self, x: PyTree[Any]) -> None:
+        """Compiles everything, here and in the workers, for batches like x; workers started later do so too.
+
+        Args:
+            x: Leaves (B, ...), of which only shapes and dtypes count.
+        """
+        sent, cut = self._steps.encode(jax.tree.map(jnp.zeros_like, x))
+        self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
+        values = self._pool.run(sent, answers(1), time_limit=self._time_limit).values
+        # Where everyone answered, decoding may be another program.
+        for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
+            self._steps.enough(returned)
+            self._steps.decode(values, returned, cut)
+            if self._predicts:
+                self._error(cut, values, returned)
+
+    def counters(self) -> dict[str, Any]:
+        """What happened since the server was made.
+
+        Requests answered and refused; workers that were not waited for, of all answered requests together
+        ("stragglers"); how many answers took at most so many seconds ("latency", by the upper end, and in all
+        "latency_sum"); and the pool's own counters.
+        """
+        return {**self._tally.counters(), **self._pool.counters()}
+
+    def close(self) -> None:
+        """Waits for what was submitted, and takes no more of it. The pool stays open."""
+        self._executor.shutdown()
+
+    def _error(self, cut, values, returned):
+        return np.asarray(self._steps.error(values, returned, cut))
+
+
+class _Steps:
+    """What happens on the host's own device: compiled once for each shape of batch, whoever returned."""
+
+    def __init__(self, code, order, output, defence):
+        encoder, num_data, num_workers = code.encoder_map(), code.num_data, code.num_workers
+
+        def by_group(values, cut):
+            """From leaves (N, groups, ...) to leaves (groups N, ...), in the space in which they are decoded."""
+            swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
+            return output.of_answers(
+                jax.tree.map(lambda leaf: leaf.reshape(cut.num_groups * num_workers, *leaf.shape[2:]), swapped)
+            )
+
+        @jax.jit
+        def encode(x):
+            sent, cut = encode_groups(encoder, num_data, order, x)
+            by_worker = jax.tree.map(
+                lambda leaf: jnp.swapaxes(leaf.reshape(cut.num_groups, num_workers, *leaf.shape[1:]), 0, 1), sent
+            )
+            return by_worker, cut
+
+        @jax.jit
+        def decode(values, decoder, returned, cut):
+            answers, suspicion = by_group(values, cut), None
+            if defence is not None:
+                suspicion = defence(code, answers, returned)
+                decoder = code.decoder_map(suspicion.returned)
+            results = output.to_results(decode_groups(decoder, answers, cut))
+            return in_the_callers_order(results, cut), suspicion
+
+        @jax.jit
+        def error(values, returned, cut):
+            answers = by_group(values, cut)
+            rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(cut.num_groups, num_workers, -1), 0, 1), answers)
+            _, errors = code.decode_with_error(rows, returned)
+            squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)
+            of_inputs = jnp.sqrt(jnp.mean(squares, axis=-1)).T.reshape(cut.num_groups * num_data)
+            return in_the_callers_order(of_inputs, cut)
+
+        known = known_decoders(code)
+        self.encode, self.error = encode, error
+        self.decode = lambda values, returned, cut: decode(
+            values, known(returned) if defence is None else None, returned, cut
+        )
+        self.enough = lambda returned: bool(np.all(code.recovered(returned)))
+
+
+class _Tally:
+    """Counters that several threads write."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._answered = self._refused = self._stragglers = 0
+        self._latency_sum = 0.0
+        self._latency = [0] * (len(LATENCY_BOUNDS) + 1)
+
+    def answered(self, answer: Answer) -> None:
+        with self._lock:
+            self._answered += 1
+            self._stragglers += int(np.sum(~answer.returned))
+            self._latency_sum += answer.latency
+            self._latency[bisect.bisect_left(LATENCY_BOUNDS, answer.latency)] += 1
+
+    def refused(self) -> None:
+        with self._lock:
+            self._refused += 1
+
+    def counters(self) -> dict[str, Any]:
+        with self._lock:
+            upto = np.cumsum(self._latency).tolist()
+            return {
+                "answered": self._answered,
+                "refused_requests": self._refused,
+                "stragglers": self._stragglers,
+                "latency": dict(zip((*LATENCY_BOUNDS, np.inf), upto, strict=True)),
+                "latency_sum": self._latency_sum,
+            }

@@ -1,0 +1,85 @@
+"""What every pool of real workers does."""
+
+import abc
+from typing import Any, Self
+
+from jaxtyping import PyTree
+
+from ..stop import AbstractStop
+from ._host import Host
+from .responses import Enough, PredictedError, Responses
+
+
+class AbstractPool(abc.ABC):
+    """N workers, each of which computes f on its own share of a request and may be late, wrong or dead.
+
+    A context manager: leaving it closes the pool. Requests may be made from several threads at once. A worker that is
+    busy is not waited for: it takes up what is still wanted when it is free again. Workers that die are started anew in
+    the background, and those that keep failing rest for a while, each time longer.
+
+    Attributes:
+        num_workers: N.
+    """
+
+    num_workers: int
+    _host: Host
+
+    def run(
+        self,
+        coded: PyTree[Any],
+        stop: AbstractStop,
+        *,
+        time_limit: float = 30.0,
+        enough: Enough = lambda returned: bool(returned.any()),
+        error: PredictedError | None = None,
+    ) -> Responses:
+        """Sends every worker its share and gathers answers until the policy says stop.
+
+        Args:
+            coded: Leaves (N, batch, ...): worker n computes f on its batch, leaves (batch, ...).
+            stop: When to stop waiting. It also ends where nobody who could answer soon is left.
+            time_limit: Seconds after which waiting ends in any case.
+            enough: Whether the answers of those that returned can be used at all; before that, the policy is not asked.
+            error: The predicted error from values and whose they are, for policies that ask for it.
+
+        Returns:
+            What came.
+
+        Raises:
+            NotEnoughAnswers: If what came within the time limit is not enough.
+            PoolClosed: If the pool is or was closed.
+            ValueError: If a leaf's leading axis is not N, or f does not return real numbers with its batch as leading
+                axis.
+        """
+        return self._host.run(coded, stop, time_limit, enough, error)
+
+    def warm_up(self, example: PyTree[Any]) -> None:
+        """Has every worker compile f for batches like the example, and those that are started later too.
+
+        Args:
+            example: A batch for one worker, leaves (batch, ...), arrays or `jax.ShapeDtypeStruct`s; only its shapes
+                and dtypes count.
+        """
+        self._host.warm_up(example)
+
+    def states(self) -> list[str]:
+        """What every worker is doing: 'idle', 'busy', 'starting' or 'resting'."""
+        return self._host.states()
+
+    def counters(self) -> dict[str, int]:
+        """How often what happened since the pool was made.
+
+        Answers accepted; late ones, which nobody waited for any more; raised, refused, deaths, restarts; rests, of
+        workers that kept failing.
+        """
+        return self._host.counters()
+
+    def close(self) -> None:
+        """Ends all workers; requests under way raise `PoolClosed`. Once closed, closing does nothing."""
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
