@@ -51,9 +51,9 @@ def encode_groups(
     return apply_to_groups("x", encoder, filled, cut.num_groups), cut
 
 
-def decode_groups(decoder: AbstractMap, answers: PyTree[Array], cut: Cut) -> PyTree[Array]:
-    """Results, leaves (groups K, ...), of the groups' answers, leaves (groups N, ...)."""
-    return apply_to_groups("f's result", decoder, answers, cut.num_groups)
+def decode_groups(decoder: AbstractMap, answers: PyTree[Array], cut: Cut, *, spread: bool = False) -> PyTree[Array]:
+    """Results, leaves (groups K, ...), of the groups' answers, leaves (groups N, ...), perhaps spread over devices."""
+    return apply_to_groups("f's result", decoder, answers, cut.num_groups, at_once=spread)
 
 
 def in_the_callers_order(results: PyTree[Array], cut: Cut) -> PyTree[Array]:

@@ -234,10 +234,13 @@ def apply_to_tree(name: str, linear: AbstractMap, tree: PyTree[Array], num_rows:
     return jax.tree_util.tree_map_with_path(on_leaf, tree)
 
 
-def apply_to_groups(name: str, linear: AbstractMap, tree: PyTree[Array], groups: int) -> PyTree[Array]:
+def apply_to_groups(
+    name: str, linear: AbstractMap, tree: PyTree[Array], groups: int, *, at_once: bool = False
+) -> PyTree[Array]:
     """Applies a map to groups of rows that lie one after the other: leaves (groups n, ...) to (groups p, ...).
 
-    Float32 products that cancel stay as they are: a model's answers are not that precise.
+    Float32 products that cancel stay as they are: a model's answers are not that precise. All features at once, even
+    if there are many, where data lie on several devices.
 
     Raises:
         ValueError: If a leaf's dtype is not real.
@@ -246,7 +249,7 @@ def apply_to_groups(name: str, linear: AbstractMap, tree: PyTree[Array], groups:
     def on_leaf(path, leaf):
         leaf = _real(name + jax.tree_util.keystr(path), leaf)
         rows = leaf.reshape(groups, leaf.shape[0] // groups, math.prod(leaf.shape[1:]))
-        results = apply(linear, rows, precisely=False)
+        results = _plainly(linear, rows) if at_once else apply(linear, rows, precisely=False)
         return results.reshape(groups * results.shape[1], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, tree)

@@ -16,6 +16,7 @@ from .functions import as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
 from .robust import Defence, Suspicion
+from .workers.in_graph import WorkerMap, vmap
 
 Predict = Callable[..., PyTree[Array]]
 
@@ -27,6 +28,7 @@ def coded(
     order: Ordering | None = None,
     output: OutputSpace = as_returned,
     defence: Defence | None = None,
+    workers: WorkerMap | None = None,
 ) -> Predict:
     r"""Makes a model answer although workers are missing.
 
@@ -34,7 +36,7 @@ def coded(
     its last input); each group is encoded into N coded inputs, worker n computes f on its coded inputs of all
     :math:`\lceil B/K \rceil` groups, and the results are decoded from the workers that returned.
 
-    Workers are simulated here by `vmap`. The function returned is pure, compiled on first use, and composes with jit,
+    The function returned is pure, compiled on first use, and composes with jit,
     vmap, grad, jacfwd and remat; `returned` is traced, so a new mask never recompiles.
 
     Args:
@@ -49,6 +51,8 @@ def coded(
             Results are what the model returns all the same.
         defence: Which workers to believe of those that returned: `jaxcode.robust.leave_one_out` finds those that lie,
             from their answers to the whole batch, and decodes as if they had not returned. Everyone if not given.
+        workers: On which devices workers compute: `jaxcode.workers.shard_map(mesh)` spreads them over a mesh. All as
+            one batch on one device, `jaxcode.workers.vmap()`, if not given.
 
     Returns:
         `predict(x, returned=None)`: leaves (B, ...) to leaves (B, ...), returned bool (N,), everyone if not given.
@@ -79,16 +83,17 @@ def coded(
     @jax.jit
     def run(params, x, decoder, returned):
         # All workers' coded inputs as one batch.
-        sent, cut = encode_groups(encoder, code.num_data, order, x)
-        answers = fn(params, sent)
+        sent, cut = encode_groups(encoder, code.num_data, order, on_devices.place(x))
+        answers = on_devices.answer(fn, params, sent, code.num_workers)
         check_answers(answers, cut.num_groups * code.num_workers)
         answers, suspicion = output.of_answers(answers), None
         if defence is not None:
             suspicion = defence(code, answers, returned)
             decoder = code.decoder_map(suspicion.returned)
-        results = output.to_results(decode_groups(decoder, answers, cut))
+        results = output.to_results(decode_groups(decoder, answers, cut, spread=on_devices.spread))
         return in_the_callers_order(results, cut), suspicion
 
+    on_devices = vmap() if workers is None else workers
     known = known_decoders(code)
 
     def inspect(

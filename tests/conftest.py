@@ -10,8 +10,12 @@ from jaxtyping import install_import_hook
 # Before anything imports jaxcode: every annotated call is checked against its shapes and dtypes.
 install_import_hook("jaxcode", "beartype.beartype")
 
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# For what spreads workers over devices; all else runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture

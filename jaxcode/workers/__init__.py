@@ -1,7 +1,11 @@
-"""Where f runs: threads of this process or Ray actors, on their own devices, early answers used."""
+"""Where f runs: in one compiled program over devices, or in threads and Ray actors whose early answers are used."""
 
 from .dispatch import AbstractWorker as AbstractWorker
 from .dispatch import WorkerDied as WorkerDied
+from .in_graph import WorkerMap as WorkerMap
+from .in_graph import pmap as pmap
+from .in_graph import shard_map as shard_map
+from .in_graph import vmap as vmap
 from .pool import AbstractPool as AbstractPool
 from .ray_pool import RayPool as RayPool
 from .responses import Fault as Fault

@@ -1,7 +1,7 @@
 """What every pool of real workers does."""
 
 import abc
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import PyTree
 
@@ -78,7 +78,7 @@ class AbstractPool(abc.ABC):
         """Ends all workers; requests under way raise `PoolClosed`. Once closed, closing does nothing."""
         self._host.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
