@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def known_decoders(code: AbstractLinearCode) -> Callable[[np.ndarray], AbstractM
     return lambda returned: decoder(returned.tobytes(), x64_is_on())
 
 
-def check_answers(answers: PyTree[Array], size: int) -> None:
+def check_answers(answers: PyTree[Any], size: int) -> None:
     """Real numbers with the batch as leading axis.
 
     Raises:

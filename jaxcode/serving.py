@@ -176,7 +176,7 @@ class CodedServer:
         """
         sent, cut = self._steps.encode(jax.tree.map(jnp.zeros_like, x))
         self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
-        values = self._pool.run(sent, answers(1), time_limit=self._time_limit).values
+        values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
         # Where everyone answered, decoding may be another program.
         for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
             self._steps.enough(returned)
@@ -187,11 +187,24 @@ class CodedServer:
     def counters(self) -> dict[str, Any]:
         """What happened since the server was made.
 
-        Requests answered and refused; workers that were not waited for, of all answered requests together
-        ("stragglers"); how many answers took at most so many seconds ("latency", by the upper end, and in all
-        "latency_sum"); and the pool's own counters.
+        Requests "answered" and "refused"; workers that were not waited for, of all answered requests together
+        ("stragglers"); how many answers took at most so many seconds ("latency", by the upper end, and "latency_sum" in
+        all); and since the pool was made, "workers": its own counters.
         """
-        return {**self._tally.counters(), **self._pool.counters()}
+        return {**self._tally.counters(), "workers": self._pool.counters()}
+
+    def register_metrics(self, registry: Any = None) -> None:
+        """Shows the counters to Prometheus, as metrics named jaxcode_...; read whenever they are collected.
+
+        Args:
+            registry: A `prometheus_client` registry; its default one if not given.
+
+        Raises:
+            ImportError: If prometheus-client is not installed.
+        """
+        from ._prometheus import register
+
+        register(self, self._pool, registry)
 
     def close(self) -> None:
         """Waits for what was submitted, and takes no more of it. The pool stays open."""
@@ -273,7 +286,7 @@ class _Tally:
             upto = np.cumsum(self._latency).tolist()
             return {
                 "answered": self._answered,
-                "refused_requests": self._refused,
+                "refused": self._refused,
                 "stragglers": self._stragglers,
                 "latency": dict(zip((*LATENCY_BOUNDS, np.inf), upto, strict=True)),
                 "latency_sum": self._latency_sum,

@@ -37,7 +37,7 @@ class Compute:
         self._compute = compute
         self._run = compute if around is None else functools.partial(around, worker, compute)
 
-    def __call__(self, batch: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
+    def __call__(self, batch: PyTree[np.ndarray]) -> Any:
         """The model's answers to a batch."""
         return self._run(batch)
 

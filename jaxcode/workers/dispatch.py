@@ -30,6 +30,8 @@ log.addHandler(logging.NullHandler())
 # Failures in a row after which a worker rests, and for how many seconds, doubled from one rest to the next.
 _PATIENT_WITH = 3
 _SHORTEST_REST, _LONGEST_REST = 0.5, 60.0
+# Seconds from one look for workers that do not answer to the next.
+_LOOK_EVERY = 0.5
 _COUNTED = ("answers", "late", "raised", "refused", "deaths", "restarts", "rests")
 # A request that a worker died of is given to it once more, not for ever.
 _ATTEMPTS = 2
@@ -63,6 +65,7 @@ class _Seat:
         self.state = "starting"
         self.failures = 0
         self.request: _Request | None = None
+        self.since = time.monotonic()
         # Outcomes of calls that were given up have another number.
         self.call = 0
 
@@ -134,6 +137,7 @@ class Dispatcher:
         """
         done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._examples = list(examples)
+        self._events.put(self._look_for_stuck)
         self._events.put(lambda: self._start_all(done.put))
         end, problem, ready = time.monotonic() + self._start_limit, None, 0
         for _ in self._seats:
@@ -234,14 +238,8 @@ class Dispatcher:
 
     def _loop(self):
         while not self._closed:
-            wait = self._alarms[0][0] - time.monotonic() if self._alarms else None
-            event = None
             try:
-                event = self._events.get(timeout=None if wait is None else max(0.0, wait))
-            except queue.Empty:
-                event = heapq.heappop(self._alarms)[2]
-            try:
-                event()
+                self._next_event()()
             except Exception:
                 log.exception("an event could not be handled")
         for request in self._open:
@@ -255,6 +253,16 @@ class Dispatcher:
                 seat.worker.close()
             except Exception:
                 log.exception("worker %d could not be closed", seat.number)
+
+    def _next_event(self):
+        """What is due, else what comes first."""
+        wait = self._alarms[0][0] - time.monotonic() if self._alarms else None
+        if wait is None or wait > 0:
+            try:
+                return self._events.get(timeout=wait)
+            except queue.Empty:
+                pass
+        return heapq.heappop(self._alarms)[2]
 
     def _fail(self, request):
         with request.changed:
@@ -274,16 +282,20 @@ class Dispatcher:
     def _on_finished(self, request):
         if request in self._open:
             self._open.remove(request)
+        for number in {fault.worker for fault in request.faults if fault.kind != "died"}:
+            seat = self._seats[number]
+            self._blame(seat, request)
+            if seat.state == "idle":
+                self._next(seat)
 
     def _send(self, seat, request):
         seat.state, seat.request = "busy", request
-        seat.call += 1
         request.attempts[seat.number] += 1
-        self._when_done(seat, lambda: seat.worker.call(request.batch(seat.number)), self._on_answer)
-        if self._stuck_after is not None:
-            self._after(self._stuck_after, functools.partial(self._on_stuck, seat, seat.call, self._stuck_after))
+        self._begin(seat, lambda: seat.worker.call(request.batch(seat.number)), self._on_answer)
 
-    def _when_done(self, seat, begin, then):
+    def _begin(self, seat, begin, then):
+        seat.call += 1
+        seat.since = time.monotonic()
         call = seat.call
         try:
             future = begin()
@@ -300,27 +312,27 @@ class Dispatcher:
         if isinstance(failure, WorkerDied):
             self._on_death(seat, request, str(failure))
             return
-        problem = None
+        late, problem = request.finished, None
         if failure is not None:
             self._fault(seat, request, "raised", f"{type(failure).__name__}: {failure}")
-        elif request.finished:
-            self._counters["late"] += 1
-            problem = refusal(future.result(), request.expected)
         else:
-            problem = request.accept(seat.number, future.result())
-        if problem is not None:
-            self._fault(seat, request, "refused", problem)
+            answer = future.result()
+            problem = refusal(answer, request.expected) if late else request.accept(seat.number, answer)
+            if problem is not None:
+                self._fault(seat, request, "refused", problem)
         if failure is None and problem is None:
-            self._counters["answers"] += not request.finished
+            self._counters["late" if late else "answers"] += 1
             seat.failures = 0
-        if seat.failures >= _PATIENT_WITH:
-            self._rest(seat, self._back_from_rest)
-        else:
-            self._next(seat)
+        elif late:
+            self._blame(seat, request)
+        self._next(seat)
         self._look_ahead()
 
+    def _blame(self, seat, request):
+        """A worker that failed where others did not; where all did, the request is to blame."""
+        seat.failures += bool(request.returned.any())
+
     def _fault(self, seat, request, kind, message):
-        seat.failures += 1
         self._counters["deaths" if kind == "died" else kind] += 1
         log.warning("worker %d %s: %s", seat.number, kind, message, extra={"worker": seat.number, "kind": kind})
         if request is not None:
@@ -328,6 +340,7 @@ class Dispatcher:
 
     def _on_death(self, seat, request, message):
         self._fault(seat, request, "died", message)
+        seat.failures += 1
         if request is not None and request.attempts[seat.number] < _ATTEMPTS:
             request.attempts[seat.number] = 0
         if seat.failures >= _PATIENT_WITH:
@@ -336,11 +349,14 @@ class Dispatcher:
             self._restart(seat)
         self._look_ahead()
 
-    def _on_stuck(self, seat, call, seconds):
-        if call == seat.call and seat.state in ("busy", "starting"):
-            seat.call += 1
-            request, seat.request = seat.request, None
-            self._on_death(seat, request, f"it did not answer for {seconds} s and was given up")
+    def _look_for_stuck(self):
+        for seat in self._seats:
+            limit = {"busy": self._stuck_after, "starting": self._start_limit}.get(seat.state)
+            if limit is not None and time.monotonic() - seat.since > limit:
+                seat.call += 1
+                request, seat.request = seat.request, None
+                self._on_death(seat, request, f"it did not answer for {limit} s and was given up")
+        self._after(_LOOK_EVERY, self._look_for_stuck)
 
     def _rest(self, seat, then):
         seat.state = "resting"
@@ -350,7 +366,7 @@ class Dispatcher:
         self._after(seconds, functools.partial(then, seat))
 
     def _back_from_rest(self, seat):
-        self._next(seat)
+        self._take_up(seat)
         self._look_ahead()
 
     def _restart(self, seat):
@@ -363,11 +379,7 @@ class Dispatcher:
 
     def _start(self, seat, report):
         seat.state = "starting"
-        seat.call += 1
-        self._when_done(
-            seat, lambda: seat.worker.start(self._examples), functools.partial(self._on_started, report=report)
-        )
-        self._after(self._start_limit, functools.partial(self._on_stuck, seat, seat.call, self._start_limit))
+        self._begin(seat, lambda: seat.worker.start(self._examples), functools.partial(self._on_started, report=report))
 
     def _on_started(self, seat, call, future, report):
         if call != seat.call:
@@ -375,13 +387,19 @@ class Dispatcher:
         failure = future.exception()
         report(failure)
         if failure is None:
-            self._next(seat)
+            self._take_up(seat)
             self._look_ahead()
         else:
             self._on_death(seat, None, f"it could not be started: {failure}")
 
     def _next(self, seat):
-        """Takes up the oldest request that still wants this worker."""
+        if seat.failures >= _PATIENT_WITH:
+            self._rest(seat, self._back_from_rest)
+        else:
+            self._take_up(seat)
+
+    def _take_up(self, seat):
+        """The oldest request that still wants this worker."""
         seat.state = "idle"
         for request in self._open:
             if request.wants(seat):

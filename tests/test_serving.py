@@ -1,0 +1,231 @@
+"""The server: what it answers, when, and what it says of it."""
+
+import asyncio
+import logging
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jaxcode import (
+    BerrutCode,
+    CodedServer,
+    ReplicationCode,
+    SplineCode,
+    coded,
+    ordering,
+    outputs,
+    robust,
+    stop,
+    workers,
+)
+
+from .workers.test_pools import Faults
+
+CODE = SplineCode.systematic(5, 12)
+X = np.random.default_rng(0).normal(size=(17, 4)).astype(np.float32)
+
+
+def f(x):
+    return {"logits": jnp.tanh(x @ jnp.ones((4, 3)) / 2), "norm": jnp.sum(x**2, axis=-1)}
+
+
+@pytest.fixture(scope="module")
+def _shared():
+    faults = Faults()
+    with workers.ThreadPool(f, 12, around=faults) as pool:
+        yield pool, faults
+
+
+@pytest.fixture
+def pool(_shared):
+    return _shared[0]
+
+
+@pytest.fixture
+def faults(_shared):
+    _shared[1].does.clear()
+    return _shared[1]
+
+
+def server(pool, policy, code=CODE, **options):
+    return CodedServer(code, pool, policy, **{"predict_error": False, **options})
+
+
+def same(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 5, 17])
+@pytest.mark.parametrize("order", [None, ordering.greedy], ids=["as it is", "ordered"])
+@pytest.mark.parametrize(
+    "code", [CODE, ReplicationCode(4, 12), BerrutCode.chebyshev(3, 12)], ids=["spline", "copies", "Berrut"]
+)
+def test_answers_are_those_of_coded_for_the_same_workers(pool, faults, code, order, size):
+    go = faults.waits(2, 7)
+    answer = server(pool, stop.answers(10), code, order=order)(X[:size])
+    go.set()
+    assert np.flatnonzero(~answer.returned).tolist() == [2, 7]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(answer.values))
+    same(answer.values, coded(f, code, order=order)(jnp.asarray(X[:size]), answer.returned))
+
+
+def test_output_spaces_and_defences_are_those_of_coded(faults):
+    def classify(x):
+        return jax.nn.softmax(x @ jnp.eye(4))
+
+    faults.fails(4, lambda compute, batch: 1 - compute(batch))
+    with workers.ThreadPool(classify, 12, around=faults) as pool:
+        options = {"output": outputs.logits, "defence": robust.leave_one_out, "order": ordering.greedy}
+        answer = server(pool, stop.answers(12), **options)(np.tile(X, (4, 1)))
+    assert np.asarray(answer.suspicion.suspected).tolist() == [n == 4 for n in range(12)]
+    assert not answer.returned[4]
+    predict = coded(classify, CODE, order=ordering.greedy, output=outputs.logits)
+    same(answer.values, predict(jnp.asarray(np.tile(X, (4, 1))), answer.returned))
+
+
+def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, faults):
+    go = faults.waits(1, 5, 6)
+    answer = CodedServer(CODE, pool, stop.answers(9), order=ordering.greedy)(X)
+    go.set()
+    turn = np.asarray(ordering.greedy(jnp.asarray(X), 5))
+    rows = X[np.append(turn, [turn[-1]] * 3)].reshape(4, 5, 4)
+    answers = [f(CODE.encode(jnp.asarray(group))) for group in rows]
+    together = jax.tree.map(lambda *leaves: jnp.stack([leaf.reshape(12, -1) for leaf in leaves], axis=1), *answers)
+    _, errors = CODE.decode_with_error(together, answer.returned)
+    squares = np.concatenate([np.asarray(leaf) ** 2 for leaf in jax.tree.leaves(errors)], axis=-1)
+    expected = np.empty(17)
+    expected[turn] = np.sqrt(squares.mean(-1)).T.reshape(-1)[:17]
+    np.testing.assert_allclose(answer.error, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
+    go = faults.waits(*range(1, 12, 2))
+    careless = CodedServer(CODE, pool, stop.error_below(1e6), time_limit=20)
+    careless.warm_up(X)
+    assert np.sum(careless(X).returned) < 12
+    careful = CodedServer(CODE, pool, stop.error_below(1e-6), time_limit=20)
+    careful.warm_up(X)
+    threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
+    answer = careful(X)
+    assert answer.latency > 0.25
+    assert (answer.error <= 1e-6).all()
+
+
+def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):
+    go = faults.waits(*range(11))
+    late = server(pool, stop.deadline(0.05), time_limit=0.3)
+    late.warm_up  # noqa: B018
+    before = late.counters()["refused"]
+    began = time.monotonic()
+    with pytest.raises(workers.NotEnoughAnswers, match="1 of 12 workers answered"):
+        late(X)
+    assert time.monotonic() - began < 5
+    go.set()
+    assert late.counters()["refused"] == before + 1
+
+
+def test_replication_waits_for_a_copy_of_each_input(pool, faults):
+    go = faults.waits(1, 5)
+    threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
+    answer = server(pool, stop.answers(1), ReplicationCode(4, 8 + 4))(X)
+    assert np.isfinite(answer.values["norm"]).all()
+    same(answer.values, f(jnp.asarray(X)))
+
+
+def test_several_requests_at_once_in_threads_and_in_an_event_loop(pool, faults):
+    many = server(pool, stop.answers(12), max_in_flight=4)
+    batches = [X * np.float32(scale) for scale in np.linspace(0.1, 1, 10)]
+    for batch, future in [(batch, many.submit(batch)) for batch in batches]:
+        same(future.result(30).values["norm"], coded(f, CODE)(jnp.asarray(batch))["norm"])
+
+    async def all_of_them():
+        return await asyncio.gather(*(many.asynchronously(batch) for batch in batches))
+
+    for batch, answer in zip(batches, asyncio.run(all_of_them()), strict=True):
+        same(answer.values["norm"], coded(f, CODE)(jnp.asarray(batch))["norm"])
+    many.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        many.submit(X)
+
+
+def test_counters_and_logs_say_what_happened(pool, faults, caplog):
+    go = faults.waits(3)
+    counted = server(pool, stop.answers(11))
+    with caplog.at_level(logging.INFO, "jaxcode"):
+        for _ in range(3):
+            counted(X)
+    go.set()
+    counters = counted.counters()
+    assert (counters["answered"], counters["refused"], counters["stragglers"]) == (3, 0, 3)
+    assert counters["latency"][np.inf] == 3
+    assert sorted(counters["latency"].values()) == list(counters["latency"].values())
+    assert counters["workers"]["answers"] >= 33
+    records = [record for record in caplog.records if record.name == "jaxcode.serving"]
+    assert [(record.kind, record.batch, record.answers) for record in records] == [("answered", 17, 11)] * 3
+
+
+def test_metrics_are_what_prometheus_reads(pool, faults):
+    registry = prometheus_client.CollectorRegistry()
+    counted = server(pool, stop.answers(12))
+    counted.register_metrics(registry)
+    counted(X)
+    text = prometheus_client.generate_latest(registry).decode()
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["jaxcode_requests_total", "answered"] == 1
+    assert samples["jaxcode_requests_total", "refused"] == 0
+    assert samples["jaxcode_latency_seconds_bucket", "+Inf"] == 1
+    assert samples["jaxcode_latency_seconds_count",] == 1
+    assert samples["jaxcode_worker_events_total", "answers"] >= 12
+    assert sum(samples["jaxcode_workers", state] for state in ("idle", "busy", "starting", "resting")) == 12
+
+
+def test_warming_up_leaves_nothing_to_compile(pool, faults):
+    warm = CodedServer(CODE, pool, stop.answers(10), order=ordering.greedy)
+    warm.warm_up(X)
+    with jax.log_compiles(), _compiled() as names:
+        go = faults.waits(2)
+        warm(X)
+        go.set()
+        faults.does.clear()
+        warm(X)
+    assert names == []
+
+
+def _compiled():
+    import contextlib
+
+    @contextlib.contextmanager
+    def listening():
+        names = []
+        handler = logging.Handler()
+        handler.emit = lambda record: names.append(record.getMessage()) if "Compiling" in record.getMessage() else None
+        logging.getLogger("jax").addHandler(handler)
+        try:
+            yield names
+        finally:
+            logging.getLogger("jax").removeHandler(handler)
+
+    return listening()
+
+
+def test_what_makes_no_sense_is_refused(pool, unchecked):
+    for wrong, message in (
+        (lambda: server(pool, stop.answers(2), SplineCode.chebyshev(4, 9)), "code is for 9 workers and pool has 12"),
+        (lambda: server(pool, stop.answers(13)), "expected at most as many"),
+        (lambda: server(pool, stop.error_below(0.1)), "predicts no error"),
+        (lambda: server(pool, stop.answers(3), ReplicationCode(4, 12), predict_error=True), "ReplicationCode"),
+        (lambda: server(pool, stop.answers(3), time_limit=0), "time_limit is 0"),
+        (lambda: server(pool, stop.answers(3))(np.ones(())), "expected one leading axis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -1,0 +1,264 @@
+"""Pools of threads: early answers, late ones, wrong ones, and several requests at once."""
+
+import re
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxcode import stop, workers
+
+N = 5
+BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
+
+
+class Faults:
+    """What each worker does in place of computing, while it is set."""
+
+    def __init__(self):
+        self.does = {}
+
+    def __call__(self, worker, compute, batch):
+        return self.does.get(worker, lambda compute, batch: compute(batch))(compute, batch)
+
+    def waits(self, *numbers):
+        """Has workers wait until the event that is returned."""
+        go = threading.Event()
+
+        def wait(compute, batch):
+            go.wait(20)
+            return compute(batch)
+
+        self.does.update(dict.fromkeys(numbers, wait))
+        return go
+
+    def fails(self, worker, answer):
+        self.does[worker] = answer
+
+
+@pytest.fixture
+def faults():
+    return Faults()
+
+
+@pytest.fixture
+def pool(faults):
+    with workers.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
+        yield pool
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def returned(responses):
+    return np.flatnonzero(responses.returned).tolist()
+
+
+def test_every_worker_answers_its_own_batch(pool):
+    responses = pool.run(BATCH, stop.answers(N))
+    np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
+    assert responses.returned.all()
+    assert np.isfinite(responses.latency).all()
+    assert responses.latency.max() <= responses.seconds
+    assert responses.faults == ()
+
+
+def test_late_workers_are_not_waited_for_and_their_answers_harm_nobody(pool, faults):
+    go = faults.waits(1, 3)
+    responses = pool.run(BATCH, stop.answers(3))
+    assert returned(responses) == [0, 2, 4]
+    assert (responses.values[[1, 3]] == 0).all()
+    assert np.isinf(responses.latency[[1, 3]]).all()
+    assert [pool.states()[n] for n in (1, 3)] == ["busy", "busy"]
+    again = pool.run(2 * BATCH, stop.answers(3))
+    assert returned(again) == [0, 2, 4]
+    faults.does.clear()
+    go.set()
+    until(lambda: pool.states() == ["idle"] * N)
+    assert (responses.values[[1, 3]] == 0).all()
+    assert pool.counters()["late"] == 2
+    np.testing.assert_allclose(pool.run(BATCH, stop.answers(N)).values, np.sin(BATCH), rtol=1e-6)
+
+
+def test_a_worker_that_becomes_free_takes_up_what_is_still_wanted(pool, faults):
+    go = faults.waits(0)
+    pool.run(BATCH, stop.answers(4))
+    faults.does.clear()
+    threading.Timer(0.2, go.set).start()
+    responses = pool.run(2 * BATCH, stop.answers(N))
+    np.testing.assert_allclose(responses.values, np.sin(2 * BATCH), rtol=1e-6)
+
+
+def test_a_deadline_is_kept_to_and_extended_only_until_answers_are_enough(pool, faults):
+    go = faults.waits(*range(N))
+    threading.Timer(0.4, lambda: [faults.does.clear(), go.set()]).start()
+    responses = pool.run(BATCH, stop.deadline(0.1))
+    assert responses.seconds >= 0.4
+    assert responses.returned.any()
+    go = faults.waits(2)
+    responses = pool.run(BATCH, stop.deadline(0.1))
+    go.set()
+    assert returned(responses) == [0, 1, 3, 4]
+    assert responses.seconds >= 0.1
+
+
+def test_too_few_answers_are_refused_within_the_time_limit_with_the_reason(pool, faults):
+    go = faults.waits(1, 2, 3)
+    faults.fails(0, _raise)
+    with pytest.raises(workers.NotEnoughAnswers, match=r"1 of 5 workers .* 0\.2 s.*worker 0 raised: OSError") as caught:
+        pool.run(BATCH, stop.answers(N), time_limit=0.2, enough=lambda returned: returned.sum() > 1)
+    go.set()
+    assert returned(caught.value.responses) == [4]
+
+
+def _raise(compute, batch):
+    raise OSError("no disk")
+
+
+WRONG = {
+    "raises": (_raise, "raised", "OSError: no disk"),
+    "NaN": (lambda compute, batch: compute(batch) * np.nan, "refused", "NaN or infinite"),
+    "one infinity": (lambda compute, batch: np.where(np.arange(3) == 1, np.inf, compute(batch)), "refused", "infinite"),
+    "shape": (lambda compute, batch: compute(batch)[:1], "refused", r"shape \(1, 3\)"),
+    "dtype": (lambda compute, batch: compute(batch).astype(np.float64), "refused", "float64"),
+    "structure": (lambda compute, batch: {"a": compute(batch)}, "refused", "PyTreeDef"),
+    "not an array": (lambda compute, batch: "no", "refused", "str"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
+    does, kind, message = wrong
+    faults.fails(3, does)
+    responses = pool.run(BATCH, stop.answers(N))
+    assert returned(responses) == [0, 1, 2, 4]
+    np.testing.assert_allclose(responses.values[[0, 1, 2, 4]], np.sin(BATCH)[[0, 1, 2, 4]], rtol=1e-6)
+    assert (responses.values[3] == 0).all()
+    (fault,) = responses.faults
+    assert (fault.worker, fault.kind) == (3, kind)
+    assert re.search(message, fault.message)
+    assert pool.counters()[kind] == 1
+
+
+def test_who_keeps_failing_rests_longer_each_time_and_comes_back_when_well(pool, faults):
+    faults.fails(3, _raise)
+    for _ in range(3):
+        pool.run(BATCH, stop.answers(N))
+    until(lambda: pool.states()[3] == "resting")
+    assert 3 not in returned(pool.run(BATCH, stop.answers(N)))
+    until(lambda: pool.states()[3] == "idle")
+    pool.run(BATCH, stop.answers(N))
+    until(lambda: pool.counters()["rests"] == 2)
+    faults.does.clear()
+    until(lambda: pool.states()[3] == "idle")
+    assert pool.run(BATCH, stop.answers(N)).returned.all()
+    faults.fails(3, _raise)
+    pool.run(BATCH, stop.answers(N))
+    assert pool.states()[3] == "idle"
+
+
+def test_a_request_that_everyone_fails_at_is_not_held_against_the_workers(pool):
+    for _ in range(4):
+        with pytest.raises(workers.NotEnoughAnswers, match="NaN"):
+            pool.run(np.full_like(BATCH, np.inf), stop.answers(N), time_limit=0.1)
+    until(lambda: pool.states() == ["idle"] * N)
+    assert pool.run(BATCH, stop.answers(N)).returned.all()
+
+
+def test_requests_of_several_threads_are_answered_apart(pool):
+    wrong = []
+
+    def client(scale):
+        for _ in range(20):
+            values = pool.run(scale * BATCH, stop.answers(N)).values
+            if not np.allclose(values, np.sin(scale * BATCH), atol=1e-6):
+                wrong.append(scale)
+
+    clients = [threading.Thread(target=client, args=[np.float32(0.1 * c)]) for c in range(6)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not wrong
+    assert pool.counters()["answers"] == 6 * 20 * N
+
+
+def test_closing_ends_requests_that_are_under_way_and_leaves_no_thread(faults):
+    before = set(threading.enumerate())
+    pool = workers.ThreadPool(jnp.sin, N, around=faults)
+    go = faults.waits(*range(N))
+    threading.Timer(0.2, pool.close).start()
+    with pytest.raises(workers.PoolClosed):
+        pool.run(BATCH, stop.answers(N))
+    with pytest.raises(workers.PoolClosed):
+        pool.run(BATCH, stop.answers(N))
+    pool.close()
+    go.set()
+    until(lambda: not set(threading.enumerate()) - before - {t for t in threading.enumerate() if "Timer" in t.name})
+
+
+def test_workers_are_spread_over_devices_and_keep_the_parameters_there():
+    seen = {}
+
+    def where(worker, compute, batch):
+        seen[worker] = compute
+        return compute(batch)
+
+    devices = jax.devices()[:3]
+    with workers.ThreadPool(lambda x: x * 2, devices=devices, around=where) as three:
+        assert three.num_workers == 3
+        np.testing.assert_array_equal(three.run(BATCH[:3], stop.answers(3)).values, 2 * BATCH[:3])
+    with workers.ThreadPool(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 5, devices=devices) as five:
+        assert five.run(BATCH, stop.answers(5)).values.shape == (N, 2, 2)
+
+
+def test_pytrees_narrow_dtypes_and_batches_of_other_sizes():
+    def f(batch):
+        return {"sum": batch["a"].sum(-1), "wide": batch["b"]}
+
+    with workers.ThreadPool(f, 3) as pool:
+        for size in (1, 4):
+            sent = {"a": np.ones((3, size, 2), np.float32), "b": jnp.ones((3, size, 2, 2), jnp.bfloat16)}
+            responses = pool.run(sent, stop.answers(3))
+            assert responses.values["sum"].shape == (3, size)
+            assert responses.values["wide"].dtype == jnp.bfloat16
+
+
+def test_warming_up_compiles_on_every_worker_before_a_request():
+    traces = []
+
+    def f(x):
+        traces.append(threading.get_ident())
+        return x / jnp.linalg.norm(x)  # not a number where everything is zero
+
+    with workers.ThreadPool(f, 3, example=BATCH[0]) as pool:
+        pool.warm_up(jax.ShapeDtypeStruct((7, 3), np.float32))
+        before = len(traces)
+        pool.run(BATCH[:3], stop.answers(3))
+        pool.run(np.ones((3, 7, 3), np.float32), stop.answers(3))
+        assert len(traces) == before
+
+
+def test_what_makes_no_sense_is_refused(pool, unchecked):
+    for wrong, message in (
+        (lambda: pool.run(BATCH[:3], stop.answers(2)), r"coded has shape \(3, 2, 3\); expected \(5, batch"),
+        (lambda: pool.run(np.ones(N), stop.answers(2)), "expected"),
+        (lambda: pool.run(BATCH, stop.answers(6)), "expected at most"),
+        (lambda: pool.run(BATCH, stop.error_below(0.1)), "predicts no error"),
+        (lambda: workers.ThreadPool(jnp.sin, 0), "num_workers is 0"),
+        (lambda: workers.ThreadPool(jnp.sin, devices=[]), "devices is empty"),
+        (lambda: workers.ThreadPool("sin", 2), "expected a callable"),
+        (lambda: workers.ThreadPool(lambda x: x.sum(), 2, example=BATCH[0]), "expected the batch as its leading axis"),
+        (lambda: workers.ThreadPool(lambda x: x.argmax(-1), 2, example=BATCH[0]), "logits, not classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
