@@ -1,5 +1,6 @@
 """What workers compute: a callable, an nnx module or a linen module with its variables, as one pure function."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,8 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
             leading axis of what it is given and of what it returns is the batch.
 
     Returns:
-        A pure function `fn(params, batch)` and params, a pytree. A callable's params are empty: what it closes over
-        stays inside it.
+        A pure function `fn(params, batch)`, which can be sent to other processes, and params, a pytree. A callable's
+            params are empty: what it closes over stays inside it.
 
     Raises:
         ValueError: If f is none of these, or is a class or a linen module without variables.
@@ -52,15 +53,19 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
         raise ValueError(
             f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
         )
-    return lambda _, batch: f(batch), ()
+    return functools.partial(_without_params, f), ()
+
+
+def _without_params(f, _, batch):
+    return f(batch)
 
 
 def _from_nnx(module: nnx.Module) -> tuple[PureFunction, Params]:
     evaluating = nnx.clone(module)
     evaluating.eval()
     graph, state = nnx.split(evaluating)
+    return functools.partial(_merged, graph), state
 
-    def call(state, batch):
-        return nnx.merge(graph, state)(batch)
 
-    return call, state
+def _merged(graph, state, batch):
+    return nnx.merge(graph, state)(batch)

@@ -110,19 +110,20 @@ def _connect(address):
         if address is not None:
             ray.init(address=address, **quiet)
             return ray, ray.shutdown
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_LOCAL_STORE,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_LOCAL_STORE,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
     listens = ray.nodes()[0]["NodeManagerAddress"]
     if not ipaddress.ip_address(listens).is_loopback:
         ray.shutdown()
         raise RuntimeError(
-            f"Ray would listen on {listens}: it was imported before with {_LOOPBACK[0]} unset; set it to "
-            f"{_LOOPBACK[1]} in the environment, or start a cluster yourself and give its address"
+            f"Ray would listen on {listens}; set {_LOOPBACK[0]}={_LOOPBACK[1]} before Ray is imported, or start a "
+            "cluster yourself and give its address"
         )
     return ray, ray.shutdown
 
@@ -142,6 +143,19 @@ def _environment():
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _on_loopback():
+    """The same for a Ray that was imported already, and read its environment then."""
+    from ray._private import ray_constants
+
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Actor:
@@ -191,7 +205,13 @@ class _RayWorker(AbstractWorker):
             elif isinstance(failure, self._ray.exceptions.RayTaskError):
                 answer.set_exception(failure.cause or failure)
             else:
-                answer.set_exception(WorkerDied(f"{type(failure).__name__}: {str(failure).splitlines()[0]}"))
+                answer.set_exception(WorkerDied(_why(failure)))
 
         reference.future().add_done_callback(tell)
         return answer
+
+
+def _why(failure):
+    """The line of Ray's message that tells most: what a constructor raised comes last."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [""]
+    return f"{type(failure).__name__}: {lines[-1] if 'creation task' in lines[0] else lines[0]}"
