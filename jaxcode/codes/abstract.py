@@ -53,14 +53,14 @@ class AbstractCode(abc.ABC):
         """
 
     @abc.abstractmethod
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
+    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
         """Which inputs have a result, given which workers returned.
 
         Args:
             returned: bool, shape (N,).
 
         Returns:
-            bool, shape (K,).
+            bool, shape (K,); of NumPy's where the host knows who returned, with nothing to compute elsewhere.
 
         Raises:
             ValueError: If returned is not bool (N,).
@@ -137,9 +137,11 @@ class AbstractInterpolatingCode(AbstractLinearCode):
         check_mask("returned", returned, self.num_workers)
         return self.decoding_curve(on_host(returned))
 
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
+    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
         check_mask("returned", returned, self.num_workers)
-        return jnp.broadcast_to(jnp.sum(jnp.asarray(returned)) >= 2, (self.num_data,))
+        returned = on_host(returned)
+        xp = np if isinstance(returned, np.ndarray) else jnp
+        return xp.broadcast_to(returned.sum() >= 2, (self.num_data,))
 
 
 def curve_matrix(

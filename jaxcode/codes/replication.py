@@ -47,8 +47,8 @@ class ReplicationCode(AbstractLinearCode):
         row = xp.argmax(copies, axis=0).astype(np.int32) * self.num_data + np.arange(self.num_data, dtype=np.int32)
         return Selection(row, self.num_workers, gives=xp.any(copies, axis=0))
 
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
-        return jnp.asarray(_copies(self, returned).any(axis=0))
+    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
+        return _copies(self, returned).max(axis=0)
 
 
 @pytree("num_data", eq=False)
@@ -81,9 +81,9 @@ class UncodedCode(AbstractLinearCode):
         check_mask("returned", returned, self.num_workers)
         return Selection(np.arange(self.num_data, dtype=np.int32), self.num_data, gives=on_host(returned))
 
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "data"]:
+    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
         check_mask("returned", returned, self.num_workers)
-        return jnp.asarray(returned)
+        return on_host(returned)
 
 
 def assignment(code: ReplicationCode) -> np.ndarray:
