@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from .. import stop as stop_policies
+from .._checks import check_mask
 from .compute import answer_shapes, shapes_of
 from .dispatch import AbstractWorker, Dispatcher
 from .responses import Responses
@@ -47,16 +48,18 @@ class Host:
         with tqdm(total=len(workers), desc="starting workers", disable=not progress, file=sys.stderr) as bar:
             self._dispatcher.start(examples, lambda: bar.update())
 
-    def run(self, coded, stop, time_limit, enough, error) -> Responses:
+    def run(self, coded, stop, time_limit, enough, error, only=None) -> Responses:
         n = len(self.states())
+        only = np.ones(n, bool) if only is None else only
+        check_mask("only", only, n)
         coded = jax.tree.map(np.asarray, coded)
         for path, leaf in jax.tree_util.tree_leaves_with_path(coded):
             if leaf.ndim < 2 or leaf.shape[0] != n:
                 name = f"coded{jax.tree_util.keystr(path)}"
                 raise ValueError(f"{name} has shape {leaf.shape}; expected ({n}, batch, ...), a batch for each worker")
-        stop.check(n, error is not None)
+        stop.check(int(only.sum()), error is not None)
         one = shapes_of(jax.tree.map(lambda leaf: leaf[0], coded))
-        return self._dispatcher.run(coded, self._expected(one), stop, time_limit, enough, error)
+        return self._dispatcher.run(coded, self._expected(one), only, stop, time_limit, enough, error)
 
     def warm_up(self, example: PyTree) -> None:
         shapes = shapes_of(example)

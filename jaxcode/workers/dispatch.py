@@ -18,7 +18,7 @@ from concurrent.futures import Future
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from ..stop import AbstractStop, Progress
 from .compute import refusal
@@ -71,9 +71,9 @@ class _Seat:
 
 
 class _Request:
-    def __init__(self, batches, expected, num_workers):
-        self.batches = batches
-        self.expected = expected
+    def __init__(self, batches, expected, only):
+        num_workers = len(only)
+        self.batches, self.expected, self.only = batches, expected, only
         self.values = jax.tree.map(lambda leaf: np.zeros((num_workers, *leaf.shape), leaf.dtype), expected)
         self.returned = np.zeros(num_workers, bool)
         self.latency = np.full(num_workers, np.inf)
@@ -90,7 +90,8 @@ class _Request:
         return jax.tree.map(lambda leaf: leaf[worker], self.batches)
 
     def wants(self, seat):
-        return not self.finished and not self.returned[seat.number] and self.attempts[seat.number] == 0
+        n = seat.number
+        return self.only[n] and not self.finished and not self.returned[n] and self.attempts[n] == 0
 
     def accept(self, worker, answer):
         """Keeps an answer, or says why not."""
@@ -155,13 +156,14 @@ class Dispatcher:
         self,
         batches: PyTree[np.ndarray],
         expected: PyTree[jax.ShapeDtypeStruct],
+        only: Bool[np.ndarray, "workers"],
         stop: AbstractStop,
         time_limit: float,
         enough: Enough,
         error: PredictedError | None,
     ) -> Responses:
         """As `AbstractPool.run`; expected is what one worker's answer looks like."""
-        request = _Request(batches, expected, len(self._seats))
+        request = _Request(batches, expected, only)
         self._events.put(functools.partial(self._on_request, request))
         if self._closed:
             raise PoolClosed("the pool is closed")
@@ -230,7 +232,7 @@ class Dispatcher:
         states = ", ".join(f"{count} {state}" for state, count in collections.Counter(self.states()).items())
         faults = "; ".join(f"worker {fault.worker} {fault.kind}: {fault.message}" for fault in responses.faults[:3])
         return (
-            f"{responses.returned.sum()} of {len(responses.returned)} workers answered within {time_limit} s, too few "
+            f"{responses.returned.sum()} of {len(self._seats)} workers answered within {time_limit} s, too few "
             f"to decode (workers now: {states}){'; ' + faults if faults else ''}"
         )
 

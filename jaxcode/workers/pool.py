@@ -3,7 +3,8 @@
 import abc
 from typing import Any
 
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Bool, PyTree
 
 from ..stop import AbstractStop
 from ._host import Host
@@ -32,6 +33,7 @@ class AbstractPool(abc.ABC):
         time_limit: float = 30.0,
         enough: Enough = lambda returned: bool(returned.any()),
         error: PredictedError | None = None,
+        only: Bool[np.ndarray, "workers"] | None = None,
     ) -> Responses:
         """Sends every worker its share and gathers answers until the policy says stop.
 
@@ -41,6 +43,7 @@ class AbstractPool(abc.ABC):
             time_limit: Seconds after which waiting ends in any case.
             enough: Whether the answers of those that returned can be used at all; before that, the policy is not asked.
             error: The predicted error from values and whose they are, for policies that ask for it.
+            only: Which workers are asked; all if not given.
 
         Returns:
             What came.
@@ -48,10 +51,10 @@ class AbstractPool(abc.ABC):
         Raises:
             NotEnoughAnswers: If what came within the time limit is not enough.
             PoolClosed: If the pool is or was closed.
-            ValueError: If a leaf's leading axis is not N, or f does not return real numbers with its batch as leading
+            ValueError: If a leaf's leading axis is not N, only is not bool (N,), stop can never be reached, or f does not return real numbers with its batch as leading
                 axis.
         """
-        return self._host.run(coded, stop, time_limit, enough, error)
+        return self._host.run(coded, stop, time_limit, enough, error, only)
 
     def warm_up(self, example: PyTree[Any]) -> None:
         """Has every worker compile f for batches like the example, and those that are started later too.

@@ -248,11 +248,22 @@ def test_warming_up_compiles_on_every_worker_before_a_request():
         assert len(traces) == before
 
 
+def test_only_those_who_are_asked_compute(pool):
+    only = np.array([True, False, True, False, False])
+    responses = pool.run(BATCH, stop.answers(2), only=only)
+    assert returned(responses) == [0, 2]
+    # With nobody else to wait for it is over.
+    assert returned(pool.run(BATCH, stop.deadline(20.0), only=only)) == [0, 2]
+    assert pool.counters()["answers"] == 4
+
+
 def test_what_makes_no_sense_is_refused(pool, unchecked):
     for wrong, message in (
         (lambda: pool.run(BATCH[:3], stop.answers(2)), r"coded has shape \(3, 2, 3\); expected \(5, batch"),
         (lambda: pool.run(np.ones(N), stop.answers(2)), "expected"),
         (lambda: pool.run(BATCH, stop.answers(6)), "expected at most"),
+        (lambda: pool.run(BATCH, stop.answers(2), only=np.ones(3, bool)), r"only has shape \(3,\)"),
+        (lambda: pool.run(BATCH, stop.answers(2), only=np.eye(N, dtype=bool)[0]), r"answers\(2\) of 1 workers"),
         (lambda: pool.run(BATCH, stop.error_below(0.1)), "predicts no error"),
         (lambda: workers.ThreadPool(jnp.sin, 0), "num_workers is 0"),
         (lambda: workers.ThreadPool(jnp.sin, devices=[]), "devices is empty"),
