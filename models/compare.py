@@ -14,23 +14,15 @@ from matplotlib.figure import Figure
 
 import jaxcode as jc
 
-from . import datasets, weights
+from . import datasets
 from .comparison import Comparison, Scheme, compare, figures, standard_schemes, tuned_scheme
 from .datasets import Dataset
-from .lenet5 import LeNet5
-from .resnet import ResNet14
-from .train import accuracy, fit
+from .networks import NETWORK_OF, NETWORKS, network
+from .train import accuracy
 
 Setting = tuple[int, int, int]
 
 _SETTINGS = ((100, 20, 60), (60, 20, 20), (30, 20, 5), (20, 8, 3), (12, 8, 2))
-_NETWORKS = {"lenet5": LeNet5, "resnet14": ResNet14}
-_NETWORK_OF = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
-_TRAINING = {
-    "digits": {"epochs": 15, "batch_size": 64},
-    "mnist": {"epochs": 4, "batch_size": 128},
-    "cifar10": {"epochs": 10, "batch_size": 128, "augment": True},
-}
 _SHOWN = {
     "agreement": "same class as without stragglers",
     "accuracy": "accuracy",
@@ -63,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"images, got {args.batch_size}"
         )
     start = time.perf_counter()
-    name = args.network or _NETWORK_OF[args.dataset]
+    name = args.network or NETWORK_OF[args.dataset]
     path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
     model = network(name, data, args.dataset, path, seed=args.seed)
     score = accuracy(model, data.x_test, data.y_test)
@@ -92,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--network", choices=sorted(_NETWORKS), help="default: resnet14 for cifar10, else lenet5")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet14 for cifar10, else lenet5")
     parser.add_argument(
         "--setting",
         type=_setting,
@@ -123,20 +115,6 @@ def _setting(text: str) -> Setting:
     if not 2 <= num_data <= num_workers or not 0 <= num_stragglers <= num_workers - 2:
         raise argparse.ArgumentTypeError(f"expected 2 <= K <= N and 0 <= S <= N - 2, got {text}")
     return num_workers, num_data, num_stragglers
-
-
-def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
-    """A trained network: from the file of its weights if that is there, else trained and written to it."""
-    height, width, channels = data.x_train.shape[1:]
-    model = _NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
-    if path.exists():
-        weights.load(model, path)
-        print(f"Weights of {name} from {path}.", flush=True)
-    else:
-        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
-        fit(model, data, seed=seed, **_TRAINING[dataset])
-        weights.save(model, path)
-    return model
 
 
 def _compare(model: nnx.Module, data: Dataset, setting: Setting, args: argparse.Namespace) -> Comparison:

@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""Pictures of schemes beside each other."""
 
 import textwrap
 from pathlib import Path
@@ -20,6 +20,13 @@ _STYLES = {
     "ordered": ("#0072B2", "o", "-"),
     "repeated": ("#009E73", "P", "-"),
     "tuned": ("#D55E00", "*", "-"),
+}
+_SERVING = {
+    "uncoded": _STYLES["uncoded"],
+    "replication": _STYLES["replication"],
+    "hedged replication": ("#CC79A7", "v", "-."),
+    "LeTCC, as published": _STYLES["letcc"],
+    "ours": _STYLES["tuned"],
 }
 _MISSING = "#D55E00"
 
@@ -70,6 +77,33 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
     _set_view(left, comparison, base)
     right.set_ylim(bottom=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def plot_latency(latency: dict[str, Float[np.ndarray, " requests"]], title: str, path: Path) -> None:
+    """What share of requests takes longer than how long, as PNG.
+
+    Args:
+        latency: seconds that requests took, by scheme.
+        title: heading of the figure.
+        path: where the PNG goes.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, seconds in latency.items():
+        color, marker, line = _SERVING[label]
+        longer = 1 - np.arange(1, len(seconds) + 1) / (len(seconds) + 1)
+        axes.plot(1000 * np.sort(seconds), longer, color=color, linestyle=line, label=label, linewidth=1.6)
+        at = np.searchsorted(-longer, -0.01)
+        axes.plot(1000 * np.sort(seconds)[at : at + 1], longer[at : at + 1], color=color, marker=marker)
+    axes.axhline(0.01, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.annotate("p99", (1, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+    axes.set(
+        xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer", title=title
+    )
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

@@ -107,15 +107,18 @@ def _augmented(
     return padded[np.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def accuracy(
-    model: nnx.Module,
-    x: Float32[np.ndarray, "images height width channels"],
-    y: Int[np.ndarray, " images"],
-    *,
-    batch_size: int = 500,
-) -> float:
-    """Share of images that the model gives its highest logit to the right class, in [0, 1]."""
+def predicted_classes(
+    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], *, batch_size: int = 500
+) -> Int[np.ndarray, " images"]:
+    """The class to which the model gives its highest logit, of every image."""
     graph, state = nnx.split(model)
     predict = jax.jit(lambda state, x: jnp.argmax(nnx.merge(graph, state)(x), axis=-1))
     parts = [predict(state, x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
-    return float(np.mean(np.concatenate([np.asarray(part) for part in parts]) == y))
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def accuracy(
+    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], y: Int[np.ndarray, " images"]
+) -> float:
+    """Share of images that the model gives its highest logit to the right class, in [0, 1]."""
+    return float(np.mean(predicted_classes(model, x) == y))

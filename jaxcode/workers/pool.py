@@ -51,8 +51,8 @@ class AbstractPool(abc.ABC):
         Raises:
             NotEnoughAnswers: If what came within the time limit is not enough.
             PoolClosed: If the pool is or was closed.
-            ValueError: If a leaf's leading axis is not N, only is not bool (N,), stop can never be reached, or f does not return real numbers with its batch as leading
-                axis.
+            ValueError: If a leaf's leading axis is not N, only is not bool (N,), stop can never be reached, or f does
+                not return real numbers with its batch as leading axis.
         """
         return self._host.run(coded, stop, time_limit, enough, error, only)
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 import models.compare
 from models import datasets
-from models.compare import main, network
+from models.compare import main
+from models.networks import network
 from models.train import accuracy
 
 SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--num-sets", "3"]

@@ -63,7 +63,7 @@ def test_accuracy_counts_every_image_once(digits):
     model = LeNet5(rngs=nnx.Rngs(0))
     x, y = digits.x_test[:7], digits.y_test[:7]
     expected = float(np.mean(np.argmax(np.asarray(model(jnp.asarray(x))), axis=-1) == y))
-    assert accuracy(model, x, y, batch_size=3) == pytest.approx(expected)
+    assert accuracy(model, x, y) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Trained networks, kept once they are."""
+
+from pathlib import Path
+
+from flax import nnx
+
+from . import weights
+from .datasets import Dataset
+from .lenet5 import LeNet5
+from .resnet import ResNet14
+from .train import fit
+
+NETWORKS = {"lenet5": LeNet5, "resnet14": ResNet14}
+NETWORK_OF = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
+_TRAINING = {
+    "digits": {"epochs": 15, "batch_size": 64},
+    "mnist": {"epochs": 4, "batch_size": 128},
+    "cifar10": {"epochs": 10, "batch_size": 128, "augment": True},
+}
+
+
+def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
+    """A trained network: from the file of its weights if that is there, else trained and written to it."""
+    height, width, channels = data.x_train.shape[1:]
+    model = NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
+    if path.exists():
+        weights.load(model, path)
+        print(f"Weights of {name} from {path}.", flush=True)
+    else:
+        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
+        fit(model, data, seed=seed, **_TRAINING[dataset])
+        weights.save(model, path)
+    return model

@@ -1,0 +1,357 @@
+"""Latency against accuracy on real processes whose workers are late: ``python -m models.serve_bench``."""
+
+import argparse
+import csv
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+import jaxcode as jc
+
+from . import datasets
+from .networks import NETWORK_OF, NETWORKS, network
+from .plots import plot_latency
+from .train import predicted_classes
+
+_QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+_FOOTNOTE = """\
+{num_requests:,} requests of {batch_size} test images each, {clients} at a time; the same images for every scheme.
+{num_workers} worker processes, which sleep before each answer: {law}, at most {longest:g} s.
+Latency in milliseconds, from the call to the results. Uncoded has the first {num_data} workers; hedged has them too,
+and sends an image again, to one of the others, when {hedge:.0f} ms, the 95 % quantile of a delay, have passed. LeTCC
+waits for {num_answers} answers. Ours waits until every image's predicted error is at most {tolerance:g} (of its
+logits), and no longer than {deadline:.0f} ms, the 99.5 % quantile of a delay. Agreement: the same class as the
+network's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Delays:
+    """What a worker does in place of computing at once: it sleeps first, as long as a draw of a heavy tail.
+
+    Attributes:
+        law: "pareto" or "lognormal".
+        scale: The shortest delay of a Pareto law, the median of a lognormal one, in seconds.
+        tail: The Pareto law's tail index, smaller is heavier; the standard deviation of a lognormal delay's logarithm.
+        longest: What is longer is cut to this, in seconds.
+        seed: Of the draws; each worker has its own.
+    """
+
+    law: str
+    scale: float
+    tail: float
+    longest: float
+    seed: int
+
+    def __call__(self, worker, compute, batch):
+        """Sleeps, then computes."""
+        # Kept with the process, not sent to it.
+        stream = _STREAMS.setdefault((worker, self), np.random.default_rng((self.seed, worker)))
+        time.sleep(float(self.draw(stream, 1)[0]))
+        return compute(batch)
+
+    def draw(self, rng: np.random.Generator, number: int) -> Float[np.ndarray, "number"]:
+        """Delays in seconds."""
+        if self.law == "pareto":
+            seconds = self.scale * (1 + rng.pareto(self.tail, number))
+        else:
+            seconds = self.scale * np.exp(self.tail * rng.normal(size=number))
+        return np.minimum(seconds, self.longest)
+
+    def quantile(self, share: float) -> float:
+        """Seconds that this share of delays takes at most, to a per cent or so."""
+        return float(np.quantile(self.draw(np.random.default_rng(0), 1_000_000), share))
+
+    def __str__(self) -> str:
+        milliseconds = f"{1000 * self.scale:g} ms"
+        if self.law == "pareto":
+            return f"Pareto with minimum {milliseconds} and tail index {self.tail:g}"
+        return f"lognormal with median {milliseconds} and sigma {self.tail:g}"
+
+
+_STREAMS: dict = {}
+
+_TAILS = {"pareto": 1.5, "lognormal": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a scheme did.
+
+    Attributes:
+        label: What it is called.
+        latency: Seconds from call to results, shape (requests,).
+        seconds: From the first call to the last result.
+        classes: The class of every image, shape (requests, batch); -1 where there was no result.
+        answers: How many workers' answers were used, shape (requests,).
+    """
+
+    label: str
+    latency: Float[np.ndarray, " requests"]
+    seconds: float
+    classes: Int[np.ndarray, "requests batch"]
+    answers: Int[np.ndarray, " requests"]
+
+
+# From a batch to what is decoded of it, and how many answers that took.
+Ask = Callable[[np.ndarray], tuple[np.ndarray, int]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train or load a network, tune a code, start workers, ask by every scheme; exits with code 2 on bad arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if min(args.num_requests, args.clients) < 1:
+        parser.error("--num-requests and --clients must be at least 1")
+    if not 2 <= args.num_data <= args.num_answers <= args.num_workers:
+        parser.error("expected 2 <= --num-data <= --num-answers <= --num-workers")
+    try:
+        data = datasets.load(args.dataset, args.data_dir)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    if not 2 * args.num_data <= args.batch_size <= len(data.x_test) or args.batch_size % args.num_data:
+        parser.error(f"--batch-size must be a multiple of --num-data, from 2 of them to the {len(data.x_test)} images")
+    tail = _TAILS[args.delays] if args.tail is None else args.tail
+    delays = Delays(args.delays, args.delay / 1000, tail, args.longest, args.seed)
+
+    start = time.perf_counter()
+    name = args.network or NETWORK_OF[args.dataset]
+    path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
+    model = network(name, data, args.dataset, path, seed=args.seed)
+    own = predicted_classes(model, data.x_test)
+    print(f"{name} on {args.dataset}: {np.mean(own == data.y_test):.1%} of test images right.", flush=True)
+    sample = data.x_train[: max(200, args.batch_size)]
+    late = jc.stragglers.Uniform(args.num_workers - args.num_answers)
+    tuned = jc.tune(model, sample, args.num_data, args.num_workers, late)
+    print(f"Tuned code: {tuned.candidates[0].layout}.", flush=True)
+
+    rng = np.random.default_rng(args.seed)
+    drawn = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
+    with jc.workers.RayPool(model, args.num_workers, around=delays) as pool:
+        schemes = _schemes(pool, tuned, delays, data.x_test[: args.batch_size], args)
+        outcomes = [_measure(label, ask, data.x_test, drawn, args.clients) for label, ask in schemes.items()]
+
+    table = _table(outcomes, own[np.stack(drawn)], data.y_test[np.stack(drawn)])
+    footnote = _FOOTNOTE.format(
+        **vars(args), law=delays, hedge=1000 * delays.quantile(0.95), deadline=1000 * delays.quantile(0.995)
+    )
+    print(f"\n{table}\n\n{footnote}")
+    _write(outcomes, args.out / "latency.csv")
+    plot_latency(
+        {outcome.label: outcome.latency for outcome in outcomes},
+        f"{args.num_workers} workers, {args.num_data} inputs each group; delays: {delays}",
+        args.out / "latency.png",
+    )
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: latency.png and latency.csv.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.serve_bench",
+        description="Latency and accuracy of coded and uncoded serving on worker processes that are late.",
+    )
+
+    def number(name: str, default: float, text: str, kind: type = int) -> None:
+        parser.add_argument(name, type=kind, default=default, metavar="n", help=f"{text} (default: %(default)s)")
+
+    parser.add_argument(
+        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+    )
+    parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet14 for cifar10, else lenet5")
+    parser.add_argument("--delays", choices=sorted(_TAILS), default="pareto", help="their law (default: %(default)s)")
+    number("--delay", 20.0, "shortest delay (Pareto) or median (lognormal), in milliseconds", float)
+    parser.add_argument("--tail", type=float, help="tail index (Pareto: 1.5) or sigma (lognormal: 1)")
+    number("--longest", 5.0, "delays are cut to this, in seconds", float)
+    number("--num-requests", 1000, "requests by each scheme")
+    number("--batch-size", 100, "images in a request")
+    number("--clients", 4, "requests at a time")
+    number("--num-data", 20, "K, images coded together")
+    number("--num-workers", 30, "N, worker processes")
+    number("--num-answers", 25, "answers that the published code waits for")
+    number("--tolerance", 0.1, "predicted error of an image's logits that is good enough", float)
+    number("--seed", 0, "seed of weights, images and delays")
+    parser.add_argument(
+        "--weights", type=Path, help="safetensors file with the network's weights; written if not there"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/serve"), help="folder to write to (default: %(default)s)")
+    return parser
+
+
+def _schemes(pool, tuned, delays: Delays, example: np.ndarray, args: argparse.Namespace) -> dict[str, Ask]:
+    """How each scheme answers a batch."""
+    num_data, size = args.num_data, (args.num_data, args.num_workers)
+    code, order, output = tuned.code, tuned.order, tuned.output
+    if not isinstance(code, jc.SplineCode):  # replication itself: its nodes, and a spline through what is missing
+        code = jc.SplineCode.repeated(*size)
+    published = jc.SplineCode.chebyshev(*size)
+    stop, limit = jc.stop, 3 * args.longest
+    servers = {
+        "replication": jc.CodedServer(jc.ReplicationCode(*size), pool, stop.answers(1), time_limit=limit),
+        "LeTCC, as published": jc.CodedServer(
+            published,
+            pool,
+            stop.answers(args.num_answers),
+            time_limit=limit,
+            output=jc.outputs.probabilities,
+            predict_error=False,
+        ),
+        "ours": jc.CodedServer(
+            code,
+            pool,
+            (stop.answers(num_data) & stop.error_below(args.tolerance)) | stop.deadline(delays.quantile(0.995)),
+            time_limit=limit,
+            order=order,
+            output=output,
+        ),
+    }
+    for server in servers.values():
+        server.warm_up(example)
+    return {
+        "uncoded": Copies(pool, num_data, None, limit),
+        "replication": _through(servers["replication"]),
+        "hedged replication": Copies(pool, num_data, delays.quantile(0.95), limit),
+        "LeTCC, as published": _through(servers["LeTCC, as published"]),
+        "ours": _through(servers["ours"]),
+    }
+
+
+def _through(server: jc.CodedServer) -> Ask:
+    def ask(x):
+        answer = server(x)
+        return answer.values, int(answer.returned.sum())
+
+    return ask
+
+
+class Copies:
+    """Sends each image of a group to a worker of its own and waits for all.
+
+    Args:
+        pool: Whose first workers compute.
+        num_data: How many of them.
+        hedge: Seconds after which images that are missing are sent to other workers too; None for never.
+        limit: Seconds to wait at most.
+    """
+
+    def __init__(self, pool: jc.workers.AbstractPool, num_data: int, hedge: float | None, limit: float):
+        self._pool, self._num_data, self._hedge, self._limit = pool, num_data, hedge, limit
+
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, int]:
+        """The model's answers to a batch, and from how many workers they came."""
+        workers, num_data = self._pool.num_workers, self._num_data
+        shares = np.swapaxes(x.reshape(-1, num_data, *x.shape[1:]), 0, 1)
+        gathered = _Gathered(num_data)
+        self._ask(shares, np.arange(num_data), np.arange(num_data), gathered)
+        missing = gathered.missing(self._hedge if self._hedge is not None else self._limit)
+        if len(missing) and self._hedge is not None:
+            missing = missing[: workers - num_data]
+            self._ask(shares, missing, num_data + np.arange(len(missing)), gathered)
+            missing = gathered.missing(self._limit)
+        if len(missing):
+            raise TimeoutError(f"{len(missing)} of {num_data} workers did not answer within {self._limit} s")
+        answers = np.stack([gathered.answers[i] for i in range(num_data)], axis=1)
+        return answers.reshape(-1, answers.shape[-1]), num_data
+
+    def _ask(self, shares, inputs, workers, gathered):
+        """Has workers compute the shares of these inputs, in a thread of its own."""
+        sent = np.zeros((self._pool.num_workers, *shares.shape[1:]), shares.dtype)
+        sent[workers] = shares[inputs]
+        owner = dict(zip(workers.tolist(), inputs.tolist(), strict=True))
+
+        def collect(values, returned):
+            gathered.add({owner[n]: values[n] for n in np.flatnonzero(returned).tolist()})
+            return np.zeros(1)
+
+        def ask():
+            only = np.isin(np.arange(len(sent)), workers)
+            found = self._pool.run(
+                sent, gathered, time_limit=self._limit, enough=lambda _: True, error=collect, only=only
+            )
+            collect(found.values, found.returned)
+
+        threading.Thread(target=ask, daemon=True).start()
+
+
+class _Gathered(jc.stop.AbstractStop):
+    """The first answer to each input, of several requests; reached when there is one to each."""
+
+    def __init__(self, num_data: int):
+        self.answers: dict[int, np.ndarray] = {}
+        self._num_data, self._changed = num_data, threading.Condition()
+
+    def add(self, answers: dict[int, np.ndarray]) -> None:
+        with self._changed:
+            self.answers = answers | self.answers
+            self._changed.notify_all()
+
+    def missing(self, seconds: float) -> np.ndarray:
+        """Which inputs have no answer, after so many seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.answers) == self._num_data, seconds)
+            return np.setdiff1d(np.arange(self._num_data), list(self.answers))
+
+    def reached(self, progress):
+        if progress.error is not None:
+            progress.error()  # collects
+        return len(self.answers) == self._num_data
+
+    def moments(self):
+        return ()
+
+    def check(self, num_workers, predicts_error):
+        pass
+
+
+def _measure(label: str, ask: Ask, images: np.ndarray, drawn: list[np.ndarray], clients: int) -> Outcome:
+    """Asks for all batches, several at a time."""
+
+    def one(which):
+        began = time.perf_counter()
+        try:
+            values, answers = ask(images[which])
+            classes = np.argmax(values, axis=-1)
+        except (jc.workers.NotEnoughAnswers, TimeoutError):
+            classes, answers = np.full(len(which), -1), 0
+        return time.perf_counter() - began, classes, answers
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as executor:
+        found = list(tqdm(executor.map(one, drawn), total=len(drawn), desc=label, unit="request"))
+    latency, classes, answers = (np.stack(part) for part in zip(*found, strict=True))
+    return Outcome(label, latency, time.perf_counter() - began, classes, answers)
+
+
+def _table(outcomes: list[Outcome], own: np.ndarray, labels: np.ndarray) -> str:
+    quantiles = [f"p{100 * share:g}" for share in _QUANTILES]
+    lines = [
+        f"{'':22}" + "".join(f"{name:>8}" for name in (*quantiles, "req/s", "answers")) + "   accuracy   agreement"
+    ]
+    for outcome in outcomes:
+        milliseconds = 1000 * np.quantile(outcome.latency, _QUANTILES)
+        rate, answers = len(outcome.latency) / outcome.seconds, outcome.answers.mean()
+        cells = "".join(f"{cell:>8.0f}" for cell in milliseconds) + f"{rate:>8.1f}{answers:>8.1f}"
+        right, same = np.mean(outcome.classes == labels), np.mean(outcome.classes == own)
+        lines.append(f"{outcome.label:22}{cells}      {right:.4f}      {same:.4f}")
+    return "\n".join(lines)
+
+
+def _write(outcomes: list[Outcome], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("scheme", "request", "seconds", "answers"))
+        for outcome in outcomes:
+            for i, (seconds, answers) in enumerate(zip(outcome.latency, outcome.answers, strict=True)):
+                writer.writerow((outcome.label, i, f"{seconds:.6f}", answers))
+
+
+if __name__ == "__main__":
+    main()
