@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
+from ._checks import batch_size
 from ._groups import decode_groups, encode_groups, in_the_callers_order, known_decoders
 from .codes.abstract import AbstractLinearCode
 from .codes.spline import SplineCode
@@ -62,7 +63,7 @@ class CodedServer:
     all groups, and when the policy says stop the results are decoded from what came. Workers that are slow, dead, stuck
     or wrong make an answer less exact, not late.
 
-    Batches of another number of groups have each worker compile again: `warm_up` does that beforehand.
+    Batches that make another number of groups have everything compiled again: `warm_up` does that beforehand.
 
     Args:
         code: Of as many workers as the pool has.
@@ -128,7 +129,8 @@ class CodedServer:
             ValueError: As `jaxcode.coded`'s predict does.
         """
         began = time.monotonic()
-        sent, cut = self._steps.encode(jax.tree.map(jnp.asarray, x))
+        size = batch_size("x", x)
+        sent, cut = self._steps.encode(self._filled(x, size))
         error = functools.partial(self._error, cut) if self._predicts else None
         try:
             responses = self._pool.run(
@@ -140,15 +142,15 @@ class CodedServer:
             )
         except NotEnoughAnswers as refusal:
             self._tally.refused()
-            log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": cut.size})
+            log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": size})
             raise
         values, suspicion = self._steps.decode(responses.values, responses.returned, cut)
         returned = responses.returned if suspicion is None else np.asarray(suspicion.returned)
         answer = Answer(
-            values=jax.tree.map(np.asarray, values),
+            values=jax.tree.map(lambda leaf: np.asarray(leaf)[:size], values),
             returned=returned,
             latency=0.0,
-            error=None if error is None else error(responses.values, returned),
+            error=None if error is None else error(responses.values, returned)[:size],
             faults=responses.faults,
             suspicion=suspicion,
         )
@@ -156,7 +158,7 @@ class CodedServer:
         self._tally.answered(answer)
         log.info(
             "answered",
-            extra={"kind": "answered", "batch": cut.size, "answers": int(returned.sum()), "seconds": answer.latency},
+            extra={"kind": "answered", "batch": size, "answers": int(returned.sum()), "seconds": answer.latency},
         )
         return answer
 
@@ -174,7 +176,8 @@ class CodedServer:
         Args:
             x: Leaves (B, ...), of which only shapes and dtypes count.
         """
-        sent, cut = self._steps.encode(jax.tree.map(jnp.zeros_like, x))
+        zeros = jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x)
+        sent, cut = self._steps.encode(self._filled(zeros, batch_size("x", x)))
         self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
         values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
         # Where everyone answered, decoding may be another program.
@@ -209,6 +212,16 @@ class CodedServer:
     def close(self) -> None:
         """Waits for what was submitted, and takes no more of it. The pool stays open."""
         self._executor.shutdown()
+
+    def _filled(self, x, size):
+        """The batch made up to whole groups with its last input, so that fewer shapes are compiled for."""
+        missing = -size % self._code.num_data
+
+        def fill(leaf):
+            leaf = np.asarray(leaf)
+            return np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)])
+
+        return jax.tree.map(fill if missing else jnp.asarray, x)
 
     def _error(self, cut, values, returned):
         return np.asarray(self._steps.error(values, returned, cut))

@@ -70,7 +70,7 @@ class RayPool(AbstractPool):
     ):
         self.num_workers = check_count("num_workers", num_workers)
         fn, params = as_pure_function(f)
-        ray, end = _connect(address)
+        ray, end = connect(address)
         self._end = contextlib.ExitStack()
         self._end.callback(end)
         try:
@@ -95,7 +95,7 @@ class RayPool(AbstractPool):
         self._end.close()
 
 
-def _connect(address):
+def connect(address: str | None):
     """Ray, and what ends it if it was started for this pool."""
     with _environment():
         try:

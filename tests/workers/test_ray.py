@@ -65,18 +65,21 @@ def test_every_worker_answers_and_listens_to_this_machine_only(pool):
     responses = pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
     assert responses.returned.all()
     check(responses)
-    mine = _sockets_of_ray()
+    mine = sockets_of(_of_the_cluster)
     assert mine
     assert all(address.is_loopback for address in mine), mine
 
 
-def _sockets_of_ray():
-    """Addresses that processes of the cluster listen at, from the kernel's tables."""
+def _of_the_cluster(process, command):
+    return ray._private.worker._global_node.session_name in command or command.startswith("ray::")
+
+
+def sockets_of(chosen):
+    """Addresses that processes listen at, from the kernel's tables."""
     inodes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (process / "cmdline").read_text()
-            if ray._private.worker._global_node.session_name in command or command.startswith("ray::"):
+            if chosen(process, (process / "cmdline").read_text()):
                 links = [os.readlink(fd) for fd in (process / "fd").iterdir()]
                 inodes |= {link[8:-1] for link in links if link.startswith("socket:")}
     found = []
