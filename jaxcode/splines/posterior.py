@@ -32,14 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact
-from scipy.special import stdtrit
 
-from .._checks import is_concrete
 from .._float64 import in_float64
-from .wiener import find_sites, integrated_process
+from .wiener import Noise, even_noise, find_sites, integrated_processes
 
-# Of integrated processes: m.
-ORDERS = (1, 2, 3, 4)
+ORDERS = (2, 1, 4)
+BENT = 0.9
+PRIOR = 20
 # Powers of v that are tried, from the process's own to the highest.
 POWERS = 4
 # Nine tenths of a standard normal variable lie within the first, and below the second.
@@ -74,33 +73,27 @@ def predicted_errors(
     References:
         Those of the module.
     """
-    noisy = not (is_concrete(smoothing) and float(np.asarray(smoothing)) == 0)
     rounding = float(jnp.finfo(values.dtype).eps)
-    return _predicted_errors(noisy)(knots, values, points, weights, smoothing, rounding).astype(values.dtype)
+    return _predicted_errors(knots, values, points, weights, smoothing, rounding).astype(values.dtype)
 
 
 class _Hypothesis(NamedTuple):
-    """What a hypothesis says with each of its powers.
+    """What a hypothesis says with each of its powers; first of the points, then of each site when it is left out.
 
     Attributes:
         evidence: Log predictive likelihood, shape (powers,).
         scale: b, shape (powers, features).
-        spread: :math:`v^p c` at the points, widened for what is not known of b and c, shape (points, powers).
-        shift: Its mean at the points less the spline's, shape (points, features).
+        spread: :math:`v^p c`, shape (points + sites, powers).
     """
 
     evidence: Float[Array, "powers"]
     scale: Float[Array, "powers features"]
-    spread: Float[Array, "points powers"]
-    shift: Float[Array, "points features"]
+    spread: Float[Array, "places powers"]
 
 
-@functools.cache
-def _predicted_errors(noisy):
-    return in_float64(jax.jit(functools.partial(_errors, noisy)))
-
-
-def _errors(noisy, knots, values, points, weights, smoothing, rounding):
+@in_float64
+@jax.jit
+def _predicted_errors(knots, values, points, weights, smoothing, rounding):
     sites = find_sites(knots, weights)
     data = sites.average @ jnp.where(weights[:, None] > 0, values, 0)
     # Relative to their size, so that squares neither vanish nor overflow.
@@ -108,25 +101,53 @@ def _errors(noisy, knots, values, points, weights, smoothing, rounding):
     size = jnp.where(size > 0, size, 1)
     data = data / size
 
-    processes = [(m, integrated_process(sites, points, m)) for m in ORDERS]
-    spline = dict(processes)[2]
-    if noisy:
-        spline = integrated_process(sites, points, 2, smoothing)
-        processes.append((2, spline))
-    found = [_weigh(sites, data, points, m, process, spline.rows, rounding) for m, process in processes]
-    likely = jax.nn.softmax(jnp.concatenate([hypothesis.evidence for hypothesis in found]))
-    scale = jnp.concatenate([hypothesis.scale for hypothesis in found])
-    spread = jnp.concatenate([hypothesis.spread for hypothesis in found], axis=1)
-    variance = (spread * likely) @ scale
-    bias = sum(
-        jnp.sum(likely[i * POWERS : (i + 1) * POWERS]) * hypothesis.shift**2 for i, hypothesis in enumerate(found)
-    )
+    orders = np.array(ORDERS)
+    noise = _noise(sites, points)
+    processes = integrated_processes(sites, points, ORDERS, noise, jnp.where(orders == 2, smoothing, 0))
+    rows = jax.vmap(_everywhere)(processes)
+    means = rows @ data
+    found = jax.vmap(functools.partial(_weigh, sites, data, points, rounding))(orders, processes, means)
+    evidence = jnp.where(((orders != 2) | (smoothing > 0) | ALWAYS2)[:, None], found.evidence, -jnp.inf)
+    likely = jax.nn.softmax(evidence, axis=(0, 1))
+    variance = jnp.einsum("hp,hkp,hpd->kd", likely, found.spread, found.scale)
+    bias = jnp.einsum("hp,hkd->kd", likely, (means - means[0]) ** 2)
 
-    error = size * _half_width(variance, bias) / WITHIN
+    error = _half_width(variance, bias) / WITHIN
+    error, held = error[: len(points)], error[len(points) :]
+    error = size * error * _correction(sites, data - means[0, len(points) :], held)
     # Two places say nothing about how a curve bends.
-    certain = spline.variance[:, None] <= 0
+    certain = processes.variance[0, :, None] <= 0
     error = jnp.where(sites.live >= 3, error, jnp.where(certain, 0, jnp.inf))
     return jnp.where(jnp.sum(weights > 0) >= 2, error, jnp.inf)
+
+
+ALWAYS2 = False
+
+def _noise(sites, points):
+    """Even for each order but the fourth, nine tenths of whose noise stand at the points."""
+    even = even_noise(sites, points)
+    ordered = jnp.sort(points)
+    first, last = 2 * ordered[:1] - ordered[1:2], 2 * ordered[-1:] - ordered[-2:-1]
+    padded = jnp.concatenate([first, ordered, last])
+    share = np.where(np.array(ORDERS) == 4, BENT, 0)[:, None]
+    measure = jnp.concatenate([(1 - share) * even.measure, share * (padded[2:] - padded[:-2]) / 2], axis=1)
+    return Noise(jnp.concatenate([even.at, ordered]), measure)
+
+
+def _correction(sites, residual, predicted):
+    """By how much nine tenths of the residuals are larger than predicted."""
+    there = (sites.rank < sites.live)[:, None]
+    known = there & (predicted > 0)
+    ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, predicted, 1) / WITHIN, 1)
+    ordered = jnp.sort(jnp.where(there, ratio, jnp.inf), axis=0)
+    at = jnp.maximum(-(-9 * sites.live // 10) - 1, 0)
+    return (sites.live * jnp.where(sites.live > 0, ordered[at], 0) + PRIOR) / (sites.live + PRIOR)
+
+
+def _everywhere(process):
+    """From data to means at the points, and at each site when it is left out."""
+    own = jnp.diagonal(process.precision)
+    return jnp.concatenate([process.rows, jnp.eye(len(own)) - process.precision / jnp.where(own > 0, own, 1)[:, None]])
 
 
 def _half_width(variance, bias):
@@ -140,39 +161,19 @@ def _root(square):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _held_out(sites, precision, m):
-    """Residuals of sites left out alone, and of sites left out with a neighbour.
-
-    Returns:
-        From data to residuals, shape (2, sites, sites); their variances for unit scale, 1 where there is no residual;
-        and where there is one.
-    """
-    own = jnp.diagonal(precision)
-    partner = jnp.where(sites.rank + 1 < sites.live, sites.rank + 1, jnp.maximum(sites.rank - 1, 0))
-    shared, theirs = precision[sites.rank, partner], own[partner]
-    rest = own - shared**2 / jnp.where(theirs > 0, theirs, 1)
-    among = sites.rank < sites.live
-    alone = among & (sites.live > m) & (own > 0)
-    # Of as many sites as contrasts, or fewer, nothing is left to be predicted from.
-    paired = among & (sites.live > m + 1) & (rest > 1e-12 * own)
-    share = jnp.where(paired, shared / jnp.where(theirs > 0, theirs, 1), 0)
-    there = jnp.stack([alone, paired])
-    variance = 1 / jnp.where(there, jnp.stack([own, rest]), 1)
-    rows = jnp.stack([precision, precision - share[:, None] * precision[partner]])
-    return jnp.where(there[..., None], variance[..., None] * rows, 0), variance, there
-
-
-def _weigh(sites, data, points, m, process, spline_rows, rounding):
-    residual, variance, there = _held_out(sites, process.precision, m)
+def _weigh(sites, data, points, rounding, m, process, means):
+    own = jnp.diagonal(process.precision)
+    there = (sites.rank < sites.live) & (sites.live > m) & (own > 0)
     number = jnp.maximum(jnp.sum(there), 1)
-    square = (residual @ data) ** 2
-    unit = jnp.exp(jnp.sum(jnp.where(there, jnp.log(variance), 0)) / number)
-    power = np.linspace(1, 4 * m / (2 * m - 1), POWERS)
-    held = jnp.where(there, variance / unit, 1) ** power[:, None, None]
-    free = process.variance > 0
-    at_points = jnp.where(free, jnp.where(free, process.variance, 1) / unit, 0)[:, None] ** power * free[:, None]
+    square = jnp.where(there[:, None], data - means[len(points) :], 0) ** 2
+    held_out = 1 / jnp.where(there, own, 1)
+    unit = jnp.exp(jnp.sum(jnp.where(there, jnp.log(held_out), 0)) / number)
+    power = jnp.linspace(1, 4 * m / (2 * m - 1), POWERS)
+    variance = jnp.concatenate([process.variance, held_out])[:, None]
+    spread = jnp.where(variance > 0, jnp.where(variance > 0, variance, 1) / unit, 0) ** power
+    held = jnp.where(there[:, None], spread[len(points) :], 1)
 
-    scale = jnp.tensordot(there / held, square, axes=2) / number
+    scale = (there[:, None] / held).T @ square / number
     # What rounding the data alone leaves. Features that are straight lines have no say in what is likely.
     floor = rounding**2
     share = scale[0] / (scale[0] + floor) + floor
@@ -180,19 +181,18 @@ def _weigh(sites, data, points, m, process, spline_rows, rounding):
     chance = jnp.asarray(_trigamma(_freedom(sites) / 2))[sites.live]
     log_scale, _ = _shrunk(jnp.log(scale + floor), share, chance)
     scale = scale / (scale + floor) * jnp.exp(log_scale)
-    surprise = jnp.moveaxis(square @ (share * jnp.exp(-log_scale)).T, -1, 0) / held
+    surprise = square @ (share * jnp.exp(-log_scale)).T / held
 
-    at_site, at_point, doubt = _local(sites, points, jnp.where(there, surprise, 0), there, share)
-    fit = jnp.log(held * at_site[:, None, :]) + (log_scale @ share)[:, None, None] + surprise / at_site[:, None, :]
-    # Leaving out twice tells more about the power, not twice as much about everything.
-    evidence = -0.5 * jnp.sum(jnp.where(there, fit, 0), axis=(1, 2)) * sites.live / number
-    enough = sites.live >= (m + 1 if m <= 2 else m + 2)
-    spread = at_points * at_point.T * _student(1 / jnp.asarray(_freedom(sites))[sites.live] + doubt)
+    local, doubt = _local(sites, points, surprise, share)
+    fit = jnp.log(held * local[len(points) :]) + log_scale @ share + surprise / local[len(points) :]
+    evidence = -0.5 * jnp.sum(jnp.where(there[:, None], fit, 0), axis=0)
+    enough = sites.live >= jnp.where(m <= 2, m + 1, m + 2)
+    wider = _student(jnp.minimum(1 / jnp.asarray(_freedom(sites))[sites.live] + doubt, 1))
+    spread = spread * local * jnp.where(np.arange(len(local))[:, None] < len(points), wider, 1)
     return _Hypothesis(
         jnp.where(enough, evidence, -jnp.inf),
         jnp.where(enough, scale, 0),
         jnp.where(enough, spread, 0),
-        jnp.where(enough, (process.rows - spline_rows) @ data, 0),
     )
 
 
@@ -209,36 +209,31 @@ def _shrunk(logs, share, chance):
     return mean + jnp.where(logs.shape[-1] > 1, kept, 1) * (logs - mean), kept
 
 
-def _local(sites, points, surprise, there, share):
+def _local(sites, points, surprise, share):
     """How much larger squared errors are here than everywhere: c.
 
     Of the two or three sites nearest to here the mean surprise, its logarithm shrunk by what chance explains.
 
     Returns:
-        At the sites, as others tell, shape (powers, sites); at the points; and what 1 / (degrees of freedom) their
-        uncertainty adds, shape (powers,).
+        At the points, and at the sites as others tell, shape (points + sites, powers); and what 1 / (degrees of
+        freedom) their uncertainty adds, shape (powers,).
     """
-    mean = jnp.sum(surprise, axis=1) / jnp.maximum(jnp.sum(there, axis=0), 1)
     live = sites.rank < sites.live
-    where = jnp.minimum(jnp.interp(points, sites.place, sites.rank.astype(points.dtype)), sites.live - 1)
-
-    def near(here):
-        return jnp.exp(-((here[:, None] - sites.rank) ** 2.0)) * live
-
-    def averaged(weight):
-        weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
-        return jnp.log(mean @ weight.T + 1e-12), weight
-
-    of_site, weight = averaged(near(sites.rank) * (sites.rank[:, None] != sites.rank))
-    of_point, _ = averaged(near(where))
+    gap = jnp.diff(sites.place)
+    passed = jnp.clip((points[:, None] - sites.place[:-1]) / gap, 0, 1)
+    where = jnp.sum(passed, axis=1, where=live[1:])
+    here = jnp.concatenate([where, sites.rank])
+    own = jnp.concatenate([jnp.zeros((len(points), len(live)), bool), jnp.eye(len(live), dtype=bool)])
+    weight = jnp.exp(-((here[:, None] - sites.rank) ** 2)) * (live & ~own)
+    weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
+    logs = jnp.log(weight @ surprise + 1e-12)
     # As many independent squares as sites in a neighbourhood times features that have a say.
-    squares = jnp.maximum(sites.live, 1) / jnp.maximum(jnp.sum(jnp.sum(weight**2, axis=1) * live), 1e-30)
+    squares = jnp.maximum(sites.live, 1) / jnp.maximum(jnp.sum(weight[len(points) :] ** 2, where=live[:, None]), 1e-30)
     chance = _trigamma(0.5 * squares / jnp.sum(share**2))
-    alike = live / jnp.maximum(sites.live, 1)
-    _, kept = _shrunk(of_site, alike, chance)
+    _, kept = _shrunk(logs[len(points) :].T, live / jnp.maximum(sites.live, 1), chance)
+    kept = kept[:, 0]
     # Of what degrees of freedom the logarithm of a mean square has this variance.
-    doubt = (jnp.sqrt(1 + 2 * kept[:, 0] * chance) - 1) / 2
-    return jnp.exp(kept * of_site), jnp.exp(kept * of_point), doubt
+    return jnp.exp(kept * logs), (jnp.sqrt(1 + 2 * kept * chance) - 1) / 2
 
 
 def _trigamma(x):
@@ -250,6 +245,4 @@ def _trigamma(x):
 
 def _student(over_freedom):
     """The square of how much wider than the normal distribution Student's t is, by 1 / (degrees of freedom)."""
-    grid = np.linspace(0, 1, 65)
-    wider = (stdtrit(1 / np.maximum(grid, 1e-9), 0.95) / WITHIN) ** 2
-    return jnp.interp(jnp.minimum(over_freedom, 1), grid, jnp.asarray(wider))
+    return jnp.exp(over_freedom * (1.853 + 0.86 * over_freedom))

@@ -77,6 +77,18 @@ class Sites(NamedTuple):
         return jnp.arange(self.place.shape[0], dtype=jnp.int32)
 
 
+class Noise(NamedTuple):
+    """White noise, which processes integrate, gathered at places.
+
+    Attributes:
+        at: Where, shape (q,).
+        measure: Its variance there, shape (q,).
+    """
+
+    at: Float[Array, "q"]
+    measure: Float[Array, "q"]
+
+
 class Process(NamedTuple):
     """What a process of one order makes of data at the sites; variances for unit scale.
 
@@ -95,7 +107,10 @@ class Process(NamedTuple):
 @jax.jit
 def _unit_variances(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
-    return jnp.where(sites.live >= 2, integrated_process(sites, points, 2, smoothing).variance, jnp.inf)
+    noise = even_noise(sites, points)
+    noise = noise._replace(measure=noise.measure[None])
+    process = integrated_processes(sites, points, (2,), noise, jnp.asarray(smoothing)[None])
+    return jnp.where(sites.live >= 2, process.variance[0], jnp.inf)
 
 
 def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
@@ -120,101 +135,126 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     return Sites(place, total, count, average)
 
 
-def integrated_process(
-    sites: Sites, points: Float[Array, "points"], m: int, smoothing: Float[Array, ""] | None = None
+def even_noise(sites: Sites, points: Float[Array, "points"]) -> Noise:
+    """Noise of unit intensity everywhere, exact for processes integrated once or not at all."""
+    grid = jnp.sort(jnp.concatenate([sites.place, points]))
+    gap = (grid[1:] - grid[:-1])[:, None]
+    at = grid[:-1, None] + gap * (0.5 + np.array([-0.5, 0.5]) / math.sqrt(3))
+    return Noise(at.ravel(), jnp.broadcast_to(gap / 2, at.shape).ravel())
+
+
+def integrated_processes(
+    sites: Sites,
+    points: Float[Array, "points"],
+    orders: tuple[int, ...],
+    noise: Noise,
+    smoothing: Float[Array, "orders"],
 ) -> Process:
-    """The posterior under a Wiener process integrated m - 1 times; without smoothing there is no noise."""
+    """The posteriors under noise integrated m times, for several m; without smoothing values are seen exactly.
+
+    All orders are one program, which is traced and compiled once, each a case of the highest.
+
+    Args:
+        sites: Where there are data.
+        points: Where to read.
+        orders: Each m, static.
+        noise: What is integrated, the measures of shape (orders, q).
+        smoothing: Of each order, shape (orders,).
+
+    Returns:
+        All attributes with a leading axis of orders.
+    """
     place, n, p = sites.place, sites.place.shape[0], points.shape[0]
-    row = np.arange(n - m)[:, None]
-    window = row + np.arange(m + 1)
-    away = place[window][:, :, None] - place[window][:, None, :] + np.eye(m + 1)
-    there = sites.rank[m:] < sites.live
-    coefficients = jnp.where(there[:, None], math.factorial(m) / jnp.prod(away, axis=2), 0)
-    contrasts = jnp.zeros((n - m, n)).at[row, window].set(coefficients)
+    highest = max(orders)
+    column = np.arange(highest + 1)
+    window = np.minimum(np.arange(n)[:, None] + column, n - 1)
+    before = np.arange(n)[:, None] - highest + column
+    apart = ~np.eye(highest + 1, dtype=bool)
+    every = _bsplines(jnp.pad(place, (0, highest), mode="edge"), noise.at, highest)
 
-    at, measure = _quadrature(place, m)
-    splines = jnp.where(there, _bsplines(place, at, m), 0)
-    gram = (splines * measure[:, None]).T @ splines
-    if smoothing is not None:
-        gram = gram + smoothing * (contrasts / sites.weight) @ contrasts.T
-    # Symmetric of bandwidth m, scaled to a diagonal of ones: row i holds what stands at i, i - 1, ..., i - m.
-    before = row - np.arange(m + 1)
-    scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, jnp.diagonal(gram), 1)), 0)
-    bands = jnp.where(before >= 0, scale[:, None] * gram[row, before] * scale[before], 0)
-    bands = bands.at[:, 0].set(1)
+    def process(m, factorial, measure, smoothing):
+        used = column <= m
+        there = sites.rank + m < sites.live
+        knots = place[window]
+        away = jnp.where(apart & used & used[:, None], knots[:, :, None] - knots[:, None, :], 1)
+        coefficients = jnp.where(there[:, None] & used, factorial / jnp.prod(away, axis=2), 0)
+        contrasts = jnp.zeros((n, n)).at[np.arange(n)[:, None], window].add(coefficients)
 
-    start = jnp.sum(place < points[:, None], axis=1, dtype=jnp.int32) - m // 2
-    near = jnp.clip(start, 0, jnp.maximum(sites.live - m, 0))[:, None] + np.arange(m, dtype=np.int32)
-    t = place[near]
-    to_point = points[:, None] - t
-    others = ~np.eye(m, dtype=bool)
-    lagrange = jnp.prod(
-        jnp.where(others, to_point[:, None, :], 1) / jnp.where(others, t[:, :, None] - t[:, None, :], 1), axis=2
-    )
-    polynomial = jnp.zeros((p, n)).at[np.arange(p)[:, None], near].set(lagrange)
+        start = jnp.sum(place < points[:, None], axis=1, dtype=jnp.int32) - m // 2
+        near = jnp.clip(start, 0, jnp.maximum(sites.live - m, 0))[:, None] + column[:-1]
+        near = jnp.minimum(near, n - 1)
+        used = used[1:]
+        t = place[near]
+        to_point = jnp.where(used, points[:, None] - t, 1)
+        others = apart[1:, 1:] & used & used[:, None]
+        lagrange = jnp.prod(
+            jnp.where(others, to_point[:, None, :], 1) / jnp.where(others, t[:, :, None] - t[:, None, :], 1), axis=2
+        )
+        polynomial = jnp.zeros((p, n)).at[np.arange(p)[:, None], near].add(jnp.where(used, lagrange, 0))
 
-    # The contrast of those sites and the point.
-    size = jnp.prod(to_point, axis=1) / math.factorial(m)
-    ends = jnp.full((p, 1), jnp.inf)
-    local = jnp.maximum(
-        jnp.concatenate([-ends, t], axis=1), jnp.minimum(jnp.concatenate([t, ends], axis=1), points[:, None])
-    )
-    at, measure = _quadrature(local, m)
-    own = measure * _bsplines(local, at, m)[..., 0]
-    splines = jnp.where(there, _bsplines(place, at.reshape(-1), m), 0).reshape(*at.shape, n - m)
-    cross = size[:, None] * jnp.einsum("pq,pqj->pj", own, splines)
-    variance = size**2 * jnp.sum(own**2 / jnp.where(measure > 0, measure, 1), axis=1)
-    if smoothing is not None:
-        cross = cross - smoothing * (polynomial / sites.weight) @ contrasts.T
-        variance = variance + smoothing * jnp.sum(polynomial**2 / sites.weight, axis=1)
+        # The contrast of those sites and the point.
+        size = jnp.prod(to_point, axis=1) / factorial
+        far = place[-1] + jnp.abs(points[:, None])
+        local = jnp.sort(jnp.concatenate([jnp.where(used, t, far), points[:, None]], axis=1))
+        own = size[:, None] * _bsplines(local, noise.at, highest)[m - 1][..., 0]
+        splines = jnp.where(there, every[m - 1][:, :n], 0)
+        gram = (splines * measure[:, None]).T @ splines + smoothing * (contrasts / sites.weight) @ contrasts.T
+        cross = (own * measure) @ splines - smoothing * (polynomial / sites.weight) @ contrasts.T
+        variance = own**2 @ measure + smoothing * jnp.sum(polynomial**2 / sites.weight, axis=1)
 
-    both = scale[:, None] * jnp.concatenate([contrasts, cross.T], axis=1)
-    white = _whitened(bands, both)
-    white, known = white[:, :n], white[:, n:]
-    variance = jnp.maximum(variance - jnp.sum(known**2, axis=0), 0)
-    return Process(white.T @ white, polynomial + known.T @ white, variance)
+        # Symmetric and banded, scaled to a diagonal of ones: row i holds what stands at i - highest, ..., i.
+        scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, jnp.diagonal(gram), 1)), 0)
+        bands = jnp.where(before >= 0, scale[:, None] * gram[np.arange(n)[:, None], before] * scale[before], 0)
+        bands = bands.at[:, highest].set(1)
+        white = _whitened(bands, scale[:, None] * jnp.concatenate([contrasts, cross.T], axis=1))
+        white, known = white[:, :n], white[:, n:]
+        variance = jnp.maximum(variance - jnp.sum(known**2, axis=0), 0)
+        return Process(white.T @ white, polynomial + known.T @ white, variance)
+
+    factorials = np.array([float(math.factorial(m)) for m in orders])
+    return jax.vmap(process)(np.array(orders), factorials, noise.measure, smoothing)
 
 
 def _whitened(bands, columns):
-    """Columns from the left by the inverse of the Cholesky factor of a banded matrix, row by row.
+    """Columns from the left by the inverse of the Cholesky factor of a banded matrix, eliminated row by row.
 
     Batched factorizations of LAPACK's that run side by side can wait for each other forever on a CPU of few cores.
     """
     m = bands.shape[1] - 1
 
     def step(carry, row):
-        # The factor's rows i - 1, ..., i - m, each from its diagonal to the left, and what has been solved there.
-        factor, solved = carry
+        # What is left of the m rows before this one.
+        block, rest = carry
         band, column = row
-        new = [None] * (m + 1)
-        for j in range(m, 0, -1):
-            known = sum(new[k] * factor[j - 1, k - j] for k in range(j + 1, m + 1))
-            new[j] = (band[j] - known) / factor[j - 1, 0]
-        new[0] = jnp.sqrt(band[0] - sum(new[j] ** 2 for j in range(1, m + 1)))
-        column = (column - sum(new[j] * solved[j - 1] for j in range(1, m + 1))) / new[0]
-        factor = jnp.concatenate([jnp.stack(new)[None], factor[:-1]])
-        return (factor, jnp.concatenate([column[None], solved[:-1]])), column
+        block = jnp.concatenate([jnp.concatenate([block, band[:m, None]], axis=1), band[None]])
+        rest = jnp.concatenate([rest, column[None]])
+        pivot, first = block[0, 0], rest[0]
+        factor = block[1:, :1] / pivot
+        return (block[1:, 1:] - factor * block[0, 1:], rest[1:] - factor * first), first / jnp.sqrt(pivot)
 
-    unit = jnp.zeros((m, m + 1), bands.dtype).at[:, 0].set(1)
-    start = unit, jnp.zeros((m, columns.shape[1]), bands.dtype)
-    return jax.lax.scan(step, start, (bands, columns))[1]
+    # A row comes out m steps after it went in.
+    last = jnp.zeros((m, m + 1), bands.dtype).at[:, m].set(1)
+    none = jnp.zeros((m, columns.shape[1]), columns.dtype)
+    rows = jnp.concatenate([bands, last]), jnp.concatenate([columns, none])
+    return jax.lax.scan(step, (jnp.eye(m, dtype=bands.dtype), none), rows)[1][m:]
 
 
-def _bsplines(knots, at, order):
-    """B-splines whose integrals are one, at places: shape (..., places, knots - order)."""
-    t, x = knots[..., None, :], at[..., :, None]
+def _bsplines(knots, at, highest):
+    """B-splines of each order whose integrals are one, at places: shape (orders, ..., places, knots - 1).
+
+    Those of order k that begin at the last k - 1 knots before the end are nonsense.
+    """
+    t, x = knots[..., None, :], at[:, None]
+
+    def over(span, values):
+        return jnp.where(span > 0, values / jnp.where(span > 0, span, 1), 0)
+
     gap = t[..., 1:] - t[..., :-1]
-    found = jnp.where((x >= t[..., :-1]) & (x < t[..., 1:]), 1 / jnp.where(gap > 0, gap, 1), 0)
-    for k in range(2, order + 1):
-        span = t[..., k:] - t[..., :-k]
-        mixed = (x - t[..., :-k]) * found[..., :-1] + (t[..., k:] - x) * found[..., 1:]
-        found = k / (k - 1) * mixed / jnp.where(span > 0, span, 1)
-    return found
-
-
-def _quadrature(knots, order):
-    """Places and weights that integrate products of two such splines exactly, all gaps' in one row."""
-    at, weight = np.polynomial.legendre.leggauss(order)
-    gap = (knots[..., 1:] - knots[..., :-1])[..., None]
-    flat = (*knots.shape[:-1], -1)
-    return (knots[..., :-1, None] + gap * (at + 1) / 2).reshape(flat), (gap * weight / 2).reshape(flat)
+    found = [over(gap, ((x >= t[..., :-1]) & (x < t[..., 1:])).astype(x.dtype))]
+    for k in range(2, highest + 1):
+        ahead = jnp.concatenate([t[..., k:], jnp.broadcast_to(t[..., -1:], (*t.shape[:-1], k - 1))], axis=-1)
+        later = jnp.concatenate([found[-1][..., 1:], jnp.zeros_like(found[-1][..., :1])], axis=-1)
+        behind = t[..., :-1]
+        mixed = (x - behind) * found[-1] + (ahead - x) * later
+        found.append(k / (k - 1) * over(ahead - behind, mixed))
+    return jnp.stack(found)
