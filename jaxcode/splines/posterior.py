@@ -38,7 +38,9 @@ from .wiener import Noise, even_noise, find_sites, integrated_processes
 
 ORDERS = (2, 1, 4)
 BENT = 0.9
-PRIOR = 20
+LEAST = np.array([3, 2, 6])
+DOUBT = 20
+PRIOR = 4
 # Powers of v that are tried, from the process's own to the highest.
 POWERS = 4
 # Nine tenths of a standard normal variable lie within the first, and below the second.
@@ -74,80 +76,85 @@ def predicted_errors(
         Those of the module.
     """
     rounding = float(jnp.finfo(values.dtype).eps)
-    return _predicted_errors(knots, values, points, weights, smoothing, rounding).astype(values.dtype)
-
-
-class _Hypothesis(NamedTuple):
-    """What a hypothesis says with each of its powers; first of the points, then of each site when it is left out.
-
-    Attributes:
-        evidence: Log predictive likelihood, shape (powers,).
-        scale: b, shape (powers, features).
-        spread: :math:`v^p c`, shape (points + sites, powers).
-    """
-
-    evidence: Float[Array, "powers"]
-    scale: Float[Array, "powers features"]
-    spread: Float[Array, "places powers"]
+    sites, processes = _prepare(knots, points, weights, smoothing)
+    return _judge(sites, processes, values, points, weights, smoothing, rounding).astype(values.dtype)
 
 
 @in_float64
 @jax.jit
-def _predicted_errors(knots, values, points, weights, smoothing, rounding):
+def _prepare(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
+    orders = np.array(ORDERS)
+    smoothing = jnp.where(orders == 2, smoothing, 0)
+    return sites, integrated_processes(sites, points, ORDERS, _noise(sites, points), smoothing)
+
+
+@in_float64
+@jax.jit
+def _judge(sites, processes, values, points, weights, smoothing, rounding):
+    """Axes of arrays in order: h hypotheses, e powers, k places (first the points, then sites left out), n sites, d."""
     data = sites.average @ jnp.where(weights[:, None] > 0, values, 0)
     # Relative to their size, so that squares neither vanish nor overflow.
     size = jnp.max(jnp.abs(data), axis=0)
     size = jnp.where(size > 0, size, 1)
-    data = data / size
+    data, p, orders = data / size, len(points), np.array(ORDERS)
 
-    orders = np.array(ORDERS)
-    noise = _noise(sites, points)
-    processes = integrated_processes(sites, points, ORDERS, noise, jnp.where(orders == 2, smoothing, 0))
-    rows = jax.vmap(_everywhere)(processes)
-    means = rows @ data
-    found = jax.vmap(functools.partial(_weigh, sites, data, points, rounding))(orders, processes, means)
-    evidence = jnp.where(((orders != 2) | (smoothing > 0) | ALWAYS2)[:, None], found.evidence, -jnp.inf)
-    likely = jax.nn.softmax(evidence, axis=(0, 1))
-    variance = jnp.einsum("hp,hkp,hpd->kd", likely, found.spread, found.scale)
-    bias = jnp.einsum("hp,hkd->kd", likely, (means - means[0]) ** 2)
+    means = processes.rows @ data
+    there = (sites.rank < sites.live) & (sites.live > orders[:, None])
+    square = jnp.where(there[..., None], data - means[:, p:], 0) ** 2
+    number = jnp.maximum(jnp.sum(there, axis=1), 1)[:, None]
+    free = processes.variance > 0
+    log_variance = jnp.log(jnp.where(free, processes.variance, 1))
+    log_variance = log_variance - jnp.sum(jnp.where(there, log_variance[:, p:], 0), axis=1, keepdims=True) / number
+    powers = np.linspace(1, 4 * orders / (2 * orders - 1), POWERS, axis=1)[:, None]
+    spread = jnp.exp(powers * jnp.where(free, log_variance, -jnp.inf)[..., None])
+    held = jnp.where(there[..., None], spread[:, p:], 1)
 
-    error = _half_width(variance, bias) / WITHIN
-    error, held = error[: len(points)], error[len(points) :]
-    error = size * error * _correction(sites, data - means[0, len(points) :], held)
+    # What rounding the data alone leaves. Features that are straight lines have no say in what is likely.
+    scale = jnp.einsum("hne,hnd->hed", 1 / held, square) / number[..., None]
+    floor = rounding**2
+    share = scale[0, 0] / (scale[0, 0] + floor) + floor
+    share = share / jnp.sum(share)
+    surprise = jnp.einsum("hnd,hed->hne", square, share / (scale + floor)) / held
+    weight, squares = _neighbours(sites, points)
+    squares = squares / jnp.sum(share**2)
+    local = (squares * (weight @ surprise) + PRIOR) / (squares + PRIOR)
+
+    fit = jnp.where(there[..., None], jnp.log(held * local[:, p:]) + surprise / local[:, p:], 0)
+    evidence = -0.5 * (jnp.sum(fit, axis=1) + number * (jnp.log(scale + floor) @ share))
+    enough = (sites.live >= LEAST) & ((orders != 2) | (smoothing > 0))
+    likely = jax.nn.softmax(jnp.where(enough[:, None], evidence, -1e30), axis=(0, 1))
+    variance = jnp.einsum("hke,hed->kd", likely[:, None] * spread * local, scale)
+    bias = jnp.einsum("he,hkd->kd", likely, (means - means[0]) ** 2)
+
+    wider = _student(1 / jnp.maximum(sites.live - 2, 1) + 1 / (squares + PRIOR))
+    error = _half_width(variance[:p] * wider, bias[:p]) / WITHIN
+    ratio = _correction(sites, data - means[0, p:], _half_width(variance[p:], bias[p:]))
+    error = size * error * ratio
     # Two places say nothing about how a curve bends.
-    certain = processes.variance[0, :, None] <= 0
-    error = jnp.where(sites.live >= 3, error, jnp.where(certain, 0, jnp.inf))
-    return jnp.where(jnp.sum(weights > 0) >= 2, error, jnp.inf)
+    error = jnp.where(sites.live >= 3, error, jnp.where(free[0, :p, None], jnp.inf, 0))
+    return jnp.where(sites.live >= 2, error, jnp.inf)
 
 
-ALWAYS2 = False
-
-def _noise(sites, points):
-    """Even for each order but the fourth, nine tenths of whose noise stand at the points."""
-    even = even_noise(sites, points)
-    ordered = jnp.sort(points)
-    first, last = 2 * ordered[:1] - ordered[1:2], 2 * ordered[-1:] - ordered[-2:-1]
-    padded = jnp.concatenate([first, ordered, last])
-    share = np.where(np.array(ORDERS) == 4, BENT, 0)[:, None]
-    measure = jnp.concatenate([(1 - share) * even.measure, share * (padded[2:] - padded[:-2]) / 2], axis=1)
-    return Noise(jnp.concatenate([even.at, ordered]), measure)
+def _neighbours(sites, points):
+    """Weights of the two or three sites nearest to each place, sites left out first of all; and how many they are."""
+    live = sites.rank < sites.live
+    passed = jnp.clip((points[:, None] - sites.place[:-1]) / (sites.place[1:] - sites.place[:-1]), 0, 1)
+    here = jnp.concatenate([passed @ live[1:], sites.rank])[:, None]
+    others = np.arange(len(here))[:, None] - len(points) != sites.rank
+    weight = jnp.exp(-((here - sites.rank) ** 2)) * (live & others)
+    weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
+    return weight, sites.live / jnp.maximum(jnp.sum((weight[len(points) :] ** 2).T * live), 1e-30)
 
 
 def _correction(sites, residual, predicted):
-    """By how much nine tenths of the residuals are larger than predicted."""
-    there = (sites.rank < sites.live)[:, None]
-    known = there & (predicted > 0)
-    ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, predicted, 1) / WITHIN, 1)
-    ordered = jnp.sort(jnp.where(there, ratio, jnp.inf), axis=0)
-    at = jnp.maximum(-(-9 * sites.live // 10) - 1, 0)
-    return (sites.live * jnp.where(sites.live > 0, ordered[at], 0) + PRIOR) / (sites.live + PRIOR)
-
-
-def _everywhere(process):
-    """From data to means at the points, and at each site when it is left out."""
-    own = jnp.diagonal(process.precision)
-    return jnp.concatenate([process.rows, jnp.eye(len(own)) - process.precision / jnp.where(own > 0, own, 1)[:, None]])
+    """By how much nine tenths of the residuals are larger than predicted, or smaller."""
+    known = predicted > 0
+    ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, predicted, 1), 1)
+    ordered = jnp.sort(jnp.where((sites.rank < sites.live)[:, None], ratio, jnp.inf), axis=0)
+    at = jnp.maximum(jnp.ceil(0.9 * sites.live) - 1, 0).astype(jnp.int32)
+    ratio = jnp.where(sites.live > 0, ordered[at], 1)
+    return (sites.live * ratio + DOUBT) / (sites.live + DOUBT)
 
 
 def _half_width(variance, bias):
@@ -161,88 +168,18 @@ def _root(square):
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _weigh(sites, data, points, rounding, m, process, means):
-    own = jnp.diagonal(process.precision)
-    there = (sites.rank < sites.live) & (sites.live > m) & (own > 0)
-    number = jnp.maximum(jnp.sum(there), 1)
-    square = jnp.where(there[:, None], data - means[len(points) :], 0) ** 2
-    held_out = 1 / jnp.where(there, own, 1)
-    unit = jnp.exp(jnp.sum(jnp.where(there, jnp.log(held_out), 0)) / number)
-    power = jnp.linspace(1, 4 * m / (2 * m - 1), POWERS)
-    variance = jnp.concatenate([process.variance, held_out])[:, None]
-    spread = jnp.where(variance > 0, jnp.where(variance > 0, variance, 1) / unit, 0) ** power
-    held = jnp.where(there[:, None], spread[len(points) :], 1)
-
-    scale = (there[:, None] / held).T @ square / number
-    # What rounding the data alone leaves. Features that are straight lines have no say in what is likely.
-    floor = rounding**2
-    share = scale[0] / (scale[0] + floor) + floor
-    share = share / jnp.sum(share)
-    chance = jnp.asarray(_trigamma(_freedom(sites) / 2))[sites.live]
-    log_scale, _ = _shrunk(jnp.log(scale + floor), share, chance)
-    scale = scale / (scale + floor) * jnp.exp(log_scale)
-    surprise = square @ (share * jnp.exp(-log_scale)).T / held
-
-    local, doubt = _local(sites, points, surprise, share)
-    fit = jnp.log(held * local[len(points) :]) + log_scale @ share + surprise / local[len(points) :]
-    evidence = -0.5 * jnp.sum(jnp.where(there[:, None], fit, 0), axis=0)
-    enough = sites.live >= jnp.where(m <= 2, m + 1, m + 2)
-    wider = _student(jnp.minimum(1 / jnp.asarray(_freedom(sites))[sites.live] + doubt, 1))
-    spread = spread * local * jnp.where(np.arange(len(local))[:, None] < len(points), wider, 1)
-    return _Hypothesis(
-        jnp.where(enough, evidence, -jnp.inf),
-        jnp.where(enough, scale, 0),
-        jnp.where(enough, spread, 0),
-    )
-
-
-def _freedom(sites):
-    """Degrees of freedom that so many sites, from none to all, leave to a scale."""
-    return np.maximum(np.arange(sites.place.shape[0] + 1) - 2.0, 1)
-
-
-def _shrunk(logs, share, chance):
-    """Logarithms moved to their mean, as far as chance explains their spread; and how far they kept from it."""
-    mean = (logs @ share)[..., None]
-    spread = ((logs - mean) ** 2 @ share)[..., None]
-    kept = jnp.maximum(spread - chance, 0) / jnp.maximum(spread, chance)
-    return mean + jnp.where(logs.shape[-1] > 1, kept, 1) * (logs - mean), kept
-
-
-def _local(sites, points, surprise, share):
-    """How much larger squared errors are here than everywhere: c.
-
-    Of the two or three sites nearest to here the mean surprise, its logarithm shrunk by what chance explains.
-
-    Returns:
-        At the points, and at the sites as others tell, shape (points + sites, powers); and what 1 / (degrees of
-        freedom) their uncertainty adds, shape (powers,).
-    """
-    live = sites.rank < sites.live
-    gap = jnp.diff(sites.place)
-    passed = jnp.clip((points[:, None] - sites.place[:-1]) / gap, 0, 1)
-    where = jnp.sum(passed, axis=1, where=live[1:])
-    here = jnp.concatenate([where, sites.rank])
-    own = jnp.concatenate([jnp.zeros((len(points), len(live)), bool), jnp.eye(len(live), dtype=bool)])
-    weight = jnp.exp(-((here[:, None] - sites.rank) ** 2)) * (live & ~own)
-    weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
-    logs = jnp.log(weight @ surprise + 1e-12)
-    # As many independent squares as sites in a neighbourhood times features that have a say.
-    squares = jnp.maximum(sites.live, 1) / jnp.maximum(jnp.sum(weight[len(points) :] ** 2, where=live[:, None]), 1e-30)
-    chance = _trigamma(0.5 * squares / jnp.sum(share**2))
-    _, kept = _shrunk(logs[len(points) :].T, live / jnp.maximum(sites.live, 1), chance)
-    kept = kept[:, 0]
-    # Of what degrees of freedom the logarithm of a mean square has this variance.
-    return jnp.exp(kept * logs), (jnp.sqrt(1 + 2 * kept * chance) - 1) / 2
-
-
-def _trigamma(x):
-    """The variance of the logarithm of a chi-squared variable of 2x degrees of freedom, to 1e-5; compiles fast."""
-    z = x + 3
-    series = 1 / z + 1 / (2 * z**2) + 1 / (6 * z**3) - 1 / (30 * z**5)
-    return series + 1 / x**2 + 1 / (x + 1) ** 2 + 1 / (x + 2) ** 2
+def _noise(sites, points):
+    """Even for each order but the fourth, nine tenths of whose noise stand at the points."""
+    even = even_noise(sites, points)
+    ordered = jnp.sort(points)
+    first, last = 2 * ordered[:1] - ordered[1:2], 2 * ordered[-1:] - ordered[-2:-1]
+    padded = jnp.concatenate([first, ordered, last])
+    share = np.where(np.array(ORDERS) == 4, BENT, 0)[:, None]
+    measure = jnp.concatenate([(1 - share) * even.measure, share * (padded[2:] - padded[:-2]) / 2], axis=1)
+    return Noise(jnp.concatenate([even.at, ordered]), measure)
 
 
 def _student(over_freedom):
     """The square of how much wider than the normal distribution Student's t is, by 1 / (degrees of freedom)."""
+    over_freedom = jnp.minimum(over_freedom, 1)
     return jnp.exp(over_freedom * (1.853 + 0.86 * over_freedom))

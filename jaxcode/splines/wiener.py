@@ -89,18 +89,16 @@ class Noise(NamedTuple):
     measure: Float[Array, "q"]
 
 
-class Process(NamedTuple):
-    """What a process of one order makes of data at the sites; variances for unit scale.
+class Posteriors(NamedTuple):
+    """What processes make of data at the sites: at points, then at each site when it is left out.
 
     Attributes:
-        precision: Inverse covariance of the data where polynomials below the order are unknown, shape (sites, sites).
-        rows: From the data to posterior means at the points, shape (points, sites).
-        variance: Posterior variances there, shape (points,).
+        rows: From the data to posterior means, shape (orders, points + sites, sites).
+        variance: Posterior variances for unit scale, shape (orders, points + sites).
     """
 
-    precision: Float[Array, "sites sites"]
-    rows: Float[Array, "points sites"]
-    variance: Float[Array, "points"]
+    rows: Float[Array, "orders places sites"]
+    variance: Float[Array, "orders places"]
 
 
 @in_float64
@@ -110,29 +108,28 @@ def _unit_variances(knots, points, weights, smoothing):
     noise = even_noise(sites, points)
     noise = noise._replace(measure=noise.measure[None])
     process = integrated_processes(sites, points, (2,), noise, jnp.asarray(smoothing)[None])
-    return jnp.where(sites.live >= 2, process.variance[0], jnp.inf)
+    return jnp.where(sites.live >= 2, process.variance[0, : points.shape[0]], jnp.inf)
 
 
 def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
     """The places of knots whose weight is not zero, equal ones taken together."""
     # One more, at least, than the highest order has polynomials.
-    n = max(knots.shape[0], 5)
-    index = jnp.arange(n, dtype=jnp.int32)
+    size = max(knots.shape[0], 5)
+    index = np.arange(size)
+    live = weights > 0
     weights, span = weights.astype(knots.dtype), knots[-1] - knots[0]
-    apart = jnp.concatenate([jnp.zeros(1, bool), jnp.diff(knots) > SAME_PLACE * span])
-    site = jnp.cumsum(apart, dtype=jnp.int32)
-    total = jnp.zeros(n, knots.dtype).at[site].add(weights)
-    live = total > 0
-    count = jnp.sum(live, dtype=jnp.int32)
-    rank = jnp.where(live, jnp.cumsum(live) - 1, count + jnp.cumsum(~live) - 1).astype(jnp.int32)
-    total = jnp.zeros_like(total).at[rank].set(total)
-    place = jnp.zeros(n, knots.dtype).at[rank[site]].set(knots)
+    earlier = live & (index[: len(knots), None] > index[: len(knots)])
+    opens = live & (knots - jnp.max(jnp.where(earlier, knots, -jnp.inf), axis=1) > SAME_PLACE * span)
+    site = jnp.sum(opens & (earlier | np.eye(len(knots), dtype=bool)), axis=1) - 1
+    count = jnp.sum(opens)
+    member = jnp.where(live & (site == index[:, None]), weights, 0)
+    total = jnp.sum(member, axis=1)
     beyond = index >= count
-    last = place[jnp.maximum(count - 1, 0)]
-    place = jnp.where(beyond, jax.lax.stop_gradient(last + (index - count + 1) * (span / n)), place)
     total = jnp.where(beyond, 1, total)
-    average = jnp.where(rank[site] == index[:, None], weights / total[:, None], 0)
-    return Sites(place, total, count, average)
+    average = member / total[:, None]
+    place = jnp.max(jnp.where(member > 0, knots, knots[0]), axis=1)
+    place = jnp.where(beyond, jax.lax.stop_gradient(jnp.max(place) + (index - count + 1) * (span / size)), place)
+    return Sites(place, total, count.astype(knots.dtype), average)
 
 
 def even_noise(sites: Sites, points: Float[Array, "points"]) -> Noise:
@@ -149,7 +146,7 @@ def integrated_processes(
     orders: tuple[int, ...],
     noise: Noise,
     smoothing: Float[Array, "orders"],
-) -> Process:
+) -> Posteriors:
     """The posteriors under noise integrated m times, for several m; without smoothing values are seen exactly.
 
     All orders are one program, which is traced and compiled once, each a case of the highest.
@@ -181,7 +178,7 @@ def integrated_processes(
         contrasts = jnp.zeros((n, n)).at[np.arange(n)[:, None], window].add(coefficients)
 
         start = jnp.sum(place < points[:, None], axis=1, dtype=jnp.int32) - m // 2
-        near = jnp.clip(start, 0, jnp.maximum(sites.live - m, 0))[:, None] + column[:-1]
+        near = jnp.clip(start, 0, jnp.maximum(sites.live.astype(jnp.int32) - m, 0))[:, None] + column[:-1]
         near = jnp.minimum(near, n - 1)
         used = used[1:]
         t = place[near]
@@ -194,8 +191,9 @@ def integrated_processes(
 
         # The contrast of those sites and the point.
         size = jnp.prod(to_point, axis=1) / factorial
-        far = place[-1] + jnp.abs(points[:, None])
-        local = jnp.sort(jnp.concatenate([jnp.where(used, t, far), points[:, None]], axis=1))
+        ends, t = jnp.full((p, 1), jnp.inf), jnp.where(used, t, jnp.inf)
+        local = jnp.minimum(jnp.concatenate([t, ends], axis=1), points[:, None])
+        local = jnp.maximum(jnp.concatenate([-ends, t], axis=1), local)
         own = size[:, None] * _bsplines(local, noise.at, highest)[m - 1][..., 0]
         splines = jnp.where(there, every[m - 1][:, :n], 0)
         gram = (splines * measure[:, None]).T @ splines + smoothing * (contrasts / sites.weight) @ contrasts.T
@@ -209,7 +207,11 @@ def integrated_processes(
         white = _whitened(bands, scale[:, None] * jnp.concatenate([contrasts, cross.T], axis=1))
         white, known = white[:, :n], white[:, n:]
         variance = jnp.maximum(variance - jnp.sum(known**2, axis=0), 0)
-        return Process(white.T @ white, polynomial + known.T @ white, variance)
+        precision = white.T @ white
+        own = jnp.diagonal(precision)
+        own = jnp.where(own > 0, own, 1)
+        rows = jnp.concatenate([polynomial + known.T @ white, jnp.eye(n) - precision / own[:, None]])
+        return Posteriors(rows, jnp.concatenate([variance, 1 / own]))
 
     factorials = np.array([float(math.factorial(m)) for m in orders])
     return jax.vmap(process)(np.array(orders), factorials, noise.measure, smoothing)
