@@ -163,58 +163,47 @@ def integrated_processes(
     """
     place, n, p = sites.place, sites.place.shape[0], points.shape[0]
     highest = max(orders)
-    column = np.arange(highest + 1)
-    window = np.minimum(np.arange(n)[:, None] + column, n - 1)
-    before = np.arange(n)[:, None] - highest + column
-    apart = ~np.eye(highest + 1, dtype=bool)
-    every = _bsplines(jnp.pad(place, (0, highest), mode="edge"), noise.at, highest)
+    target, column = jnp.concatenate([place, points]), np.arange(highest)
+    before = np.arange(n)[:, None] + np.arange(-highest, 1)
+    ahead = jnp.sum(place < points[:, None], axis=1)
+    away = target[:, None] - noise.at
+    responses = jnp.stack([jnp.where(away > 0, away ** (m - 1), 0) / math.factorial(m - 1) for m in orders])
 
-    def process(m, factorial, measure, smoothing):
-        used = column <= m
-        there = sites.rank + m < sites.live
-        knots = place[window]
-        away = jnp.where(apart & used & used[:, None], knots[:, :, None] - knots[:, None, :], 1)
-        coefficients = jnp.where(there[:, None] & used, factorial / jnp.prod(away, axis=2), 0)
-        contrasts = jnp.zeros((n, n)).at[np.arange(n)[:, None], window].add(coefficients)
+    def posterior(m, response, measure, smoothing):
+        # Each site is foretold from m before it, each point from m around it.
+        start = jnp.clip(ahead - m // 2, 0, jnp.maximum(sites.live - m, 0))
+        start = jnp.concatenate([sites.rank - m, start]).astype(jnp.int32)[:, None]
+        there = (sites.rank >= m) & (sites.rank < sites.live)
+        valid = jnp.concatenate([there, np.ones(p, bool)])[:, None]
+        near = jnp.clip(start + column, 0, n - 1)
+        t, used = place[near], valid & (column < m)
+        others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)
+        apart = jnp.where(others, t[:, :, None] - t[:, None, :], 1)
+        lagrange = jnp.prod(jnp.where(others, (target[:, None] - t)[:, None, :], 1) / apart, axis=2)
+        foretold = jnp.where(used[..., None] & (near[..., None] == sites.rank), lagrange[..., None], 0).sum(axis=1)
+        novel = jnp.concatenate([valid[:n] * jnp.eye(n), jnp.zeros((p, n))]) - foretold
 
-        start = jnp.sum(place < points[:, None], axis=1, dtype=jnp.int32) - m // 2
-        near = jnp.clip(start, 0, jnp.maximum(sites.live.astype(jnp.int32) - m, 0))[:, None] + column[:-1]
-        near = jnp.minimum(near, n - 1)
-        used = used[1:]
-        t = place[near]
-        to_point = jnp.where(used, points[:, None] - t, 1)
-        others = apart[1:, 1:] & used & used[:, None]
-        lagrange = jnp.prod(
-            jnp.where(others, to_point[:, None, :], 1) / jnp.where(others, t[:, :, None] - t[:, None, :], 1), axis=2
-        )
-        polynomial = jnp.zeros((p, n)).at[np.arange(p)[:, None], near].add(jnp.where(used, lagrange, 0))
-
-        # The contrast of those sites and the point.
-        size = jnp.prod(to_point, axis=1) / factorial
-        ends, t = jnp.full((p, 1), jnp.inf), jnp.where(used, t, jnp.inf)
-        local = jnp.minimum(jnp.concatenate([t, ends], axis=1), points[:, None])
-        local = jnp.maximum(jnp.concatenate([-ends, t], axis=1), local)
-        own = size[:, None] * _bsplines(local, noise.at, highest)[m - 1][..., 0]
-        splines = jnp.where(there, every[m - 1][:, :n], 0)
-        gram = (splines * measure[:, None]).T @ splines + smoothing * (contrasts / sites.weight) @ contrasts.T
-        cross = (own * measure) @ splines - smoothing * (polynomial / sites.weight) @ contrasts.T
-        variance = own**2 @ measure + smoothing * jnp.sum(polynomial**2 / sites.weight, axis=1)
+        # Noise beyond those sites is a polynomial to them, but for rounding.
+        low, high = jnp.minimum(t[:, :1], target[:, None]), jnp.maximum(place[near[:, m - 1]][:, None], target[:, None])
+        innovation = novel @ response[:n] + jnp.concatenate([jnp.zeros_like(response[:n]), response[n:]])
+        innovation = jnp.where(valid & (noise.at >= low) & (noise.at <= high), innovation, 0)
+        covariance = (innovation * measure) @ innovation.T + smoothing * (novel / sites.weight) @ novel.T
 
         # Symmetric and banded, scaled to a diagonal of ones: row i holds what stands at i - highest, ..., i.
-        scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, jnp.diagonal(gram), 1)), 0)
-        bands = jnp.where(before >= 0, scale[:, None] * gram[np.arange(n)[:, None], before] * scale[before], 0)
-        bands = bands.at[:, highest].set(1)
-        white = _whitened(bands, scale[:, None] * jnp.concatenate([contrasts, cross.T], axis=1))
+        square = jnp.diagonal(covariance)
+        scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, square[:n], 1)), 0)
+        scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(p)])
+        bands = jnp.where(before >= 0, scaled[np.arange(n)[:, None], before], 0).at[:, highest].set(1)
+        white = _whitened(bands, jnp.concatenate([scale[:, None] * novel[:n], scaled[:, n:]], axis=1))
         white, known = white[:, :n], white[:, n:]
-        variance = jnp.maximum(variance - jnp.sum(known**2, axis=0), 0)
+        variance = jnp.maximum(square[n:] - jnp.sum(known**2, axis=0), 0)
         precision = white.T @ white
         own = jnp.diagonal(precision)
         own = jnp.where(own > 0, own, 1)
-        rows = jnp.concatenate([polynomial + known.T @ white, jnp.eye(n) - precision / own[:, None]])
+        rows = jnp.concatenate([foretold[n:] + known.T @ white, jnp.eye(n) - precision / own[:, None]])
         return Posteriors(rows, jnp.concatenate([variance, 1 / own]))
 
-    factorials = np.array([float(math.factorial(m)) for m in orders])
-    return jax.vmap(process)(np.array(orders), factorials, noise.measure, smoothing)
+    return jax.vmap(posterior)(np.array(orders), responses, noise.measure, smoothing)
 
 
 def _whitened(bands, columns):
@@ -239,24 +228,3 @@ def _whitened(bands, columns):
     none = jnp.zeros((m, columns.shape[1]), columns.dtype)
     rows = jnp.concatenate([bands, last]), jnp.concatenate([columns, none])
     return jax.lax.scan(step, (jnp.eye(m, dtype=bands.dtype), none), rows)[1][m:]
-
-
-def _bsplines(knots, at, highest):
-    """B-splines of each order whose integrals are one, at places: shape (orders, ..., places, knots - 1).
-
-    Those of order k that begin at the last k - 1 knots before the end are nonsense.
-    """
-    t, x = knots[..., None, :], at[:, None]
-
-    def over(span, values):
-        return jnp.where(span > 0, values / jnp.where(span > 0, span, 1), 0)
-
-    gap = t[..., 1:] - t[..., :-1]
-    found = [over(gap, ((x >= t[..., :-1]) & (x < t[..., 1:])).astype(x.dtype))]
-    for k in range(2, highest + 1):
-        ahead = jnp.concatenate([t[..., k:], jnp.broadcast_to(t[..., -1:], (*t.shape[:-1], k - 1))], axis=-1)
-        later = jnp.concatenate([found[-1][..., 1:], jnp.zeros_like(found[-1][..., :1])], axis=-1)
-        behind = t[..., :-1]
-        mixed = (x - behind) * found[-1] + (ahead - x) * later
-        found.append(k / (k - 1) * over(ahead - behind, mixed))
-    return jnp.stack(found)
