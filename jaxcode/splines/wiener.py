@@ -1,15 +1,15 @@
-r"""Wiener processes integrated m - 1 times, seen at knots: posterior means, which are splines, and variances.
+r"""White noise integrated m times, seen at knots: posterior means, which are splines, and variances.
 
-All is linear algebra of the knots' size. Contrasts of the data that know nothing of polynomials below degree m are
-divided differences,
+All is linear algebra of the knots' size. Each knot is foretold from the m before it by the polynomial through them, each
+point from m around it. What the polynomial misses is an integral of the noise alone,
 
 .. math::
-    z_j = m! \, [t_j, \ldots, t_{j+m}] y = \int u^{(m)} M_j, \qquad
-    \mathrm{cov}(z) = b \, (R + \mu Q^T W^{-1} Q), \quad R_{ij} = \int M_i M_j,
+    z = u(t) - \sum_j \ell_j u(t_j) = \int M \, dW, \qquad
+    M(s) = \frac{(t - s)_+^{m-1} - \sum_j \ell_j (t_j - s)_+^{m-1}}{(m - 1)!},
 
-with :math:`M_j` the B-spline of order m whose integral is one, and Q the coefficients of the differences. A value at a
-point is the polynomial through the m knots nearest to it plus one more contrast, which the others predict. B-splines'
-Gram matrices are well conditioned whatever the knots, where those of :math:`|s - t|^{2m-1}` lose every digit.
+with M zero but between those knots: a B-spline, but for scale. Products of these are well conditioned whatever the
+knots, where the Gram matrices of :math:`|s - t|^{2m-1}` lose every digit, and banded. What knots missed, together, says
+what to expect of a point's.
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Curry and Schoenberg, Journal d'Analyse Mathematique 17
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from .._float64 import in_float64
 from .sequence import SAME_PLACE
@@ -62,39 +62,28 @@ class Sites(NamedTuple):
     Attributes:
         place: Where, strictly ascending, shape (n,); at least as many as knots.
         weight: Of the data there, together; 1 at those that have none.
-        live: How many have data.
+        count: How many have data, as a number of the same dtype.
         average: From data at the knots to their means at the sites, shape (n, knots).
     """
 
     place: Float[Array, "sites"]
     weight: Float[Array, "sites"]
-    live: Array
+    count: Float[Array, ""]
     average: Float[Array, "sites knots"]
 
     @property
-    def rank(self) -> Array:
-        """0, 1, 2, ..."""
-        return jnp.arange(self.place.shape[0], dtype=jnp.int32)
+    def present(self) -> Bool[Array, "sites"]:
+        """Which have data."""
+        return np.arange(self.place.shape[0]) < self.count
 
 
-class Noise(NamedTuple):
-    """White noise, which processes integrate, gathered at places.
-
-    Attributes:
-        at: Where, shape (q,).
-        measure: Its variance there, shape (q,).
-    """
-
-    at: Float[Array, "q"]
-    measure: Float[Array, "q"]
-
-
-class Posteriors(NamedTuple):
+class Processes(NamedTuple):
     """What processes make of data at the sites: at points, then at each site when it is left out.
 
     Attributes:
         rows: From the data to posterior means, shape (orders, points + sites, sites).
-        variance: Posterior variances for unit scale, shape (orders, points + sites).
+        variance: Posterior variances for noise of unit intensity, shape (orders, points + sites); of no meaning at
+            sites that have no data or are too few.
     """
 
     rows: Float[Array, "orders places sites"]
@@ -105,105 +94,110 @@ class Posteriors(NamedTuple):
 @jax.jit
 def _unit_variances(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
-    noise = even_noise(sites, points)
-    noise = noise._replace(measure=noise.measure[None])
-    process = integrated_processes(sites, points, (2,), noise, jnp.asarray(smoothing)[None])
-    return jnp.where(sites.live >= 2, process.variance[0, : points.shape[0]], jnp.inf)
+    processes = integrated_processes(sites, points, np.array([2]), np.zeros(1), jnp.reshape(smoothing, 1))
+    return jnp.where(sites.count >= 2, processes.variance[0, : points.shape[0]], jnp.inf)
 
 
 def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
     """The places of knots whose weight is not zero, equal ones taken together."""
+    n = knots.shape[0]
     # One more, at least, than the highest order has polynomials.
-    size = max(knots.shape[0], 5)
-    index = np.arange(size)
-    live = weights > 0
-    weights, span = weights.astype(knots.dtype), knots[-1] - knots[0]
-    earlier = live & (index[: len(knots), None] > index[: len(knots)])
+    size = max(n, 5)
+    rank = np.arange(size)
+    live, span = weights > 0, knots[-1] - knots[0]
+    earlier = live & np.tri(n, k=-1, dtype=bool)
     opens = live & (knots - jnp.max(jnp.where(earlier, knots, -jnp.inf), axis=1) > SAME_PLACE * span)
-    site = jnp.sum(opens & (earlier | np.eye(len(knots), dtype=bool)), axis=1) - 1
+    site = jnp.sum(opens & np.tri(n, dtype=bool), axis=1) - 1
+    member = jnp.where(live & (site == rank[:, None]), weights.astype(knots.dtype), 0)
     count = jnp.sum(opens)
-    member = jnp.where(live & (site == index[:, None]), weights, 0)
-    total = jnp.sum(member, axis=1)
-    beyond = index >= count
-    total = jnp.where(beyond, 1, total)
-    average = member / total[:, None]
+    beyond = rank >= count
     place = jnp.max(jnp.where(member > 0, knots, knots[0]), axis=1)
-    place = jnp.where(beyond, jax.lax.stop_gradient(jnp.max(place) + (index - count + 1) * (span / size)), place)
-    return Sites(place, total, count.astype(knots.dtype), average)
-
-
-def even_noise(sites: Sites, points: Float[Array, "points"]) -> Noise:
-    """Noise of unit intensity everywhere, exact for processes integrated once or not at all."""
-    grid = jnp.sort(jnp.concatenate([sites.place, points]))
-    gap = (grid[1:] - grid[:-1])[:, None]
-    at = grid[:-1, None] + gap * (0.5 + np.array([-0.5, 0.5]) / math.sqrt(3))
-    return Noise(at.ravel(), jnp.broadcast_to(gap / 2, at.shape).ravel())
+    place = jnp.where(beyond, jax.lax.stop_gradient(jnp.max(place) + (rank - count + 1) * (span / size)), place)
+    total = jnp.where(beyond, 1, jnp.sum(member, axis=1))
+    return Sites(place, total, count.astype(knots.dtype), member / total[:, None])
 
 
 def integrated_processes(
     sites: Sites,
     points: Float[Array, "points"],
-    orders: tuple[int, ...],
-    noise: Noise,
+    orders: np.ndarray,
+    bent: np.ndarray,
     smoothing: Float[Array, "orders"],
-) -> Posteriors:
-    """The posteriors under noise integrated m times, for several m; without smoothing values are seen exactly.
-
-    All orders are one program, which is traced and compiled once, each a case of the highest.
+) -> Processes:
+    """The posteriors under noise integrated m times, for several m in one program that is compiled once.
 
     Args:
         sites: Where there are data.
         points: Where to read.
-        orders: Each m, static.
-        noise: What is integrated, the measures of shape (orders, q).
-        smoothing: Of each order, shape (orders,).
+        orders: Each m, known.
+        bent: What share of each one's noise stands at the points, in proportion to the gaps between them, known. The
+            rest is even.
+        smoothing: The variance of a datum of weight one, for each m; zero where data are seen exactly.
 
-    Returns:
-        All attributes with a leading axis of orders.
     """
-    place, n, p = sites.place, sites.place.shape[0], points.shape[0]
-    highest = max(orders)
+    place, n, p, highest = sites.place, sites.place.shape[0], points.shape[0], max(orders)
+    at, measures = _noise(place, points, highest, bent[:, None])
     target, column = jnp.concatenate([place, points]), np.arange(highest)
-    before = np.arange(n)[:, None] + np.arange(-highest, 1)
     ahead = jnp.sum(place < points[:, None], axis=1)
-    away = target[:, None] - noise.at
-    responses = jnp.stack([jnp.where(away > 0, away ** (m - 1), 0) / math.factorial(m - 1) for m in orders])
+    before = np.arange(n)[:, None] + np.arange(-highest, 1)
+    away = target[:, None] - at
+    responses = jnp.stack([jnp.where(away > 0, away ** (m - 1), 0) / math.factorial(m - 1) for m in orders.tolist()])
 
-    def posterior(m, response, measure, smoothing):
-        # Each site is foretold from m before it, each point from m around it.
-        start = jnp.clip(ahead - m // 2, 0, jnp.maximum(sites.live - m, 0))
-        start = jnp.concatenate([sites.rank - m, start]).astype(jnp.int32)[:, None]
-        there = (sites.rank >= m) & (sites.rank < sites.live)
+    def process(m, response, measure, smoothing):
+        start = jnp.clip(ahead - m // 2, 0, jnp.maximum(sites.count - m, 0).astype(jnp.int32))
+        start = jnp.concatenate([np.arange(n) - m, start])[:, None]
+        there = sites.present & (np.arange(n) >= m)
         valid = jnp.concatenate([there, np.ones(p, bool)])[:, None]
         near = jnp.clip(start + column, 0, n - 1)
         t, used = place[near], valid & (column < m)
         others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)
         apart = jnp.where(others, t[:, :, None] - t[:, None, :], 1)
-        lagrange = jnp.prod(jnp.where(others, (target[:, None] - t)[:, None, :], 1) / apart, axis=2)
-        foretold = jnp.where(used[..., None] & (near[..., None] == sites.rank), lagrange[..., None], 0).sum(axis=1)
-        novel = jnp.concatenate([valid[:n] * jnp.eye(n), jnp.zeros((p, n))]) - foretold
+        share = jnp.prod(jnp.where(others, (target[:, None] - t)[:, None, :], 1) / apart, axis=2)
+        is_near = used[:, :, None] & (near[:, :, None] == np.arange(n))
+        foretold = jnp.sum(jnp.where(is_near, share[:, :, None], 0), axis=1)
+        missed = jnp.concatenate([jnp.diag(there.astype(place.dtype)), jnp.zeros((p, n))]) - foretold
 
-        # Noise beyond those sites is a polynomial to them, but for rounding.
-        low, high = jnp.minimum(t[:, :1], target[:, None]), jnp.maximum(place[near[:, m - 1]][:, None], target[:, None])
-        innovation = novel @ response[:n] + jnp.concatenate([jnp.zeros_like(response[:n]), response[n:]])
-        innovation = jnp.where(valid & (noise.at >= low) & (noise.at <= high), innovation, 0)
-        covariance = (innovation * measure) @ innovation.T + smoothing * (novel / sites.weight) @ novel.T
+        # Beyond these sites only rounding is left of it.
+        low = jnp.minimum(t[:, :1], target[:, None])
+        high = jnp.maximum(place[near[:, m - 1]], target)[:, None]
+        of_noise = missed @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
+        of_noise = jnp.where(valid & (at >= low) & (at <= high), of_noise, 0)
+        covariance = (of_noise * measure) @ of_noise.T + smoothing * (missed / sites.weight) @ missed.T
 
         # Symmetric and banded, scaled to a diagonal of ones: row i holds what stands at i - highest, ..., i.
         square = jnp.diagonal(covariance)
         scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, square[:n], 1)), 0)
         scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(p)])
         bands = jnp.where(before >= 0, scaled[np.arange(n)[:, None], before], 0).at[:, highest].set(1)
-        white = _whitened(bands, jnp.concatenate([scale[:, None] * novel[:n], scaled[:, n:]], axis=1))
+        white = _whitened(bands, jnp.concatenate([scale[:, None] * missed[:n], scaled[:, n:]], axis=1))
         white, known = white[:, :n], white[:, n:]
         variance = jnp.maximum(square[n:] - jnp.sum(known**2, axis=0), 0)
+
+        # The inverse covariance of the data, polynomials unknown, foretells each from the others.
         precision = white.T @ white
         own = jnp.diagonal(precision)
         own = jnp.where(own > 0, own, 1)
-        rows = jnp.concatenate([foretold[n:] + known.T @ white, jnp.eye(n) - precision / own[:, None]])
-        return Posteriors(rows, jnp.concatenate([variance, 1 / own]))
+        without = jnp.eye(n) - precision / own[:, None]
+        rows = jnp.concatenate([foretold[n:] + known.T @ white, without])
+        return Processes(rows, jnp.concatenate([variance, 1 / own]))
 
-    return jax.vmap(posterior)(np.array(orders), responses, noise.measure, smoothing)
+    return jax.vmap(process)(orders, responses, measures, smoothing)
+
+
+def _noise(place, points, exact, bent):
+    """Where noise is gathered, shape (q,), and how much of it there, shape (orders, q).
+
+    Between neighbours at so many places that products of polynomials of degree exact - 1 have exact integrals.
+    """
+    grid = jnp.sort(jnp.concatenate([place, points]))
+    node, weight = np.polynomial.legendre.leggauss(exact)
+    gap = (grid[1:] - grid[:-1])[:, None]
+    even = grid[:-1, None] + gap * (node + 1) / 2
+    points = jnp.sort(points)
+    between = jnp.diff(points, prepend=2 * points[0] - points[min(1, len(points) - 1)])
+    around = (between + jnp.append(between[1:], between[-1])) / 2
+    measures = [(1 - bent) * (gap * weight / 2).ravel(), bent * around]
+    return jnp.concatenate([even.ravel(), points]), jnp.concatenate(measures, axis=1)
 
 
 def _whitened(bands, columns):

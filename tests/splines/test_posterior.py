@@ -9,7 +9,7 @@ from scipy.interpolate import make_interp_spline
 from scipy.stats import spearmanr
 
 import jaxcode as jc
-from jaxcode.splines import posterior, spline_matrix, wiener
+from jaxcode.splines import posterior, wiener
 
 RNG = np.random.default_rng(0)
 KNOTS = np.sort(RNG.uniform(-1, 1, 10))
@@ -35,32 +35,73 @@ def errors(y, returned=MASK, code=CODE):
 def test_unit_variances_are_a_brute_force_gaussian_process(smoothing):
     with jax.enable_x64(True):
         ours = wiener.unit_variances(KNOTS, POINTS, WEIGHTS, smoothing)
-    theirs = _gaussian_process(KNOTS[WEIGHTS > 0], WEIGHTS[WEIGHTS > 0], POINTS, smoothing)
+    _, theirs = _gaussian_process(KNOTS[WEIGHTS > 0], WEIGHTS[WEIGHTS > 0], POINTS, smoothing)
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-15)
 
 
-def _gaussian_process(knots, weights, points, smoothing):
-    """Posterior variances with 150 digits: integrated Brownian motion, started at -2 with a wild value and slope."""
+@pytest.mark.parametrize(("order", "bent", "smoothing"), [(1, 0, 0), (2, 0, 0), (2, 0, 1e-3), (4, 0, 0), (4, 0.9, 0)])
+def test_processes_are_brute_force_gaussian_processes_and_know_each_site_from_the_others(order, bent, smoothing):
+    with jax.enable_x64(True):
+        found = wiener.find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
+        # Beside others, which must not matter.
+        orders, shares = np.array([3, order]), np.array([0.5, bent])
+        processes = jax.jit(
+            lambda found: wiener.integrated_processes(
+                found, jnp.asarray(POINTS), orders, shares, jnp.array([0.1, smoothing])
+            )
+        )(found)
+        rows, variance = (np.asarray(a[1]) for a in processes)
+    n, p, noise = len(SITES), len(POINTS), float(smoothing)
+    weights = np.array([WEIGHTS[(KNOTS == t) & (WEIGHTS > 0)].sum() for t in SITES])
+    means, variances = _gaussian_process(SITES, weights, POINTS, noise, order, bent)
+    np.testing.assert_allclose(rows[:p, :n], means, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(variance[:p], variances, rtol=1e-7, atol=1e-15)
+    assert (rows[:p, n:] == 0).all()
+    for i in range(n):
+        others = np.arange(n) != i
+        means, variances = _gaussian_process(SITES[others], weights[others], SITES[[i]], noise, order, bent)
+        np.testing.assert_allclose(rows[p + i, :n][others], means[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(rows[p + i, i], 0, atol=1e-9)
+        np.testing.assert_allclose(variance[p + i], variances[0] + noise / weights[i], rtol=1e-6)
+
+
+def _gaussian_process(knots, weights, points, smoothing, order=2, bent=0.0):
+    """Posterior means and variances with 150 digits: Brownian motion integrated from -2 on, with a wild start."""
+    ends = 2 * POINTS[0] - POINTS[1], 2 * POINTS[-1] - POINTS[-2]
+    around = np.convolve(np.concatenate([ends[:1], POINTS, ends[1:]]), [0.5, 0, -0.5], "valid")
     with mpmath.workdps(150):
 
         def covariance(s, t):
             s, t = mpmath.mpf(float(s)) + 2, mpmath.mpf(float(t)) + 2
-            low, high = min(s, t), max(s, t)
-            return low**2 * (3 * high - low) / 6 + mpmath.mpf(10) ** 22 * (1 + s * t)
+            low, apart = min(s, t), abs(s - t)
+            terms = (
+                mpmath.binomial(order - 1, j) * apart ** (order - 1 - j) * low ** (order + j) / (order + j)
+                for j in range(order)
+            )
+            even = sum(terms)
+            jumps = 0
+            for place, share in zip(POINTS, around, strict=True):
+                at = mpmath.mpf(float(place)) + 2
+                if at < low:
+                    jumps += mpmath.mpf(float(share)) * ((s - at) * (t - at)) ** (order - 1)
+            of_noise = ((1 - mpmath.mpf(bent)) * even + mpmath.mpf(bent) * jumps) / mpmath.factorial(order - 1) ** 2
+            return of_noise + mpmath.mpf(10) ** 40 * sum((s * t) ** j for j in range(order))
 
         # Noise so small that it is none, but knots at one place do not make the matrix singular.
-        noise = mpmath.mpf(smoothing) + mpmath.mpf(10) ** -25
+        noise = mpmath.mpf(smoothing) + mpmath.mpf(10) ** -40
         n = len(knots)
         among = mpmath.matrix(n, n)
         for i in range(n):
             for j in range(n):
                 among[i, j] = covariance(knots[i], knots[j]) + (noise / mpmath.mpf(float(weights[i])) if i == j else 0)
         inverse = among**-1
-        found = []
+        means, variances = [], []
         for p in points:
             to = mpmath.matrix([covariance(p, t) for t in knots])
-            found.append(float(covariance(p, p) - (to.T * inverse * to)[0]))
-    return np.array(found)
+            mean = to.T * inverse
+            means.append([float(mean[j]) for j in range(n)])
+            variances.append(float(covariance(p, p) - (mean * to)[0]))
+    return np.array(means), np.array(variances)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -71,30 +112,13 @@ def test_posterior_means_are_scipys_natural_splines(order):
     theirs = make_interp_spline(SITES, y, k=2 * order - 1, bc_type=(ends, ends) if ends else None)(inside)
     with jax.enable_x64(True):
         found = wiener.find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
-        rows = jax.jit(lambda found: wiener.integrated_process(found, jnp.asarray(inside), order).rows)(found)
-        ours = rows[:, : len(SITES)] @ y
+        rows = jax.jit(
+            lambda found: wiener.integrated_processes(
+                found, jnp.asarray(inside), np.array([order]), np.zeros(1), jnp.zeros(1)
+            ).rows
+        )(found)
+        ours = rows[0, : len(inside), : len(SITES)] @ y
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
-
-
-def test_residuals_are_those_of_fitting_without_the_site_or_without_it_and_the_next():
-    with jax.enable_x64(True):
-        found = wiener.find_sites(jnp.asarray(KNOTS), jnp.asarray(WEIGHTS))
-        held_out = jax.jit(
-            lambda found: posterior._held_out(
-                found, wiener.integrated_process(found, jnp.asarray(POINTS), 2).precision, 2
-            )
-        )
-        rows, variance, there = (np.asarray(a) for a in held_out(found))
-        n = len(SITES)
-        np.testing.assert_array_equal(there, np.broadcast_to(np.arange(len(KNOTS)) < n, there.shape))
-        for i in range(n):
-            for which, others in enumerate(([], [i + 1 if i + 1 < n else i - 1])):
-                keep = ~np.isin(np.arange(n), [i, *others])
-                expected = -np.asarray(spline_matrix(SITES, SITES[[i]], returned=keep))[0]
-                expected[i] += 1
-                np.testing.assert_allclose(rows[which, i, :n], expected, atol=1e-10)
-                without = wiener.unit_variances(SITES, SITES[[i]], keep.astype(float))
-                np.testing.assert_allclose(variance[which, i], without[0], rtol=1e-9)
 
 
 FUNCTIONS = {
@@ -222,17 +246,18 @@ def test_vmap_over_masks_is_a_loop():
         np.testing.assert_allclose(error, errors(values(), mask), rtol=1e-5, atol=1e-6)
 
 
-def test_derivatives_are_finite_and_agree_with_finite_differences(monkeypatch):
-    # All orders are the same program, compiled again.
-    monkeypatch.setattr(posterior, "ORDERS", (2, 3))
+def test_derivatives_are_finite_and_agree_with_finite_differences():
     masks = np.stack([MASK, np.ones(12, bool), np.arange(12) < 2, np.arange(12) < 4])
     t = np.asarray(CODE.worker_nodes)
     data = [values(), np.zeros((12, 2)), np.stack([t, 1 + t], 1)]
     smoothings = np.array([0.0, 1e-4])
 
+    prepare, judge = posterior._prepare.__wrapped__, posterior._judge.__wrapped__
+
     def total(smoothing, beta, alpha, y, mask):
         # Beneath `in_float64`, whose own derivatives have their own tests and double the time to compile.
-        error = posterior._errors(True, beta, jnp.where(mask[:, None], y, jnp.nan), alpha, mask, smoothing, 1e-16)
+        known = prepare(beta, alpha, mask, smoothing)
+        error = judge(*known, jnp.where(mask[:, None], y, jnp.nan), alpha, mask, smoothing, 1e-16)
         return jnp.sum(jnp.where(jnp.isfinite(error), error, 0))
 
     with jax.enable_x64(True):
