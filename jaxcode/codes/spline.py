@@ -115,8 +115,9 @@ class SplineCode(AbstractInterpolatingCode):
 
         How fast errors fall with the distance between nodes, and where the curve bends, is read off the answers
         themselves, by predicting each from the others. The results :math:`\pm 1.645` errors are to hold nine truths of
-        ten: more do where f and the curve are analytic, fewer where workers are ten times as many as inputs, whose
-        nodes the encoder's curve bends at.
+        ten, whether f and the curve are smooth on the scale of the nodes or not, with jumps in the third derivative at
+        data nodes, which a curve through the inputs has. A few more do where workers sit at data nodes and closely
+        between them, a few less where f has kinks.
         Coding's error only: what f would have answered to the input itself is the truth.
 
         Args:
@@ -140,7 +141,7 @@ class SplineCode(AbstractInterpolatingCode):
         >>> returned = np.arange(9) != 3  # the worker of the second input
         >>> results, errors = code.decode_with_error(jnp.exp(jnp.asarray(code.worker_nodes)), returned)
         >>> errors.round(4)
-        Array([0.    , 0.0008, 0.    , 0.    ], dtype=float32)
+        Array([0.    , 0.0006, 0.    , 0.    ], dtype=float32)
         >>> bool(jnp.all(jnp.abs(results - jnp.exp(jnp.asarray(code.data_nodes))) <= 1.645 * errors + 1e-6))
         True
         """

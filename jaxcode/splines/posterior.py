@@ -98,11 +98,11 @@ def _judge(sites, processes, values, points, weights, smoothing, rounding):
 
     means = processes.rows @ data
     residual = data - means[:, p:]
-    enough = sites.count > ORDERS[:, None]
-    there, number = sites.present & enough, jnp.where(enough, sites.count, 1)
+    enough = sites.live > ORDERS[:, None]
+    there, number = sites.present & enough, jnp.where(enough, sites.live, 1)
     free = processes.variance > 0
     log_variance = jnp.log(jnp.where(free, processes.variance, 1))
-    log_unit = jnp.sum(jnp.where(there, log_variance[:, p:], 0), axis=1, keepdims=True) / number
+    log_unit = (log_variance[:, p:] @ sites.present)[:, None] / number
     power = np.linspace(1, 4 * ORDERS / (2 * ORDERS - 1), POWERS, axis=1)[:, None]
     spread = jnp.exp(power * jnp.where(free, log_variance - log_unit, -jnp.inf)[..., None])
     held = jnp.where(there[..., None], spread[:, p:], 1)
@@ -118,19 +118,19 @@ def _judge(sites, processes, values, points, weights, smoothing, rounding):
     near, squares = _neighbours(sites, points)
     squares = squares / jnp.sum(say**2)
     local = jnp.exp(squares / (squares + USUAL_SQUARES) * jnp.log(near @ surprise + 1e-12))
-    fit = jnp.where(there[..., None], jnp.log(held * local[:, p:]) + surprise / local[:, p:], 0)
-    evidence = -0.5 * (jnp.sum(fit, axis=1) + number * (jnp.log(scale + floor) @ say))
-    possible = (sites.count >= LEAST) & ((ORDERS != 2) | (smoothing > 0))
+    fit = sites.present @ (jnp.log(held * local[:, p:]) + surprise / local[:, p:])
+    evidence = -0.5 * (fit + number * (jnp.log(scale + floor) @ say))
+    possible = (sites.live >= LEAST) & ((ORDERS != 2) | (smoothing > 0))
     likely = jax.nn.softmax(jnp.where(possible[:, None], evidence, -1e30), axis=(0, 1))
 
     variance = jnp.einsum("hke,hed->kd", likely[:, None] * spread * local, scale)
     bias = jnp.einsum("he,hkd->kd", likely, (means - means[0]) ** 2)
-    wider = _student(1 / jnp.maximum(sites.count - 2, 1) + 1 / (squares + USUAL_SQUARES))
+    wider = _student(1 / jnp.maximum(sites.live - 2, 1) + 1 / (squares + USUAL_SQUARES))
     error = _half_width(variance[:p] * wider, bias[:p]) / WITHIN
     error = size * error * _correction(sites, residual[0], _half_width(variance[p:], bias[p:]))
     # Two places say nothing about how a curve bends.
-    error = jnp.where(sites.count >= 3, error, jnp.where(free[0, :p, None], jnp.inf, 0))
-    return jnp.where(jnp.sum(weights > 0) >= 2, error, jnp.inf)
+    error = jnp.where(sites.live >= 3, error, jnp.where(free[0, :p, None], jnp.inf, 0))
+    return jnp.where((weights > 0) @ np.ones(len(weights)) >= 2, error, jnp.inf)
 
 
 def _neighbours(sites, points):
@@ -142,7 +142,7 @@ def _neighbours(sites, points):
     weight = jnp.exp(-((here[:, None] - rank) ** 2)) * (sites.present & others)
     weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
     sharpness = jnp.sum(sites.present @ weight[len(points) :] ** 2)
-    return weight, sites.count / jnp.maximum(sharpness, 1e-30)
+    return weight, sites.live / jnp.maximum(sharpness, 1e-30)
 
 
 def _half_width(variance, bias):
@@ -166,6 +166,6 @@ def _correction(sites, residual, half_width):
     known = half_width > 0
     ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, half_width, 1), 1)
     ratio = jnp.sort(jnp.where(sites.present[:, None], ratio, jnp.inf), axis=0)
-    ratio = ratio[jnp.maximum(jnp.ceil(0.9 * sites.count) - 1, 0).astype(jnp.int32)]
-    seen = sites.count / (sites.count + USUAL_RATIOS)
+    ratio = ratio[jnp.maximum(jnp.ceil(0.9 * sites.live) - 1, 0).astype(jnp.int32)]
+    seen = sites.live / (sites.live + USUAL_RATIOS)
     return jnp.where(seen > 0, seen * jnp.where(seen > 0, ratio, 1) + 1 - seen, 1)
