@@ -5,17 +5,18 @@ Taken at its word it is far too wide for smooth functions, whose interpolation e
 between knots than the process says, and blind to where the curve bends. Here the data say what to believe:
 
 * the function is white noise integrated m times, seen at the knots without noise: once, which is rough, or four times,
-  which is smooth, most of that noise at the points. There a curve that a cubic spline drew through the points, as an
-  encoder does, has jumps in its third derivative, and what is made of it too. Above a smoothing of zero it may also be
-  the spline's own process, m = 2, with the noise that the smoothing stands for. The spline's error at a place then has
-  a mean, the difference of two linear estimates, and a variance :math:`b \, v^p c`, with v the posterior variance of a
-  process of unit scale;
+  which is smooth, the noise even or most of it at the points. There a curve that a cubic spline drew through them, as
+  an encoder does, has jumps in its third derivative, and what is made of it too. Above a smoothing of zero it may also
+  be the spline's own process, m = 2, with the noise that the smoothing stands for. The spline's error at a place then
+  has a mean, the difference of two linear estimates, and a variance :math:`b \, v^p c`, with v the posterior variance
+  of a process of unit scale;
 * squared errors grow with v to the power p, from p = 1, the process's own, to :math:`4m / (2m - 1)`: on functions that
   are smooth on the scale of the knots, splines of degree 2m - 1 err by the 2m-th power of the distance;
 * c says how much more than elsewhere the curve bends here, which nearby knots tell as far as they are many.
 
-Evidence is how well a hypothesis foretells every knot's value from all others. These residuals give the scale b of each
-feature, and at last say whether the errors predicted for them held nine of ten: if not, all are widened or narrowed.
+Evidence is how well a hypothesis foretells every knot's value from all others, in all features together. The same
+residuals give the scale b of each feature, and at last tell whether the errors predicted for them held nine of ten: if
+not, all are widened or narrowed.
 
 `wiener` has the processes.
 
@@ -39,7 +40,7 @@ from .wiener import find_sites, integrated_processes
 ORDERS, BENT, LEAST = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3, 2, 6, 6])
 # Powers of v that are tried, from the process's own to the highest.
 POWERS = 4
-# What is believed before data: of c as if so many squares had been one, of the last correction as many ratios.
+# How many squares nearby, or ratios of residuals to predictions, weigh as much as the belief that all is as usual.
 USUAL_SQUARES, USUAL_RATIOS = 1, 20
 # Nine tenths of a standard normal variable lie within the first, and below the second.
 WITHIN, BELOW = 1.6448536269514722, 1.2815515655446004
