@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint types accuracy experiments bench clean
+.PHONY: demo serve test lint types accuracy experiments bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
+
+# LeNet5 on digits over worker processes of this machine, until Ctrl-C: http://127.0.0.1:8000/
+serve: $(VENV)/.demo,models,serve
+	$(BIN)/python -m jaxcode.serve --model models.networks:digits --factory --input-shape 28,28,1 \
+	  --num-data 6 --num-workers 9 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

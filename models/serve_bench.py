@@ -21,6 +21,8 @@ from .plots import plot_latency
 from .train import predicted_classes
 
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
+# Quantiles of a delay: after which an image is asked for again, and after which ours waits no longer.
+_HEDGE, _DEADLINE = 0.95, 0.995
 
 _FOOTNOTE = """\
 {num_requests:,} requests of {batch_size} test images each, {clients} at a time; the same images for every scheme.
@@ -64,6 +66,12 @@ class Delays:
         else:
             seconds = self.scale * np.exp(self.tail * rng.normal(size=number))
         return np.minimum(seconds, self.longest)
+
+    def model(self) -> jc.stragglers.AbstractLatency:
+        """The same law under jit, not cut."""
+        if self.law == "pareto":
+            return jc.stragglers.Pareto(self.scale, self.tail)
+        return jc.stragglers.LogNormal(self.scale, self.tail)
 
     def quantile(self, share: float) -> float:
         """Seconds that this share of delays takes at most, to a per cent or so."""
@@ -129,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = predicted_classes(model, data.x_test)
     print(f"{name} on {args.dataset}: {np.mean(own == data.y_test):.1%} of test images right.", flush=True)
     sample = data.x_train[: max(200, args.batch_size)]
-    late = jc.stragglers.Uniform(args.num_workers - args.num_answers)
+    late = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE))
     tuned = jc.tune(model, sample, args.num_data, args.num_workers, late)
     print(f"Tuned code: {tuned.candidates[0].layout}.", flush=True)
 
@@ -141,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = _table(outcomes, own[np.stack(drawn)], data.y_test[np.stack(drawn)])
     footnote = _FOOTNOTE.format(
-        **vars(args), law=delays, hedge=1000 * delays.quantile(0.95), deadline=1000 * delays.quantile(0.995)
+        **vars(args), law=delays, hedge=1000 * delays.quantile(_HEDGE), deadline=1000 * delays.quantile(_DEADLINE)
     )
     print(f"\n{table}\n\n{footnote}")
     _write(outcomes, args.out / "latency.csv")
@@ -171,13 +179,13 @@ def _parser() -> argparse.ArgumentParser:
     number("--delay", 20.0, "shortest delay (Pareto) or median (lognormal), in milliseconds", float)
     parser.add_argument("--tail", type=float, help="tail index (Pareto: 1.5) or sigma (lognormal: 1)")
     number("--longest", 5.0, "delays are cut to this, in seconds", float)
-    number("--num-requests", 1000, "requests by each scheme")
-    number("--batch-size", 100, "images in a request")
-    number("--clients", 4, "requests at a time")
+    number("--num-requests", 200, "requests by each of the five schemes")
+    number("--batch-size", 40, "images in a request")
+    number("--clients", 2, "requests at a time")
     number("--num-data", 20, "K, images coded together")
     number("--num-workers", 30, "N, worker processes")
     number("--num-answers", 25, "answers that the published code waits for")
-    number("--tolerance", 0.1, "predicted error of an image's logits that is good enough", float)
+    number("--tolerance", 1.0, "predicted error of an image's logits that is good enough", float)
     number("--seed", 0, "seed of weights, images and delays")
     parser.add_argument(
         "--weights", type=Path, help="safetensors file with the network's weights; written if not there"
@@ -207,7 +215,7 @@ def _schemes(pool, tuned, delays: Delays, example: np.ndarray, args: argparse.Na
         "ours": jc.CodedServer(
             code,
             pool,
-            (stop.answers(num_data) & stop.error_below(args.tolerance)) | stop.deadline(delays.quantile(0.995)),
+            (stop.answers(num_data) & stop.error_below(args.tolerance)) | stop.deadline(delays.quantile(_DEADLINE)),
             time_limit=limit,
             order=order,
             output=output,
@@ -218,7 +226,7 @@ def _schemes(pool, tuned, delays: Delays, example: np.ndarray, args: argparse.Na
     return {
         "uncoded": Copies(pool, num_data, None, limit),
         "replication": _through(servers["replication"]),
-        "hedged replication": Copies(pool, num_data, delays.quantile(0.95), limit),
+        "hedged replication": Copies(pool, num_data, delays.quantile(_HEDGE), limit),
         "LeTCC, as published": _through(servers["LeTCC, as published"]),
         "ours": _through(servers["ours"]),
     }

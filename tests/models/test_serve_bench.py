@@ -1,0 +1,129 @@
+"""The serving benchmark: its delays, its baselines, and the whole of it with threads for processes."""
+
+import csv
+import threading
+import time
+
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+import jaxcode as jc
+from models import serve_bench, weights
+from models.lenet5 import LeNet5
+from models.serve_bench import Copies, Delays, main
+
+from ..workers.test_pools import Faults
+
+X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+
+
+def double(x):
+    return 2 * x
+
+
+@pytest.fixture
+def faults():
+    return Faults()
+
+
+@pytest.fixture
+def pool(faults):
+    with jc.workers.ThreadPool(double, 6, around=faults) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("delays", "law"),
+    [
+        (Delays("pareto", 0.02, 1.5, np.inf, 0), stats.pareto(1.5, scale=0.02)),
+        (Delays("lognormal", 0.02, 0.7, np.inf, 0), stats.lognorm(0.7, scale=0.02)),
+    ],
+    ids=["Pareto", "lognormal"],
+)
+def test_delays_follow_their_law_and_are_cut(delays, law):
+    drawn = delays.draw(np.random.default_rng(1), 2000)
+    assert stats.kstest(drawn, law.cdf).pvalue > 1e-3
+    assert delays.quantile(0.95) == pytest.approx(law.ppf(0.95), rel=0.02)
+    cut = Delays(delays.law, delays.scale, delays.tail, 0.05, 0)
+    assert cut.draw(np.random.default_rng(1), 2000).max() == 0.05
+
+
+def test_a_worker_sleeps_before_it_computes_and_each_has_its_own_delays():
+    delays = Delays("lognormal", 0.02, 0.5, 1.0, seed=5)
+    slept = []
+    for worker in (0, 1, 0):
+        began = time.monotonic()
+        assert delays(worker, double, 2) == 4
+        slept.append(time.monotonic() - began)
+    expected = [delays.draw(np.random.default_rng((5, worker)), 1)[0] for worker in (0, 1)]
+    assert slept[0] >= expected[0]
+    assert slept[1] >= expected[1]
+    assert expected[0] != expected[1]
+
+
+def test_copies_answer_every_image_in_its_place(pool):
+    answers, workers = Copies(pool, 4, None, 10.0)(X)
+    np.testing.assert_array_equal(answers, 2 * X)
+    assert workers == 4
+
+
+def test_without_a_hedge_a_late_worker_is_waited_for(pool, faults):
+    go = faults.waits(2)
+    threading.Timer(0.3, go.set).start()
+    began = time.monotonic()
+    np.testing.assert_array_equal(Copies(pool, 4, None, 10.0)(X)[0], 2 * X)
+    assert time.monotonic() - began >= 0.25
+    go = faults.waits(1)
+    with pytest.raises(TimeoutError, match=r"1 of 4 workers did not answer within 0\.2 s"):
+        Copies(pool, 4, None, 0.2)(X)
+    go.set()
+
+
+def test_with_a_hedge_others_answer_for_those_that_are_late(pool, faults):
+    go = faults.waits(1, 2)
+    began = time.monotonic()
+    np.testing.assert_array_equal(Copies(pool, 4, 0.1, 10.0)(X)[0], 2 * X)
+    assert 0.1 <= time.monotonic() - began < 5
+    go.set()
+
+
+def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "lenet5.safetensors"
+    weights.save(LeNet5(rngs=nnx.Rngs(0)), path)
+    # Threads for processes, which have their own tests; and a code, instead of looking for one.
+    monkeypatch.setattr(serve_bench.jc.workers, "RayPool", jc.workers.ThreadPool)
+    code = jc.SplineCode.repeated(2, 4)
+    candidate = jc.tuning.Candidate("repeated", "as given", code, jc.outputs.as_returned, 0.0, 0.0, 0.0, 1)
+    tuned = jc.tuning.Tuned(code, None, jc.outputs.as_returned, (candidate,), 0)
+    monkeypatch.setattr(serve_bench.jc, "tune", lambda *args: tuned)
+    settings = "--num-data 2 --num-workers 4 --num-answers 3 --batch-size 4 --num-requests 6 --clients 2 --delay 1"
+    main([*settings.split(), "--weights", str(path), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    rows = {line[:22].strip(): line[22:].split() for line in said.splitlines() if len(line.split()) >= 9}
+    for scheme in ("uncoded", "replication", "hedged replication"):
+        assert float(rows[scheme][-1]) == 1, said
+    for scheme in ("LeTCC, as published", "ours"):
+        assert 0 <= float(rows[scheme][-1]) <= 1
+        latencies = [float(cell) for cell in rows[scheme][:4]]
+        assert latencies == sorted(latencies)
+    with (tmp_path / "latency.csv").open() as file:
+        assert sum(1 for _ in csv.reader(file)) == 1 + 5 * 6
+    assert (tmp_path / "latency.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num-requests 0", "at least 1"),
+        ("--num-answers 31", "--num-answers <= --num-workers"),
+        ("--batch-size 30", "multiple of --num-data"),
+        ("--dataset mnist --data-dir /nowhere", "MNIST needs"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments.split(), "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
