@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, PyTree
 
 from ._checks import batch_size
 from ._groups import decode_groups, encode_groups, in_the_callers_order, known_decoders
-from .codes.abstract import AbstractLinearCode
+from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 from .codes.spline import SplineCode
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
@@ -39,7 +39,7 @@ class Answer:
 
     Attributes:
         values: Results in the caller's order, NumPy arrays, leaves (B, ...).
-        returned: From whose answers they were decoded, bool, shape (N,).
+        returned: To which coded inputs the answers came that they were decoded from, bool, shape (N,).
         latency: Seconds from the request to this answer.
         error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
             `SplineCode.decode_with_error`, in the space in which answers are decoded; infinite where nothing can be
@@ -59,14 +59,14 @@ class Answer:
 class CodedServer:
     r"""Answers batches from whichever of the pool's workers reply.
 
-    A batch is ordered, cut into groups of K and encoded; every worker that is free computes f on its coded inputs of
-    all groups, and when the policy says stop the results are decoded from what came. Workers that are slow, dead, stuck
-    or wrong make an answer less exact, not late.
+    A batch is ordered, cut into groups of K and encoded; workers that are free compute f on the N coded inputs of all
+    groups, and when the policy says stop the results are decoded from what came. Workers that are slow, dead, stuck or
+    wrong make an answer less exact, not late.
 
     Batches that make another number of groups have everything compiled again: `warm_up` does that beforehand.
 
     Args:
-        code: Of as many workers as the pool has.
+        code: Whose N coded inputs are computed by whichever of the pool's workers are free; usually there are N too.
         pool: Whose workers compute f. The server does not close it.
         stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. Before the code can decode every
             input the policy is not asked, and it is over where nobody who could answer soon is left.
@@ -74,12 +74,14 @@ class CodedServer:
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
         defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
+        again_after: Seconds after which coded inputs that have no answer are given to another worker too, if one is
+            free; never if not given.
         predict_error: Whether answers carry their predicted error, which costs some milliseconds; where the code
             predicts any if not given.
         max_in_flight: How many requests `submit` and `asynchronously` work on at a time.
 
     Raises:
-        ValueError: If code and pool differ in their workers, or stop can never be reached.
+        ValueError: If stop can never be reached, or a number or the code is not what it should be.
 
     >>> from jaxcode import SplineCode, stop
     >>> from jaxcode.workers import ThreadPool
@@ -101,20 +103,19 @@ class CodedServer:
         order: Ordering | None = None,
         output: OutputSpace = as_returned,
         defence: Defence | None = None,
+        again_after: float | None = None,
         predict_error: bool | None = None,
         max_in_flight: int = 8,
     ):
-        if code.num_workers != pool.num_workers:
-            raise ValueError(
-                f"code is for {code.num_workers} workers and pool has {pool.num_workers}; expected as many of both"
-            )
         predicts = isinstance(code, SplineCode) if predict_error is None else predict_error
         if predicts and not isinstance(code, SplineCode):
             raise ValueError(f"predict_error is True, but {type(code).__name__} predicts none; expected a SplineCode")
         stop.check(code.num_workers, predicts)
-        if not time_limit > 0:
-            raise ValueError(f"time_limit is {time_limit!r}; expected seconds, above zero")
+        for name, seconds in (("time_limit", time_limit), ("again_after", again_after)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
+        self._again_after, self._shares = again_after, most_telling_first(code)
         self._predicts, self._output, self._defence = predicts, output, defence
         self._steps = _Steps(code, order, output, defence)
         self._executor = ThreadPoolExecutor(max_in_flight, thread_name_prefix="jaxcode request")
@@ -139,6 +140,8 @@ class CodedServer:
                 time_limit=max(0.0, self._time_limit - (time.monotonic() - began)),
                 enough=self._steps.enough,
                 error=error,
+                order=self._shares,
+                again_after=self._again_after,
             )
         except NotEnoughAnswers as refusal:
             self._tally.refused()
@@ -190,7 +193,7 @@ class CodedServer:
     def counters(self) -> dict[str, Any]:
         """What happened since the server was made.
 
-        Requests "answered" and "refused"; workers that were not waited for, of all answered requests together
+        Requests "answered" and "refused"; coded inputs that were not waited for, of all answered requests together
         ("stragglers"); how many answers took at most so many seconds ("latency", by the upper end, and "latency_sum" in
         all); and since the pool was made, "workers": its own counters.
         """
@@ -225,6 +228,29 @@ class CodedServer:
 
     def _error(self, cut, values, returned):
         return np.asarray(self._steps.error(values, returned, cut))
+
+
+def most_telling_first(code: AbstractLinearCode) -> list[int]:
+    """In which order workers' coded inputs are given out while fewer workers are free than there are.
+
+    First one for each input that is itself computed somewhere, whose answer is then exact; then, one after the other,
+    the node that is farthest from all before it. Codes without nodes keep their order.
+    """
+    if not isinstance(code, AbstractInterpolatingCode):
+        return list(range(code.num_workers))
+    beta, alpha = np.asarray(code.worker_nodes, np.float64), np.asarray(code.data_nodes, np.float64)
+    nearest = np.abs(beta[:, None] - alpha).argmin(axis=0)
+    order = np.unique(nearest[np.abs(beta[nearest] - alpha) < 1e-9]).tolist() or [0]
+    # Nodes crowd towards the ends in equal angles.
+    middle, radius = (beta[-1] + beta[0]) / 2, (beta[-1] - beta[0]) / 2
+    angle = np.arccos(np.clip((beta - middle) / radius, -1, 1))
+    distance = np.abs(angle[:, None] - angle[order]).min(axis=1)
+    distance[order] = -1
+    while len(order) < len(beta):
+        order.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.abs(angle - angle[order[-1]]))
+        distance[order] = -1
+    return order
 
 
 class _Steps:

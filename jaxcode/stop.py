@@ -108,9 +108,7 @@ class _Answers(AbstractStop):
 
     def check(self, num_workers, predicts_error):
         if self.number > num_workers:
-            raise ValueError(
-                f"stop waits for answers({self.number}) of {num_workers} workers; expected at most as many"
-            )
+            raise ValueError(f"stop waits for answers({self.number}) of {num_workers}; expected at most as many")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from .. import stop as stop_policies
-from .._checks import check_mask
+from .._checks import batch_size
 from .compute import answer_shapes, shapes_of
 from .dispatch import AbstractWorker, Dispatcher
+from .request import Request
 from .responses import Responses
 
 
@@ -44,30 +44,30 @@ class Host:
         examples = [] if example is None else [shapes_of(example)]
         for shapes in examples:
             self._expected(shapes)
-        self._dispatcher = Dispatcher(workers, stuck_after=stuck_after, start_limit=start_limit)
+        self._dispatcher = Dispatcher(workers, examples, stuck_after=stuck_after, start_limit=start_limit)
         with tqdm(total=len(workers), desc="starting workers", disable=not progress, file=sys.stderr) as bar:
-            self._dispatcher.start(examples, lambda: bar.update())
+            self._dispatcher.start(bar.update)
 
-    def run(self, coded, stop, time_limit, enough, error, only=None) -> Responses:
-        n = len(self.states())
-        only = np.ones(n, bool) if only is None else only
-        check_mask("only", only, n)
+    def run(self, coded, stop, time_limit, enough, error, order, again_after) -> Responses:
         coded = jax.tree.map(np.asarray, coded)
+        shares = batch_size("coded", coded)
         for path, leaf in jax.tree_util.tree_leaves_with_path(coded):
-            if leaf.ndim < 2 or leaf.shape[0] != n:
+            if leaf.ndim < 2:
                 name = f"coded{jax.tree_util.keystr(path)}"
-                raise ValueError(f"{name} has shape {leaf.shape}; expected ({n}, batch, ...), a batch for each worker")
-        stop.check(int(only.sum()), error is not None)
-        one = shapes_of(jax.tree.map(lambda leaf: leaf[0], coded))
-        return self._dispatcher.run(coded, self._expected(one), only, stop, time_limit, enough, error)
+                raise ValueError(f"{name} has shape {leaf.shape}; expected (shares, batch, ...), a batch each")
+        order = range(shares) if order is None else order
+        if sorted(order) != list(range(shares)):
+            raise ValueError(f"order is {order}; expected the numbers of the {shares} shares, each once")
+        stop.check(shares, error is not None)
+        expected = self._expected(shapes_of(jax.tree.map(lambda leaf: leaf[0], coded)))
+        request = Request(coded, expected, order, again_after)
+        with self._dispatcher.working_on(request):
+            return request.gather(stop, time_limit, enough, error)
 
     def warm_up(self, example: PyTree) -> None:
         shapes = shapes_of(example)
         self._expected(shapes)
-        self._dispatcher.add_example(shapes)
-        n = len(self.states())
-        zeros = jax.tree.map(lambda leaf: np.zeros((n, *leaf.shape), leaf.dtype), shapes)
-        self.run(zeros, stop_policies.answers(n), 300.0, lambda returned: True, None)
+        self._dispatcher.warm_up(shapes)
 
     def states(self) -> list[str]:
         return self._dispatcher.states()

@@ -1,10 +1,10 @@
 """What every pool of real workers does."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 
 from ..stop import AbstractStop
 from ._host import Host
@@ -12,14 +12,14 @@ from .responses import Enough, PredictedError, Responses
 
 
 class AbstractPool(abc.ABC):
-    """N workers, each of which computes f on its own share of a request and may be late, wrong or dead.
+    """Workers that compute f on shares of requests, and may be late, wrong or dead.
 
-    A context manager: leaving it closes the pool. Requests may be made from several threads at once. A worker that is
-    busy is not waited for: it takes up what is still wanted when it is free again. Workers that die are started anew in
-    the background, and those that keep failing rest for a while, each time longer.
+    A context manager: leaving it closes the pool. Requests may be made from several threads at once. A share is given
+    to whoever is free: nobody waits behind a worker that is busy, and one that is fast computes several. Workers that
+    die are started anew in the background, and those that keep failing rest for a while, each time longer.
 
     Attributes:
-        num_workers: N.
+        num_workers: How many there are.
     """
 
     num_workers: int
@@ -33,17 +33,23 @@ class AbstractPool(abc.ABC):
         time_limit: float = 30.0,
         enough: Enough = lambda returned: bool(returned.any()),
         error: PredictedError | None = None,
-        only: Bool[np.ndarray, "workers"] | None = None,
+        order: Sequence[int] | None = None,
+        again_after: float | None = None,
     ) -> Responses:
-        """Sends every worker its share and gathers answers until the policy says stop.
+        """Has every share computed and gathers answers until the policy says stop.
 
         Args:
-            coded: Leaves (N, batch, ...): worker n computes f on its batch, leaves (batch, ...).
+            coded: Leaves (N, batch, ...), N shares, of any number: f is computed on each one's batch, leaves
+                (batch, ...).
             stop: When to stop waiting. It also ends where nobody who could answer soon is left.
             time_limit: Seconds after which waiting ends in any case.
             enough: Whether the answers of those that returned can be used at all; before that, the policy is not asked.
             error: The predicted error from values and whose they are, for policies that ask for it.
-            only: Which workers are asked; all if not given.
+            order: In which order shares are given out, where fewer workers are free than there are shares; as they are
+                numbered if not given.
+            again_after: Seconds after which a share that has no answer is given to another worker too, if one is free;
+                the first answer counts. Never if not given. A share that went wrong, or whose worker died, is given to
+                another in any case, once.
 
         Returns:
             What came.
@@ -51,10 +57,10 @@ class AbstractPool(abc.ABC):
         Raises:
             NotEnoughAnswers: If what came within the time limit is not enough.
             PoolClosed: If the pool is or was closed.
-            ValueError: If a leaf's leading axis is not N, only is not bool (N,), stop can never be reached, or f does
-                not return real numbers with its batch as leading axis.
+            ValueError: If leading axes differ, order is not a permutation, stop can never be reached, or f does not
+                return real numbers with its batch as leading axis.
         """
-        return self._host.run(coded, stop, time_limit, enough, error, only)
+        return self._host.run(coded, stop, time_limit, enough, error, order, again_after)
 
     def warm_up(self, example: PyTree[Any]) -> None:
         """Has every worker compile f for batches like the example, and those that are started later too.

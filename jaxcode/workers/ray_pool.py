@@ -4,7 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -166,7 +166,7 @@ class _Actor:
         jax.config.update("jax_enable_x64", x64)
         self._compute = Compute(fn, params, number, around)
 
-    def warm_up(self, examples: list[PyTree[jax.ShapeDtypeStruct]]) -> None:
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
         for example in examples:
             self._compute.warm_up(example)
 
@@ -179,23 +179,28 @@ class _RayWorker(AbstractWorker):
         self._ray, self._class, self._number, self._model = ray, actor, number, model
         self._actor = None
 
-    def start(self, examples: list[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+    def start(self) -> None:
         self.close()
         self._actor = self._class.remote(self._number, self._model)
-        return self._answer(self._actor.warm_up.remote(examples))
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+        return self._answer("warm_up", examples)
 
     def call(self, batch: PyTree[np.ndarray]) -> Future:
-        if self._actor is None:
-            raise WorkerDied("it was not started")
-        return self._answer(self._actor.answer.remote(batch))
+        return self._answer("answer", batch)
 
     def close(self) -> None:
         if self._actor is not None:
             self._ray.kill(self._actor)
             self._actor = None
 
-    def _answer(self, reference):
+    def join(self, seconds: float) -> None:
+        pass  # it has been killed
+
+    def _answer(self, method, argument):
         """What comes of a call, with what Ray raises told apart: the worker's end, or what the worker raised."""
+        if self._actor is None:
+            raise WorkerDied("it was not started")
         answer = Future()
 
         def tell(future):
@@ -207,7 +212,7 @@ class _RayWorker(AbstractWorker):
             else:
                 answer.set_exception(WorkerDied(_why(failure)))
 
-        reference.future().add_done_callback(tell)
+        getattr(self._actor, method).remote(argument).future().add_done_callback(tell)
         return answer
 
 

@@ -25,10 +25,10 @@ class NotEnoughAnswers(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """What went wrong with one worker during a request.
+    """What went wrong during a request.
 
     Attributes:
-        worker: Which one.
+        worker: With which worker.
         kind: Its process died or was given up, it raised an exception, or its answer had another shape or dtype than
             the model's or was not finite.
         message: In words.
@@ -41,12 +41,12 @@ class Fault(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Responses:
-    """What came from the workers.
+    """What came from the workers, by share.
 
     Attributes:
         values: NumPy arrays, leaves (N, ...); zeros where no answer came.
-        returned: Whose answers came and were accepted, bool, shape (N,).
-        latency: Seconds from the request to each worker's answer, shape (N,); infinite where none came.
+        returned: To which shares answers came and were accepted, bool, shape (N,).
+        latency: Seconds from the request to each answer, shape (N,); infinite where none came.
         faults: What went wrong.
         seconds: From the request to the decision to stop waiting.
     """

@@ -72,11 +72,13 @@ class _Thread(AbstractWorker):
         self._compute: Compute | None = None
         self._thread = None
 
-    def start(self, examples: list[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+    def start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=f"jaxcode worker {self._number}", daemon=True)
             self._thread.start()
-        return self._submit(lambda: self._begin(examples))
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+        return self._submit(lambda: [self._running().warm_up(example) for example in examples])
 
     def call(self, batch: PyTree[np.ndarray]) -> Future:
         return self._submit(lambda: self._running()(batch))
@@ -84,15 +86,14 @@ class _Thread(AbstractWorker):
     def close(self) -> None:
         self._tasks.put(None)
 
+    def join(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _running(self):
         if self._compute is None:
-            raise RuntimeError(f"worker {self._number} was not started")
+            self._compute = self._make()
         return self._compute
-
-    def _begin(self, examples):
-        self._compute = self._make()
-        for example in examples:
-            self._compute.warm_up(example)
 
     def _submit(self, task):
         future = Future()
