@@ -3,9 +3,8 @@
 import argparse
 import csv
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,11 +26,11 @@ _HEDGE, _DEADLINE = 0.95, 0.995
 _FOOTNOTE = """\
 {num_requests:,} requests of {batch_size} test images each, {clients} at a time; the same images for every scheme.
 {num_workers} worker processes, which sleep before each answer: {law}, at most {longest:g} s.
-Latency in milliseconds, from the call to the results. Uncoded has the first {num_data} workers; hedged has them too,
-and sends an image again, to one of the others, when {hedge:.0f} ms, the 95 % quantile of a delay, have passed. LeTCC
-waits for {num_answers} answers. Ours waits until every image's predicted error is at most {tolerance:g} (of its
-logits), and no longer than {deadline:.0f} ms, the 99.5 % quantile of a delay. Agreement: the same class as the
-network's own."""
+Latency in milliseconds, from the call to the results. Whatever is to be computed is given to any worker that is
+free: the {num_data} images of each group uncoded, {num_workers} copies or coded inputs else. Hedged and ours give to
+another worker what has no answer after {hedge:.0f} ms, the 95 % quantile of a delay. LeTCC waits for {num_answers}
+answers. Ours waits until every image's predicted error is at most {tolerance:g} (of its logits), and no longer
+than {deadline:.0f} ms, the 99.5 % quantile of a delay. Agreement: the same class as the network's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +107,6 @@ class Outcome:
     answers: Int[np.ndarray, " requests"]
 
 
-# From a batch to what is decoded of it, and how many answers that took.
-Ask = Callable[[np.ndarray], tuple[np.ndarray, int]]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train or load a network, tune a code, start workers, ask by every scheme; exits with code 2 on bad arguments."""
     parser = _parser()
@@ -144,8 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(args.seed)
     drawn = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
     with jc.workers.RayPool(model, args.num_workers, around=delays) as pool:
-        schemes = _schemes(pool, tuned, delays, data.x_test[: args.batch_size], args)
-        outcomes = [_measure(label, ask, data.x_test, drawn, args.clients) for label, ask in schemes.items()]
+        servers = _servers(pool, tuned, delays, args)
+        for server in servers.values():
+            server.warm_up(sample[: args.batch_size])
+        outcomes = [_measure(label, server, data.x_test, drawn, args.clients) for label, server in servers.items()]
 
     table = _table(outcomes, own[np.stack(drawn)], data.y_test[np.stack(drawn)])
     footnote = _FOOTNOTE.format(
@@ -194,142 +191,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _schemes(pool, tuned, delays: Delays, example: np.ndarray, args: argparse.Namespace) -> dict[str, Ask]:
-    """How each scheme answers a batch."""
+def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str, jc.CodedServer]:
+    """Each scheme's server. All have the same workers, any of which computes whatever is next."""
     num_data, size = args.num_data, (args.num_data, args.num_workers)
-    code, order, output = tuned.code, tuned.order, tuned.output
+    code, stop = tuned.code, jc.stop
     if not isinstance(code, jc.SplineCode):  # replication itself: its nodes, and a spline through what is missing
         code = jc.SplineCode.repeated(*size)
-    published = jc.SplineCode.chebyshev(*size)
-    stop, limit = jc.stop, 3 * args.longest
-    servers = {
-        "replication": jc.CodedServer(jc.ReplicationCode(*size), pool, stop.answers(1), time_limit=limit),
-        "LeTCC, as published": jc.CodedServer(
-            published,
-            pool,
-            stop.answers(args.num_answers),
-            time_limit=limit,
-            output=jc.outputs.probabilities,
-            predict_error=False,
-        ),
-        "ours": jc.CodedServer(
-            code,
-            pool,
-            (stop.answers(num_data) & stop.error_below(args.tolerance)) | stop.deadline(delays.quantile(_DEADLINE)),
-            time_limit=limit,
-            order=order,
-            output=output,
-        ),
-    }
-    for server in servers.values():
-        server.warm_up(example)
+
+    def server(code, policy, **options):
+        return jc.CodedServer(code, pool, policy, time_limit=3 * args.longest, **{"predict_error": False, **options})
+
+    uncoded, again_after = jc.UncodedCode(num_data), delays.quantile(_HEDGE)
+    good_enough = stop.answers(num_data) & stop.error_below(args.tolerance)
     return {
-        "uncoded": Copies(pool, num_data, None, limit),
-        "replication": _through(servers["replication"]),
-        "hedged replication": Copies(pool, num_data, delays.quantile(_HEDGE), limit),
-        "LeTCC, as published": _through(servers["LeTCC, as published"]),
-        "ours": _through(servers["ours"]),
+        "uncoded": server(uncoded, stop.answers(num_data)),
+        "replication": server(jc.ReplicationCode(*size), stop.answers(1)),
+        "hedged replication": server(uncoded, stop.answers(num_data), again_after=again_after),
+        "LeTCC, as published": server(
+            jc.SplineCode.chebyshev(*size), stop.answers(args.num_answers), output=jc.outputs.probabilities
+        ),
+        "ours": server(
+            code,
+            good_enough | stop.deadline(delays.quantile(_DEADLINE)),
+            order=tuned.order,
+            output=tuned.output,
+            again_after=again_after,
+            predict_error=True,
+        ),
     }
 
 
-def _through(server: jc.CodedServer) -> Ask:
-    def ask(x):
-        answer = server(x)
-        return answer.values, int(answer.returned.sum())
-
-    return ask
-
-
-class Copies:
-    """Sends each image of a group to a worker of its own and waits for all.
-
-    Args:
-        pool: Whose first workers compute.
-        num_data: How many of them.
-        hedge: Seconds after which images that are missing are sent to other workers too; None for never.
-        limit: Seconds to wait at most.
-    """
-
-    def __init__(self, pool: jc.workers.AbstractPool, num_data: int, hedge: float | None, limit: float):
-        self._pool, self._num_data, self._hedge, self._limit = pool, num_data, hedge, limit
-
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, int]:
-        """The model's answers to a batch, and from how many workers they came."""
-        workers, num_data = self._pool.num_workers, self._num_data
-        shares = np.swapaxes(x.reshape(-1, num_data, *x.shape[1:]), 0, 1)
-        gathered = _Gathered(num_data)
-        self._ask(shares, np.arange(num_data), np.arange(num_data), gathered)
-        missing = gathered.missing(self._hedge if self._hedge is not None else self._limit)
-        if len(missing) and self._hedge is not None:
-            missing = missing[: workers - num_data]
-            self._ask(shares, missing, num_data + np.arange(len(missing)), gathered)
-            missing = gathered.missing(self._limit)
-        if len(missing):
-            raise TimeoutError(f"{len(missing)} of {num_data} workers did not answer within {self._limit} s")
-        answers = np.stack([gathered.answers[i] for i in range(num_data)], axis=1)
-        return answers.reshape(-1, answers.shape[-1]), num_data
-
-    def _ask(self, shares, inputs, workers, gathered):
-        """Has workers compute the shares of these inputs, in a thread of its own."""
-        sent = np.zeros((self._pool.num_workers, *shares.shape[1:]), shares.dtype)
-        sent[workers] = shares[inputs]
-        owner = dict(zip(workers.tolist(), inputs.tolist(), strict=True))
-
-        def collect(values, returned):
-            gathered.add({owner[n]: values[n] for n in np.flatnonzero(returned).tolist()})
-            return np.zeros(1)
-
-        def ask():
-            only = np.isin(np.arange(len(sent)), workers)
-            found = self._pool.run(
-                sent, gathered, time_limit=self._limit, enough=lambda _: True, error=collect, only=only
-            )
-            collect(found.values, found.returned)
-
-        threading.Thread(target=ask, daemon=True).start()
-
-
-class _Gathered(jc.stop.AbstractStop):
-    """The first answer to each input, of several requests; reached when there is one to each."""
-
-    def __init__(self, num_data: int):
-        self.answers: dict[int, np.ndarray] = {}
-        self._num_data, self._changed = num_data, threading.Condition()
-
-    def add(self, answers: dict[int, np.ndarray]) -> None:
-        with self._changed:
-            self.answers = answers | self.answers
-            self._changed.notify_all()
-
-    def missing(self, seconds: float) -> np.ndarray:
-        """Which inputs have no answer, after so many seconds at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.answers) == self._num_data, seconds)
-            return np.setdiff1d(np.arange(self._num_data), list(self.answers))
-
-    def reached(self, progress):
-        if progress.error is not None:
-            progress.error()  # collects
-        return len(self.answers) == self._num_data
-
-    def moments(self):
-        return ()
-
-    def check(self, num_workers, predicts_error):
-        pass
-
-
-def _measure(label: str, ask: Ask, images: np.ndarray, drawn: list[np.ndarray], clients: int) -> Outcome:
+def _measure(label: str, server: jc.CodedServer, images: np.ndarray, drawn: list[np.ndarray], clients: int) -> Outcome:
     """Asks for all batches, several at a time."""
 
     def one(which):
         began = time.perf_counter()
         try:
-            values, answers = ask(images[which])
-            classes = np.argmax(values, axis=-1)
-        except (jc.workers.NotEnoughAnswers, TimeoutError):
-            classes, answers = np.full(len(which), -1), 0
-        return time.perf_counter() - began, classes, answers
+            answer = server(images[which])
+        except jc.workers.NotEnoughAnswers:
+            return time.perf_counter() - began, np.full(len(which), -1), 0
+        return time.perf_counter() - began, np.argmax(answer.values, axis=-1), int(answer.returned.sum())
 
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as executor:

@@ -25,6 +25,7 @@ from jaxcode import (
     stop,
     workers,
 )
+from jaxcode.serving import most_telling_first
 
 from .workers.test_pools import Faults
 
@@ -71,7 +72,7 @@ def test_answers_are_those_of_coded_for_the_same_workers(pool, faults, code, ord
     go = faults.waits(2, 7)
     answer = server(pool, stop.answers(10), code, order=order)(X[:size])
     go.set()
-    assert np.flatnonzero(~answer.returned).tolist() == [2, 7]
+    assert np.sum(~answer.returned) == 2
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(answer.values))
     # Groups are made up with the last input before anything else happens.
     missing = -size % code.num_data
@@ -87,11 +88,12 @@ def test_output_spaces_and_defences_are_those_of_coded(faults):
     faults.fails(4, lambda compute, batch: 1 - compute(batch))
     with workers.ThreadPool(classify, 12, around=faults) as pool:
         options = {"output": outputs.logits, "defence": robust.leave_one_out, "order": ordering.greedy}
-        answer = server(pool, stop.answers(12), **options)(np.tile(X, (4, 1)))
-    assert np.asarray(answer.suspicion.suspected).tolist() == [n == 4 for n in range(12)]
-    assert not answer.returned[4]
+        answer = server(pool, stop.answers(12), **options)(np.tile(X, (5, 1)))
+    liar = np.asarray(answer.suspicion.suspected)
+    assert liar.sum() == 1
+    assert not answer.returned[liar].any()
     predict = coded(classify, CODE, order=ordering.greedy, output=outputs.logits)
-    same(answer.values, predict(jnp.asarray(np.tile(X, (4, 1))), answer.returned))
+    same(answer.values, predict(jnp.asarray(np.tile(X, (5, 1))), answer.returned))
 
 
 def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, faults):
@@ -112,10 +114,10 @@ def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, fault
 
 def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
     go = faults.waits(*range(1, 12, 2))
-    careless = CodedServer(CODE, pool, stop.error_below(1e6), time_limit=20)
+    careless = CodedServer(CODE, pool, stop.error_below(1e6), time_limit=20.0)
     careless.warm_up(X)
     assert np.sum(careless(X).returned) < 12
-    careful = CodedServer(CODE, pool, stop.error_below(1e-6), time_limit=20)
+    careful = CodedServer(CODE, pool, stop.error_below(1e-6), time_limit=20.0)
     careful.warm_up(X)
     threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
     answer = careful(X)
@@ -124,12 +126,12 @@ def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
 
 
 def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):
-    go = faults.waits(*range(11))
+    go = faults.waits(*range(12))
     late = server(pool, stop.deadline(0.05), time_limit=0.3)
     late.warm_up  # noqa: B018
     before = late.counters()["refused"]
     began = time.monotonic()
-    with pytest.raises(workers.NotEnoughAnswers, match="1 of 12 workers answered"):
+    with pytest.raises(workers.NotEnoughAnswers, match="of 12 answers came"):
         late(X)
     assert time.monotonic() - began < 5
     go.set()
@@ -137,11 +139,39 @@ def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):
 
 
 def test_replication_waits_for_a_copy_of_each_input(pool, faults):
-    go = faults.waits(1, 5)
+    go = faults.waits(1, 5, 9)
     threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
-    answer = server(pool, stop.answers(1), ReplicationCode(4, 8 + 4))(X)
-    assert np.isfinite(answer.values["norm"]).all()
+    answer = server(pool, stop.answers(1), ReplicationCode(4, 12))(X)
+    assert answer.latency > 0.25
     same(answer.values, f(jnp.asarray(X)))
+
+
+def test_what_is_late_is_given_to_another_worker_if_one_asks_for_it(pool, faults):
+    go = faults.waits(0, 4)
+    answer = server(pool, stop.answers(12), again_after=0.1)(X)
+    assert answer.returned.all()
+    assert answer.latency < 5
+    go.set()
+
+
+def test_a_code_may_be_for_more_workers_than_there_are(pool, faults):
+    code = SplineCode.systematic(5, 40)
+    answer = server(pool, stop.answers(40), code)(X[:5])
+    same(answer.values, coded(f, code)(jnp.asarray(X[:5]), answer.returned))
+
+
+@pytest.mark.parametrize("layout", ["systematic", "repeated", "chebyshev"])
+def test_what_tells_most_is_given_out_first(layout):
+    code = getattr(SplineCode, layout)(6, 15)
+    first = most_telling_first(code)
+    assert sorted(first) == list(range(15))
+    if layout == "chebyshev":
+        assert sorted(first[:2]) == [0, 14]
+    else:
+        np.testing.assert_allclose(np.sort(code.worker_nodes[first[:6]]), code.data_nodes)
+    # Whatever is left out at the end, what was given out is spread over the whole.
+    assert np.diff(np.sort(np.arccos(code.worker_nodes[first[:8]] / code.worker_nodes[-1]))).max() < 1
+    assert most_telling_first(ReplicationCode(3, 7)) == list(range(7))
 
 
 def test_several_requests_at_once_in_threads_and_in_an_event_loop(pool, faults):
@@ -168,12 +198,14 @@ def test_counters_and_logs_say_what_happened(pool, faults, caplog):
             counted(X)
     go.set()
     counters = counted.counters()
-    assert (counters["answered"], counters["refused"], counters["stragglers"]) == (3, 0, 3)
+    assert (counters["answered"], counters["refused"]) == (3, 0)
+    assert 1 <= counters["stragglers"] <= 3  # those who are free do the part of one who is late
     assert counters["latency"][np.inf] == 3
     assert sorted(counters["latency"].values()) == list(counters["latency"].values())
     assert counters["workers"]["answers"] >= 33
     records = [record for record in caplog.records if record.name == "jaxcode.serving"]
-    assert [(record.kind, record.batch, record.answers) for record in records] == [("answered", 17, 11)] * 3
+    assert [(record.kind, record.batch) for record in records] == [("answered", 17)] * 3
+    assert sum(12 - record.answers for record in records) == counters["stragglers"]
 
 
 def test_metrics_are_what_prometheus_reads(pool, faults):
@@ -221,11 +253,11 @@ def _compiled():
 
 def test_what_makes_no_sense_is_refused(pool, unchecked):
     for wrong, message in (
-        (lambda: server(pool, stop.answers(2), SplineCode.chebyshev(4, 9)), "code is for 9 workers and pool has 12"),
         (lambda: server(pool, stop.answers(13)), "expected at most as many"),
         (lambda: server(pool, stop.error_below(0.1)), "predicts no error"),
         (lambda: server(pool, stop.answers(3), ReplicationCode(4, 12), predict_error=True), "ReplicationCode"),
         (lambda: server(pool, stop.answers(3), time_limit=0), "time_limit is 0"),
+        (lambda: server(pool, stop.answers(3), again_after=-1.0), r"again_after is -1\.0"),
         (lambda: server(pool, stop.answers(3))(np.ones(())), "expected one leading axis"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,7 +1,6 @@
 """The serving benchmark: its delays, its baselines, and the whole of it with threads for processes."""
 
 import csv
-import threading
 import time
 
 import numpy as np
@@ -12,26 +11,11 @@ from scipy import stats
 import jaxcode as jc
 from models import serve_bench, weights
 from models.lenet5 import LeNet5
-from models.serve_bench import Copies, Delays, main
-
-from ..workers.test_pools import Faults
-
-X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+from models.serve_bench import Delays, main
 
 
 def double(x):
     return 2 * x
-
-
-@pytest.fixture
-def faults():
-    return Faults()
-
-
-@pytest.fixture
-def pool(faults):
-    with jc.workers.ThreadPool(double, 6, around=faults) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize(
@@ -61,32 +45,6 @@ def test_a_worker_sleeps_before_it_computes_and_each_has_its_own_delays():
     assert slept[0] >= expected[0]
     assert slept[1] >= expected[1]
     assert expected[0] != expected[1]
-
-
-def test_copies_answer_every_image_in_its_place(pool):
-    answers, workers = Copies(pool, 4, None, 10.0)(X)
-    np.testing.assert_array_equal(answers, 2 * X)
-    assert workers == 4
-
-
-def test_without_a_hedge_a_late_worker_is_waited_for(pool, faults):
-    go = faults.waits(2)
-    threading.Timer(0.3, go.set).start()
-    began = time.monotonic()
-    np.testing.assert_array_equal(Copies(pool, 4, None, 10.0)(X)[0], 2 * X)
-    assert time.monotonic() - began >= 0.25
-    go = faults.waits(1)
-    with pytest.raises(TimeoutError, match=r"1 of 4 workers did not answer within 0\.2 s"):
-        Copies(pool, 4, None, 0.2)(X)
-    go.set()
-
-
-def test_with_a_hedge_others_answer_for_those_that_are_late(pool, faults):
-    go = faults.waits(1, 2)
-    began = time.monotonic()
-    np.testing.assert_array_equal(Copies(pool, 4, 0.1, 10.0)(X)[0], 2 * X)
-    assert 0.1 <= time.monotonic() - began < 5
-    go.set()
 
 
 def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
