@@ -113,16 +113,20 @@ def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, fault
 
 
 def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
+    code = SplineCode.chebyshev(5, 12)
     go = faults.waits(*range(1, 12, 2))
-    careless = CodedServer(CODE, pool, stop.error_below(1e6), time_limit=20.0)
+    careless = CodedServer(code, pool, stop.answers(4) & stop.error_below(2.0))
     careless.warm_up(X)
-    assert np.sum(careless(X).returned) < 12
-    careful = CodedServer(CODE, pool, stop.error_below(1e-6), time_limit=20.0)
+    answer = careless(X)
+    assert 4 <= answer.returned.sum() < 12
+    assert answer.error.max() <= 2
+    # Nothing but everyone's answer is good enough for this one.
+    careful = CodedServer(code, pool, stop.error_below(1e-9))
     careful.warm_up(X)
     threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
     answer = careful(X)
     assert answer.latency > 0.25
-    assert (answer.error <= 1e-6).all()
+    assert answer.returned.all()
 
 
 def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):

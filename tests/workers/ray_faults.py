@@ -15,7 +15,10 @@ class FileFaults:
         self.folder = str(folder)
 
     def __call__(self, worker, compute, batch):
-        (Path(self.folder) / f"pid{worker}").write_text(str(os.getpid()))
+        own = Path(self.folder) / f"pid{worker}"
+        if not own.exists() or own.read_text() != str(os.getpid()):
+            own.with_suffix(".new").write_text(str(os.getpid()))
+            own.with_suffix(".new").replace(own)
         told = Path(self.folder) / f"does{worker}"
         does = told.read_text() if told.exists() else ""
         if does.startswith("wait"):

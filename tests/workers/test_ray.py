@@ -225,7 +225,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
 
     def f(x):
         # So many numbers that answers go through the object store.
-        return jnp.sin(x @ jnp.linspace(0.2, 0.7, 3 * 16000).reshape(3, -1))
+        return jnp.sin(x @ jnp.linspace(0.2, 0.7, 3 * 13000).reshape(3, -1))
 
     batches = [np.sort(rng.normal(size=(8, 3)), axis=0).astype(np.float32) for _ in range(requests)]
     truth = [np.asarray(jax.jit(f)(batch)) for batch in batches]
