@@ -27,7 +27,7 @@ from jaxcode import (
 )
 from jaxcode.serving import most_telling_first
 
-from .workers.test_pools import Faults
+from .workers.test_pools import Faults, until
 
 CODE = SplineCode.systematic(5, 12)
 X = np.random.default_rng(0).normal(size=(17, 4)).astype(np.float32)
@@ -120,9 +120,13 @@ def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
     answer = careless(X)
     assert 4 <= answer.returned.sum() < 12
     assert answer.error.max() <= 2
+    faults.does.clear()
+    go.set()
     # Nothing but everyone's answer is good enough for this one.
     careful = CodedServer(code, pool, stop.error_below(1e-9))
     careful.warm_up(X)
+    until(lambda: pool.states() == ["idle"] * 12)
+    go = faults.waits(*range(1, 12, 2))
     threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
     answer = careful(X)
     assert answer.latency > 0.25
