@@ -98,9 +98,8 @@ def plot_latency(latency: dict[str, Float[np.ndarray, " requests"]], title: str,
         axes.plot(1000 * np.sort(seconds)[at : at + 1], longer[at : at + 1], color=color, marker=marker)
     axes.axhline(0.01, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.annotate("p99", (1, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
-    axes.set(
-        xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer", title=title
-    )
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer")
+    _title(axes, title, 7)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
