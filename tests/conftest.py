@@ -18,6 +18,12 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_collection_modifyitems(items):
+    """First what waits for other processes, beside which there is time for all else."""
+    waiting = ("test_ray", "test_serve")
+    items.sort(key=lambda item: item.path.stem not in waiting)
+
+
 @pytest.fixture
 def unchecked():
     """Turns the runtime checker off, so that wrong arguments meet the library's own checks, as they do for users."""
