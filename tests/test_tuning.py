@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ from flax import linen, nnx
 
 import jaxcode as jc
 from jaxcode import ReplicationCode, SplineCode, metrics, outputs, stragglers, tuning
-from jaxcode.tuning.evaluation import Curve, Model
+from jaxcode.tuning.evaluation import Curve, Judge, Model, squared_error
 
 K, N, S = 5, 8, 2
 LATE = stragglers.Uniform(S)
@@ -102,6 +103,26 @@ def test_regression_by_squared_error_and_trees():
     assert tuned.candidates[0].rmse < 0.1 * next(c.rmse for c in tuned.candidates if c.layout == "replication")
     results = tuned.coded(f)(batch(1), masks(1)[0])
     np.testing.assert_allclose(results["sum"], f(batch(1))["sum"], atol=0.1)
+
+
+def test_the_error_of_smoothing_has_its_derivative():
+    rng = np.random.default_rng(0)
+    code = SplineCode.chebyshev(K, 20, decoder_smoothing=1e-3)
+    drawn = jax.vmap(lambda key: LATE.sample(key, 20))(jax.random.split(jax.random.key(0), 8))
+    targets = rng.normal(size=(3, K, 2)).astype(np.float32)
+    answers = rng.normal(size=(3, 20, 2)).astype(np.float32)
+    judge = Judge(drawn, targets.reshape(-1, 2), squared_error, 5)
+
+    def square(log):
+        measured = judge(
+            dataclasses.replace(code, decoder_smoothing=float(np.exp(log))), [outputs.as_returned], answers, targets
+        )
+        return measured[0].rmse ** 2
+
+    for log in (-9.0, -6.0):
+        found, slope = judge.slope(code, log, outputs.as_returned, answers, targets)
+        assert found == pytest.approx(square(log), rel=1e-5)
+        assert slope == pytest.approx((square(log + 0.05) - square(log - 0.05)) / 0.1, rel=0.02)
 
 
 def test_noisy_answers_are_smoothed():

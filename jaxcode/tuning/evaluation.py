@@ -172,16 +172,11 @@ class Judge:
     ) -> list[Measurement]:
         """Measures a code in each space on groups of answers, leaves (groups, N, ...) and (groups, K, ...)."""
         groups = batch_size("answers", answers)
-
-        def filled(leaf):
-            # The same shapes for any number of groups, compiled once.
-            return np.pad(leaf, [(0, self._num_groups - groups)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
-
         # Under jit as they are known to the host: in double precision.
         with jax.enable_x64(True):
             matrices = _decoder_matrices(code, self.masks)
         matrices = np.asarray(matrices, np.float32)
-        answers, targets = jax.tree.map(filled, (answers, targets))
+        answers, targets = self._filled(answers, targets)
         measurements = []
         for output in outputs:
             found = _measure(matrices, answers, targets, self._mean, self._loss, output)
@@ -189,8 +184,52 @@ class Judge:
             measurements.append(Measurement(code, output, losses, float(np.sqrt(np.mean(squares)))))
         return measurements
 
+    def slope(
+        self,
+        code: SplineCode,
+        log_smoothing: float,
+        output: OutputSpace,
+        answers: PyTree[np.ndarray],
+        targets: PyTree[np.ndarray],
+    ) -> tuple[float, float]:
+        """The mean squared error with a decoder so smooth, and its derivative by the smoothing's logarithm."""
+        groups = batch_size("answers", answers)
+        with jax.enable_x64(True):
+            matrices = _decoder_matrices_and_slopes(code, np.float64(log_smoothing), self.masks)
+        matrices, slopes = (np.asarray(part, np.float32) for part in matrices)
+        answers, targets = self._filled(answers, targets)
+        found = _squares_and_slopes(matrices, slopes, answers, targets, self._mean, output)
+        square, slope = (float(np.mean(np.asarray(part, np.float64)[:, :groups])) for part in found)
+        return square, slope
+
+    def _filled(self, *trees):
+        """The same shapes for any number of groups, compiled once."""
+
+        def filled(leaf):
+            missing = self._num_groups - leaf.shape[0]
+            return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+
+        return jax.tree.map(filled, trees)
+
 
 _decoder_matrices = jax.jit(jax.vmap(lambda code, returned: code.decoder_matrix(returned), (None, 0)))
+
+
+@jax.jit
+def _decoder_matrices_and_slopes(code, log_smoothing, masks):
+    def matrices(log_smoothing):
+        smooth = dataclasses.replace(code, decoder_smoothing=jnp.exp(log_smoothing))
+        return jax.vmap(smooth.decoder_matrix)(masks)
+
+    return jax.jvp(matrices, (log_smoothing,), (jnp.ones_like(log_smoothing),))
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _squares_and_slopes(matrices, slopes, answers, targets, mean, output):
+    def squares(matrices):
+        return _measure(matrices, answers, targets, mean, squared_error, output)[1]
+
+    return jax.jvp(squares, (matrices,), (slopes,))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def tune(
     The model runs once on what a worker computes, whatever the number of stragglers, and once for all candidates
     that would have it compute the same. By successive halving, all candidates meet a quarter of the sample, the
     better half of them half of it, the better half of those all of it. The best few are then tried with smoothing of
-    the decoder, on a grid and from there by Brent's method on the squared error, and the best with smoothing of the
+    the decoder, on a grid and from there by the gradient of the squared error, and the best with smoothing of the
     encoder.
 
     Replication is a candidate like others. It is chosen unless another one loses less by more than the standard error
@@ -230,10 +230,14 @@ class _Trial:
 
     def measure(self, code, outputs, groups):
         """The best of these output spaces."""
+        found = self.judge(code, outputs, *self._seen(code, groups))
+        return min(found, key=lambda m: m.rank)
+
+    def _seen(self, code, groups):
+        """Answers of the code's workers to the first groups, and what the model answers to their inputs."""
         at = code.worker_nodes if isinstance(code, SplineCode) else assignment(code)
         targets = jax.tree.map(lambda leaf: leaf[:groups], self.curve.targets)
-        found = self.judge(code, outputs, self.curve.answers(np.asarray(at, np.float64), groups), targets)
-        return min(found, key=lambda m: m.rank)
+        return self.curve.answers(np.asarray(at, np.float64), groups), targets
 
     def meet(self, outputs, groups):
         self.best = self.measure(self.code, outputs, groups)
@@ -256,13 +260,15 @@ class _Trial:
         if not best.surely_better_than(self.measured):
             return
         middle = np.log(_decoder_smoothing(best.code))
-        found = optimize.minimize_scalar(
-            lambda log: self._smoothed(np.exp(log)).rmse,
-            bounds=(middle - np.log(10), middle + np.log(10)),
-            method="bounded",
+        found = optimize.minimize(
+            self._error_of_smoothing,
+            middle,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(middle - np.log(10), middle + np.log(10))],
             options={"maxiter": 12},
         )
-        self.best = min(best, self._smoothed(np.exp(found.x)), key=lambda m: m.rank)
+        self.best = min(best, self._smoothed(np.exp(found.x[0])), key=lambda m: m.rank)
 
     @property
     def _unit(self):
@@ -271,6 +277,14 @@ class _Trial:
     def _smoothed(self, smoothing):
         code = dataclasses.replace(self.measured.code, decoder_smoothing=float(smoothing))
         return self.measure(code, [self.measured.output], self.measured.losses.shape[1])
+
+    def _error_of_smoothing(self, log_smoothing):
+        """The logarithm of the mean squared error, and its derivative."""
+        m = self.measured
+        seen = self._seen(m.code, m.losses.shape[1])
+        code = cast(SplineCode, m.code)
+        square, slope = self.judge.slope(code, float(log_smoothing[0]), m.output, *seen)
+        return np.log(square), np.array([slope / square])
 
     def report(self):
         m = self.measured
