@@ -1,7 +1,5 @@
 """Where f runs: in one compiled program over devices, or in threads and Ray actors whose early answers are used."""
 
-from .dispatch import AbstractWorker as AbstractWorker
-from .dispatch import WorkerDied as WorkerDied
 from .in_graph import WorkerMap as WorkerMap
 from .in_graph import pmap as pmap
 from .in_graph import shard_map as shard_map

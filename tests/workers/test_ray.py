@@ -233,7 +233,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
     truth = [np.asarray(compiled(batch)) for batch in batches]
     store = _store()
     with workers.RayPool(f, 8, example=np.zeros((2, 3), np.float32), around=faults, progress=False) as eight:
-        server = CodedServer(code, eight, stop.answers(6) | stop.deadline(0.5), time_limit=limit)
+        server = CodedServer(code, eight, stop.answers(5) | stop.deadline(0.15), time_limit=limit)
         for batch in batches[:2]:
             server.warm_up(batch)
             server(batch)
@@ -251,7 +251,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
                     done.append(None)
                 if time.monotonic() - began > limit + 1:
                     late.append(i)
-                over.wait(0.1)
+                over.wait(0.05)
 
         def killer():
             while not over.wait(1.0):
