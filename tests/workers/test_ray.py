@@ -218,6 +218,7 @@ def _alive(pid):
     return False
 
 
+@pytest.mark.soak
 def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path, pool):
     """Five hundred requests from eight clients; every second a worker is killed."""
     code, faults, clients, requests, limit = SplineCode.systematic(4, 8), FileFaults(tmp_path), 8, 500, 10.0
