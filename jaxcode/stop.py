@@ -7,7 +7,7 @@ before the code can decode from the answers that came, nor waits beyond the serv
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -47,10 +47,10 @@ class AbstractStop(abc.ABC):
         """Raises ValueError where it could never be reached, with so many workers and predicted errors or none."""
 
     def __or__(self, other: "AbstractStop") -> "AbstractStop":
-        return _Either((self, other))
+        return _Combined((self, other), any)
 
     def __and__(self, other: "AbstractStop") -> "AbstractStop":
-        return _Both((self, other))
+        return _Combined((self, other), all)
 
 
 def answers(number: int) -> AbstractStop:
@@ -142,26 +142,12 @@ class _ErrorBelow(AbstractStop):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Either(AbstractStop):
+class _Combined(AbstractStop):
     parts: tuple[AbstractStop, AbstractStop]
+    needs: Callable[[Iterable[bool]], bool]
 
     def reached(self, progress):
-        return any(part.reached(progress) for part in self.parts)
-
-    def moments(self):
-        return tuple(moment for part in self.parts for moment in part.moments())
-
-    def check(self, num_workers, predicts_error):
-        for part in self.parts:
-            part.check(num_workers, predicts_error)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Both(AbstractStop):
-    parts: tuple[AbstractStop, AbstractStop]
-
-    def reached(self, progress):
-        return all(part.reached(progress) for part in self.parts)
+        return self.needs(part.reached(progress) for part in self.parts)
 
     def moments(self):
         return tuple(moment for part in self.parts for moment in part.moments())
