@@ -15,6 +15,8 @@ from ._maps import AbstractMap, apply_to_groups
 from ._pytree import pytree
 from .codes.abstract import AbstractLinearCode
 from .ordering import Ordering
+from .outputs import OutputSpace
+from .robust import Defence, Suspicion
 
 
 @pytree("size", "num_groups")
@@ -48,13 +50,42 @@ def encode_groups(
     if order is not None:
         cut = Cut(_checked_order(order(jax.lax.stop_gradient(x), num_data), size), size, cut.num_groups)
         x = jax.tree.map(lambda leaf: leaf[cut.turn], x)
-    filled = jax.tree.map(lambda leaf: _fill(leaf, cut.num_groups * num_data), x)
+    filled = jax.tree.map(lambda leaf: fill_up(leaf, num_data), x)
     return apply_to_groups("x", encoder, filled, cut.num_groups), cut
 
 
-def decode_groups(decoder: AbstractMap, answers: PyTree[Array], cut: Cut, *, spread: bool = False) -> PyTree[Array]:
-    """Results, leaves (groups K, ...), of the groups' answers, leaves (groups N, ...), perhaps spread over devices."""
-    return apply_to_groups("f's result", decoder, answers, cut.num_groups, at_once=spread)
+def decode_groups(
+    code: AbstractLinearCode,
+    decoder,
+    answers: PyTree[Array],
+    returned,
+    cut: Cut,
+    output: OutputSpace,
+    defence: Defence | None,
+    *,
+    spread: bool = False,
+) -> tuple[PyTree[Array], Suspicion | None]:
+    """The batch's results, leaves (B, ...), of the groups' answers as the model returned them, leaves (groups N, ...).
+
+    Args:
+        code: The code.
+        decoder: The map for the workers that returned; not read with a defence, which finds out whom to believe.
+        answers: As they came.
+        returned: Which workers returned, bool, shape (N,); read with a defence only.
+        cut: How the batch was cut.
+        output: In which space to decode.
+        defence: Whom to believe; everyone if None.
+        spread: Whether answers lie on several devices.
+
+    Returns:
+        The results, and whom the defence suspected.
+    """
+    answers, suspicion = output.of_answers(answers), None
+    if defence is not None:
+        suspicion = defence(code, answers, returned)
+        decoder = code.decoder_map(suspicion.returned)
+    results = apply_to_groups("f's result", decoder, answers, cut.num_groups, at_once=spread)
+    return in_the_callers_order(output.to_results(results), cut), suspicion
 
 
 def in_the_callers_order(results: PyTree[Array], cut: Cut) -> PyTree[Array]:
@@ -75,6 +106,13 @@ def known_decoders(code: AbstractLinearCode) -> Callable[[np.ndarray], AbstractM
             return code.decoder_map(np.frombuffer(mask, bool))
 
     return lambda returned: decoder(returned.tobytes(), x64_is_on())
+
+
+def fill_up(leaf: Array | np.ndarray, num_data: int) -> Array | np.ndarray:
+    """A batch made up to whole groups with its last input; of NumPy's where it was."""
+    missing = -leaf.shape[0] % num_data
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
 
 
 def check_answers(answers: PyTree[Any], size: int) -> None:
@@ -103,9 +141,3 @@ def _checked_order(order, size):
             f"whole numbers of shape ({size},)"
         )
     return order
-
-
-def _fill(leaf, size):
-    """The batch filled up with its last input."""
-    missing = size - leaf.shape[0]
-    return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from ._checks import check_mask, is_concrete, on_host
-from ._groups import check_answers, decode_groups, encode_groups, in_the_callers_order, known_decoders
+from ._groups import check_answers, decode_groups, encode_groups, known_decoders
 from .codes.abstract import AbstractLinearCode
 from .functions import as_pure_function
 from .ordering import Ordering
@@ -36,8 +36,8 @@ def coded(
     its last input); each group is encoded into N coded inputs, worker n computes f on its coded inputs of all
     :math:`\lceil B/K \rceil` groups, and the results are decoded from the workers that returned.
 
-    The function returned is pure, compiled on first use, and composes with jit,
-    vmap, grad, jacfwd and remat; `returned` is traced, so a new mask never recompiles.
+    The function returned is pure, compiled on first use, and composes with jit, vmap, grad, jacfwd and remat;
+    `returned` is traced, so a new mask never recompiles.
 
     Args:
         f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It is given and
@@ -78,7 +78,8 @@ def coded(
     if not isinstance(code, AbstractLinearCode):
         raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
     fn, params = as_pure_function(f)
-    encoder = code.encoder_map()
+    encoder, known = code.encoder_map(), known_decoders(code)
+    on_devices = vmap() if workers is None else workers
 
     @jax.jit
     def run(params, x, decoder, returned):
@@ -86,15 +87,7 @@ def coded(
         sent, cut = encode_groups(encoder, code.num_data, order, on_devices.place(x))
         answers = on_devices.answer(fn, params, sent, code.num_workers)
         check_answers(answers, cut.num_groups * code.num_workers)
-        answers, suspicion = output.of_answers(answers), None
-        if defence is not None:
-            suspicion = defence(code, answers, returned)
-            decoder = code.decoder_map(suspicion.returned)
-        results = output.to_results(decode_groups(decoder, answers, cut, spread=on_devices.spread))
-        return in_the_callers_order(results, cut), suspicion
-
-    on_devices = vmap() if workers is None else workers
-    known = known_decoders(code)
+        return decode_groups(code, decoder, answers, returned, cut, output, defence, spread=on_devices.spread)
 
     def inspect(
         x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None

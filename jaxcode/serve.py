@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import ordering, outputs, stop
@@ -43,7 +42,7 @@ _CODES = {
     "replication": ReplicationCode,
 }
 _OUTPUTS = {"as-returned": outputs.as_returned, "logits": outputs.logits, "probabilities": outputs.probabilities}
-_NPY = "application/x-npy"
+_JSON, _NPY = "application/json", "application/x-npy"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,12 +100,11 @@ class Front:
 
     def __init__(self, settings: dict[str, Any]):
         args = argparse.Namespace(**settings)
+        from prometheus_client import CollectorRegistry
+
         if args.address is None:
             _stay_on_loopback()
         self._limit, self._shape, self._dtype = int(args.max_body * 2**20), args.input_shape, args.dtype
-        example = None
-        if self._shape is not None:
-            example = jnp.zeros((args.num_data, *self._shape), self._dtype)
         self._pool = RayPool(
             _model(args.model, args.factory),
             args.num_workers,
@@ -123,8 +121,10 @@ class Front:
             output=_OUTPUTS[args.output],
             max_in_flight=args.max_in_flight,
         )
-        if example is not None:
-            self._server.warm_up(example)
+        self._registry = CollectorRegistry()
+        self._server.register_metrics(self._registry)
+        if self._shape is not None:
+            self._server.warm_up(jax.ShapeDtypeStruct((args.num_data, *self._shape), np.dtype(self._dtype)))
 
     async def __call__(self, request):
         """Answers one HTTP request, a `starlette.requests.Request`."""
@@ -150,14 +150,14 @@ class Front:
             raise _Refusal(404, f"there is nothing at {path}; expected /, /healthz or /metrics")
         _allow(method, "POST")
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        readers = {"application/json": _from_json, _NPY: _from_npy}
+        readers = {_JSON: _from_json, _NPY: _from_npy}
         if kind not in readers:
             raise _Refusal(415, f"content type is {kind or 'not given'}; expected {' or '.join(readers)}")
         body = await self._body(request)
         x = readers[kind](body, self._dtype)
         self._check(x)
         answer = await self._predict(x)
-        return (_to_json if kind == "application/json" else _to_npy)(answer)
+        return (_to_json if kind == _JSON else _to_npy)(answer)
 
     async def _body(self, request):
         """The request's body, refused as soon as it is too long."""
@@ -199,11 +199,9 @@ class Front:
         return json.dumps({"status": "ready", "workers": {s: states.count(s) for s in sorted(set(states))}}), _JSON
 
     def _metrics(self):
-        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-        registry = CollectorRegistry()
-        self._server.register_metrics(registry)
-        return generate_latest(registry), CONTENT_TYPE_LATEST
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def __del__(self):
         pool = getattr(self, "_pool", None)
@@ -221,9 +219,6 @@ def _stay_on_loopback():
         return add_port(server, address.replace("[::]", "127.0.0.1"))
 
     replica.add_port_to_grpc_server = add_local_port  # pyright: ignore[reportPrivateImportUsage]
-
-
-_JSON = "application/json"
 
 
 class _Refusal(Exception):

@@ -3,7 +3,6 @@
 import asyncio
 import bisect
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from ._checks import batch_size
-from ._groups import decode_groups, encode_groups, in_the_callers_order, known_decoders
+from ._groups import decode_groups, encode_groups, fill_up, in_the_callers_order, known_decoders
 from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 from .codes.spline import SplineCode
 from .ordering import Ordering
@@ -116,7 +115,7 @@ class CodedServer:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
         self._again_after, self._shares = again_after, most_telling_first(code)
-        self._predicts, self._output, self._defence = predicts, output, defence
+        self._predicts = predicts
         self._steps = _Steps(code, order, output, defence)
         self._executor = ThreadPoolExecutor(max_in_flight, thread_name_prefix="jaxcode request")
         self._tally = _Tally()
@@ -132,7 +131,7 @@ class CodedServer:
         began = time.monotonic()
         size = batch_size("x", x)
         sent, cut = self._steps.encode(self._filled(x, size))
-        error = functools.partial(self._error, cut) if self._predicts else None
+        error = self._predicted_error(cut) if self._predicts else None
         try:
             responses = self._pool.run(
                 sent,
@@ -188,7 +187,7 @@ class CodedServer:
             self._steps.enough(returned)
             self._steps.decode(values, returned, cut)
             if self._predicts:
-                self._error(cut, values, returned)
+                self._steps.error(values, returned, cut)
 
     def counters(self) -> dict[str, Any]:
         """What happened since the server was made.
@@ -217,17 +216,22 @@ class CodedServer:
         self._executor.shutdown()
 
     def _filled(self, x, size):
-        """The batch made up to whole groups with its last input, so that fewer shapes are compiled for."""
-        missing = -size % self._code.num_data
+        """The batch made up to whole groups before it is traced, so that fewer shapes are compiled for."""
+        if size % self._code.num_data == 0:
+            return jax.tree.map(jnp.asarray, x)
+        return jax.tree.map(lambda leaf: fill_up(np.asarray(leaf), self._code.num_data), x)
 
-        def fill(leaf):
-            leaf = np.asarray(leaf)
-            return np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)])
+    def _predicted_error(self, cut):
+        """The error that is predicted from values and whose they are; computed once for the same."""
+        known = {}
 
-        return jax.tree.map(fill if missing else jnp.asarray, x)
+        def error(values, returned):
+            mask = returned.tobytes()
+            if mask not in known:
+                known[mask] = np.asarray(self._steps.error(values, returned, cut))
+            return known[mask]
 
-    def _error(self, cut, values, returned):
-        return np.asarray(self._steps.error(values, returned, cut))
+        return error
 
 
 def most_telling_first(code: AbstractLinearCode) -> list[int]:
@@ -260,11 +264,9 @@ class _Steps:
         encoder, num_data, num_workers = code.encoder_map(), code.num_data, code.num_workers
 
         def by_group(values, cut):
-            """From leaves (N, groups, ...) to leaves (groups N, ...), in the space in which they are decoded."""
+            """From leaves (N, groups, ...) to leaves (groups N, ...)."""
             swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
-            return output.of_answers(
-                jax.tree.map(lambda leaf: leaf.reshape(cut.num_groups * num_workers, *leaf.shape[2:]), swapped)
-            )
+            return jax.tree.map(lambda leaf: leaf.reshape(cut.num_groups * num_workers, *leaf.shape[2:]), swapped)
 
         @jax.jit
         def encode(x):
@@ -276,16 +278,11 @@ class _Steps:
 
         @jax.jit
         def decode(values, decoder, returned, cut):
-            answers, suspicion = by_group(values, cut), None
-            if defence is not None:
-                suspicion = defence(code, answers, returned)
-                decoder = code.decoder_map(suspicion.returned)
-            results = output.to_results(decode_groups(decoder, answers, cut))
-            return in_the_callers_order(results, cut), suspicion
+            return decode_groups(code, decoder, by_group(values, cut), returned, cut, output, defence)
 
         @jax.jit
         def error(values, returned, cut):
-            answers = by_group(values, cut)
+            answers = output.of_answers(by_group(values, cut))
             rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(cut.num_groups, num_workers, -1), 0, 1), answers)
             _, errors = code.decode_with_error(rows, returned)
             squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)

@@ -26,6 +26,9 @@ class Host:
         stuck_after: As for `Dispatcher`.
         start_limit: As for `Dispatcher`.
         progress: Whether to show how many have started.
+
+    Attributes:
+        dispatcher: Who gives them what to do.
     """
 
     def __init__(
@@ -44,9 +47,9 @@ class Host:
         examples = [] if example is None else [shapes_of(example)]
         for shapes in examples:
             self._expected(shapes)
-        self._dispatcher = Dispatcher(workers, examples, stuck_after=stuck_after, start_limit=start_limit)
+        self.dispatcher = Dispatcher(workers, examples, stuck_after=stuck_after, start_limit=start_limit)
         with tqdm(total=len(workers), desc="starting workers", disable=not progress, file=sys.stderr) as bar:
-            self._dispatcher.start(bar.update)
+            self.dispatcher.start(bar.update)
 
     def run(self, coded, stop, time_limit, enough, error, order, again_after) -> Responses:
         coded = jax.tree.map(np.asarray, coded)
@@ -61,26 +64,17 @@ class Host:
         stop.check(shares, error is not None)
         expected = self._expected(shapes_of(jax.tree.map(lambda leaf: leaf[0], coded)))
         request = Request(coded, expected, order, again_after)
-        with self._dispatcher.working_on(request):
+        with self.dispatcher.working_on(request):
             return request.gather(stop, time_limit, enough, error)
 
     def warm_up(self, example: PyTree) -> None:
         shapes = shapes_of(example)
         self._expected(shapes)
-        self._dispatcher.warm_up(shapes)
-
-    def states(self) -> list[str]:
-        return self._dispatcher.states()
-
-    def counters(self) -> dict[str, int]:
-        return self._dispatcher.counters()
-
-    def close(self) -> None:
-        self._dispatcher.close()
+        self.dispatcher.warm_up(shapes)
 
     def _expected(self, shapes):
         leaves, structure = jax.tree.flatten(shapes)
-        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        key = structure, tuple(leaves)
         if key not in self._known:
             self._known[key] = answer_shapes(self._fn, self._params, shapes)
         return self._known[key]

@@ -1,7 +1,7 @@
 """What runs inside a worker: the model with its parameters, compiled, from NumPy to NumPy."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,9 +41,10 @@ class Compute:
         """The model's answers to a batch."""
         return self._run(batch)
 
-    def warm_up(self, shapes: PyTree[jax.ShapeDtypeStruct]) -> None:
-        """Compiles for batches of these shapes."""
-        self._compute(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
+        """Compiles for such batches."""
+        for shapes in examples:
+            self._compute(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 class _Key:

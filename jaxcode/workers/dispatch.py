@@ -250,7 +250,7 @@ class Dispatcher:
             seat = self._seats[number]
             self._blame(seat, request)
             if seat.state == "idle":
-                self._next(seat)
+                self._release(seat)
 
     def _give_out(self):
         """Something to do for all who are idle, and a word to those who wait in vain."""
@@ -268,29 +268,28 @@ class Dispatcher:
 
     def _take_up(self, seat):
         """Compiles for what is new, else computes for the oldest request that has something to do for this worker."""
-        seat.state = "idle"
         if seat.warm < len(self._examples):
-            number = len(self._examples)
-            examples = self._examples[seat.warm :]
-            self._begin(
-                seat,
-                "busy",
-                lambda: seat.worker.warm_up(examples),
-                functools.partial(self._on_warm, number=number),
-            )
+            warm_up = functools.partial(seat.worker.warm_up, self._examples[seat.warm :])
+            self._begin(seat, "busy", warm_up, functools.partial(self._on_warm, number=len(self._examples)))
             return
         for request in self._open:
-            share = request.next_share(seat.number)
+            share = request.take(seat.number)
             if share is not None:
                 seat.request, seat.share = request, share
-                self._begin(seat, "busy", lambda: seat.worker.call(request.send(share)), self._on_answer)  # noqa: B023
+                batch = request.batch(share)
+                self._begin(seat, "busy", functools.partial(seat.worker.call, batch), self._on_answer)
                 return
 
-    def _next(self, seat):
+    def _release(self, seat):
+        """It is idle, or must rest."""
         if seat.failures >= _PATIENT_WITH:
-            self._rest(seat, self._back_from_rest)
+            self._rest(seat, self._return)
         else:
-            self._take_up(seat)
+            seat.state = "idle"
+
+    def _return(self, seat):
+        seat.state = "idle"
+        self._give_out()
 
     def _on_answer(self, seat, call, future):
         if call != seat.call:
@@ -313,7 +312,7 @@ class Dispatcher:
             seat.failures = 0
         elif request.finished:
             self._blame(seat, request)
-        self._next(seat)
+        self._release(seat)
         self._give_out()
 
     def _blame(self, seat, request):
@@ -351,13 +350,11 @@ class Dispatcher:
         if call != seat.call:
             return
         failure = future.exception()
-        if failure is None:
-            seat.warm = number
         for told in self._watchers:
             told.put((seat.number, number, failure))
         if failure is None:
-            self._take_up(seat)
-            self._give_out()
+            seat.warm = number
+            self._return(seat)
         else:
             self._on_death(seat, None, f"it could not be started: {failure}")
 
@@ -388,10 +385,6 @@ class Dispatcher:
         seconds = min(_SHORTEST_REST * 2 ** (seat.failures - _PATIENT_WITH), _LONGEST_REST)
         log.warning("worker %d rests for %.1f s", seat.number, seconds, extra={"worker": seat.number, "kind": "rests"})
         self._after(seconds, functools.partial(then, seat))
-
-    def _back_from_rest(self, seat):
-        self._take_up(seat)
-        self._give_out()
 
     def _restart(self, seat):
         self._counters["restarts"] += 1

@@ -73,7 +73,7 @@ class AbstractPool(abc.ABC):
 
     def states(self) -> list[str]:
         """What every worker is doing: 'idle', 'busy', 'starting' or 'resting'."""
-        return self._host.states()
+        return self._host.dispatcher.states()
 
     def counters(self) -> dict[str, int]:
         """How often what happened since the pool was made.
@@ -81,11 +81,11 @@ class AbstractPool(abc.ABC):
         Answers accepted; late ones, which nobody waited for any more; raised, refused, deaths, restarts; rests, of
         workers that kept failing.
         """
-        return self._host.counters()
+        return self._host.dispatcher.counters()
 
     def close(self) -> None:
         """Ends all workers; requests under way raise `PoolClosed`. Once closed, closing does nothing."""
-        self._host.close()
+        self._host.dispatcher.close()
 
     def __enter__(self):
         return self

@@ -91,7 +91,7 @@ class RayPool(AbstractPool):
             raise
 
     def close(self) -> None:
-        self._host.close()
+        self._host.dispatcher.close()
         self._end.close()
 
 
@@ -167,8 +167,7 @@ class _Actor:
         self._compute = Compute(fn, params, number, around)
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
-        for example in examples:
-            self._compute.warm_up(example)
+        self._compute.warm_up(examples)
 
     def answer(self, batch: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
         return self._compute(batch)

@@ -56,25 +56,26 @@ class Request:
 
     # ---- for those who give out shares and bring answers ---------------------------------------------------
 
-    def next_share(self, worker: int) -> int | None:
-        """What this worker should compute, if anything."""
+    def take(self, worker: int) -> int | None:
+        """Gives this worker a share, if there is one for it."""
         if self.finished or worker in self.failed:
             return None
-        if self._todo:
-            return self._todo[0]
-        if self.again_after is not None:
-            sent_before = time.monotonic() - self.again_after
-            overdue = ~self.returned & (self._attempts < _ATTEMPTS) & (self._sent <= sent_before)
-            if overdue.any():
-                return int(np.argmin(np.where(overdue, self._sent, np.inf)))
-        return None
+        share = self._todo.popleft() if self._todo else self._overdue()
+        if share is not None:
+            self._attempts[share] += 1
+            self._sent[share] = time.monotonic()
+        return share
 
-    def send(self, share: int) -> PyTree[np.ndarray]:
-        """The coded inputs of a share that is given out now."""
-        if self._todo and self._todo[0] == share:
-            self._todo.popleft()
-        self._attempts[share] += 1
-        self._sent[share] = time.monotonic()
+    def _overdue(self):
+        """The share that has waited longest for its answer, if too long."""
+        if self.again_after is None:
+            return None
+        sent_before = time.monotonic() - self.again_after
+        overdue = ~self.returned & (self._attempts < _ATTEMPTS) & (self._sent <= sent_before)
+        return int(np.argmin(np.where(overdue, self._sent, np.inf))) if overdue.any() else None
+
+    def batch(self, share: int) -> PyTree[np.ndarray]:
+        """The coded inputs of a share."""
         return jax.tree.map(lambda leaf: leaf[share], self._shares)
 
     def accept(self, share: int, answer: object) -> str | None:

@@ -78,7 +78,7 @@ class _Thread(AbstractWorker):
             self._thread.start()
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
-        return self._submit(lambda: [self._running().warm_up(example) for example in examples])
+        return self._submit(lambda: self._running().warm_up(examples))
 
     def call(self, batch: PyTree[np.ndarray]) -> Future:
         return self._submit(lambda: self._running()(batch))
