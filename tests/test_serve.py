@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from .serve_model import scores
+from .workers.faults import free_port, sockets_of
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
 JSON, NPY = "application/json", "application/x-npy"
@@ -23,9 +23,7 @@ JSON, NPY = "application/json", "application/x-npy"
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     arguments = f"--model tests.serve_model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
     arguments += " --max-body 0.1 --time-limit 20 --no-order"
@@ -129,8 +127,6 @@ def test_health_and_metrics(front):
 
 
 def test_it_listens_to_this_machine_only(front):
-    from .workers.test_ray import sockets_of
-
     addresses = sockets_of(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
     assert addresses
     assert all(address.is_loopback for address in addresses), addresses

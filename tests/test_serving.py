@@ -27,7 +27,7 @@ from jaxcode import (
 )
 from jaxcode.serving import most_telling_first
 
-from .workers.test_pools import Faults, until
+from .workers.faults import Faults, until
 
 CODE = SplineCode.systematic(5, 12)
 X = np.random.default_rng(0).normal(size=(17, 4)).astype(np.float32)

@@ -2,7 +2,6 @@
 
 import math
 import re
-import socket
 import subprocess
 import sys
 
@@ -14,6 +13,8 @@ from flax import linen
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcode import ReplicationCode, SplineCode, UncodedCode, coded, ordering, robust, workers
+
+from .faults import free_port
 
 RNG = np.random.default_rng(0)
 CODE = SplineCode.systematic(5, 12)
@@ -142,7 +143,7 @@ def test_an_axis_that_is_not_there_is_refused():
 
 def test_two_processes_make_one_mesh():
     """As on two hosts: each has its own devices, and both run the same program."""
-    port = _free_port()
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.workers.two_hosts", str(port), str(number)],
@@ -160,9 +161,3 @@ def test_two_processes_make_one_mesh():
     for process, text in zip(processes, said, strict=True):
         assert process.returncode == 0, text
         assert "8 devices, the values of one: True" in text, text
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

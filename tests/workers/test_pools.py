@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +11,10 @@ from flax import nnx
 
 from jaxcode import stop, workers
 
+from .faults import Faults, returned, until
+
 N = 5
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
-
-
-class Faults:
-    """What each worker does in place of computing, while it is set."""
-
-    def __init__(self):
-        self.does = {}
-
-    def __call__(self, worker, compute, batch):
-        return self.does.get(worker, lambda compute, batch: compute(batch))(compute, batch)
-
-    def waits(self, *numbers):
-        """Has workers wait until the event that is returned."""
-        go = threading.Event()
-
-        def wait(compute, batch):
-            go.wait(20)
-            return compute(batch)
-
-        self.does.update(dict.fromkeys(numbers, wait))
-        return go
-
-    def fails(self, worker, answer):
-        self.does[worker] = answer
 
 
 @pytest.fixture
@@ -49,17 +26,6 @@ def faults():
 def pool(faults):
     with workers.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
         yield pool
-
-
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def returned(responses):
-    return np.flatnonzero(responses.returned).tolist()
 
 
 def test_every_worker_answers_its_own_batch(pool):
