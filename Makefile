@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test soak lint types accuracy experiments bench clean
+.PHONY: demo serve test long lint types accuracy experiments bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
@@ -17,9 +17,9 @@ serve: $(VENV)/.demo,models,serve
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Five hundred requests while a worker is killed every second.
-soak: $(VENV)/.test
-	$(BIN)/python -m pytest -m soak tests/workers $(ARGS)
+# What is left out there: recorded figures with many trials, five hundred requests while workers are killed.
+long: $(VENV)/.test
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

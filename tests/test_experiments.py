@@ -10,6 +10,9 @@ import pytest
 from .experiments import crossover, noisy, range_of_means, slopes
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(autouse=True)
 def _float64():
     with jax.enable_x64(True):

@@ -154,9 +154,8 @@ def test_parts_of_a_long_batch(monkeypatch, size):
     x = normal(size, 2)
     whole = tour_length(x, ordering.greedy(x, 10))
     monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 64)
-    jax.clear_caches()
-    order = ordering.greedy(x, 10)
-    jax.clear_caches()
+    # Of another shape, which no other test compiles for, and as far from each other.
+    order = ordering.greedy(np.pad(x, [(0, 0), (0, 7)]), 10)
     assert is_permutation(order, size)
     assert tour_length(x, order) < 1.5 * whole
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from .serve_model import scores
-from .workers.faults import free_port, sockets_of
+from .workers.faults import free_port, processes_of_session, sockets_of, until
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
 JSON, NPY = "application/json", "application/x-npy"
@@ -145,8 +145,8 @@ def test_sigterm_answers_what_is_under_way_and_leaves_nothing(front):
     assert process.wait(60) == 0, log.read_text()
     with pytest.raises(OSError, match="refused"):
         ask(front, "GET", "/healthz")
-    left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert not left
+    # Processes that were told to end may take a moment to do so.
+    until(lambda: not processes_of_session(process.pid), 20)
 
 
 @pytest.mark.parametrize(

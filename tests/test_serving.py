@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 
 import jax
@@ -51,8 +50,10 @@ def pool(_shared):
 
 @pytest.fixture
 def faults(_shared):
-    _shared[1].does.clear()
-    return _shared[1]
+    pool, faults = _shared
+    until(lambda: pool.states() == ["idle"] * 12)
+    yield faults
+    faults.go_on()
 
 
 def server(pool, policy, code=CODE, **options):
@@ -69,9 +70,8 @@ def same(found, expected):
     "code", [CODE, ReplicationCode(4, 12), BerrutCode.chebyshev(3, 12)], ids=["spline", "copies", "Berrut"]
 )
 def test_answers_are_those_of_coded_for_the_same_workers(pool, faults, code, order, size):
-    go = faults.waits(2, 7)
+    faults.waits(2, 7)
     answer = server(pool, stop.answers(10), code, order=order)(X[:size])
-    go.set()
     assert np.sum(~answer.returned) == 2
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(answer.values))
     # Groups are made up with the last input before anything else happens.
@@ -97,9 +97,8 @@ def test_output_spaces_and_defences_are_those_of_coded(faults):
 
 
 def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, faults):
-    go = faults.waits(1, 5, 6)
+    faults.waits(1, 5, 6)
     answer = CodedServer(CODE, pool, stop.answers(9), order=ordering.greedy)(X)
-    go.set()
     filled = np.concatenate([X, X[[-1] * 3]])
     turn = np.asarray(ordering.greedy(jnp.asarray(filled), 5))
     rows = filled[turn].reshape(4, 5, 4)
@@ -114,52 +113,48 @@ def test_predicted_errors_are_those_of_the_code_in_the_callers_order(pool, fault
 
 def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
     code = SplineCode.chebyshev(5, 12)
-    go = faults.waits(*range(1, 12, 2))
-    careless = CodedServer(code, pool, stop.answers(4) & stop.error_below(2.0))
-    careless.warm_up(X)
-    answer = careless(X)
-    assert 4 <= answer.returned.sum() < 12
+    faults.waits(2, 5, 8)
+    answer = CodedServer(code, pool, stop.answers(4) & stop.error_below(2.0))(X)
+    assert 4 <= answer.returned.sum() <= 9
     assert answer.error.max() <= 2
-    faults.does.clear()
-    go.set()
-    # Nothing but everyone's answer is good enough for this one.
-    careful = CodedServer(code, pool, stop.error_below(1e-9))
-    careful.warm_up(X)
+    faults.go_on()
     until(lambda: pool.states() == ["idle"] * 12)
-    go = faults.waits(*range(1, 12, 2))
-    threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
-    answer = careful(X)
-    assert answer.latency > 0.25
-    assert answer.returned.all()
+    # Nothing but everyone's answer is good enough for this one.
+    faults.waits(*range(1, 12, 2))
+    future = CodedServer(code, pool, stop.error_below(1e-9)).submit(X)
+    until(lambda: pool.states() == ["idle", "busy"] * 6)
+    time.sleep(0.1)
+    assert not future.done()
+    faults.go_on()
+    assert future.result(60).returned.all()
 
 
 def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):
-    go = faults.waits(*range(12))
+    faults.waits(*range(12))
     late = server(pool, stop.deadline(0.05), time_limit=0.3)
-    late.warm_up  # noqa: B018
     before = late.counters()["refused"]
     began = time.monotonic()
     with pytest.raises(workers.NotEnoughAnswers, match="of 12 answers came"):
         late(X)
     assert time.monotonic() - began < 5
-    go.set()
     assert late.counters()["refused"] == before + 1
 
 
 def test_replication_waits_for_a_copy_of_each_input(pool, faults):
-    go = faults.waits(1, 5, 9)
-    threading.Timer(0.3, lambda: [faults.does.clear(), go.set()]).start()
-    answer = server(pool, stop.answers(1), ReplicationCode(4, 12))(X)
-    assert answer.latency > 0.25
-    same(answer.values, f(jnp.asarray(X)))
+    faults.waits(1, 5, 9)
+    future = server(pool, stop.answers(1), ReplicationCode(4, 12)).submit(X)
+    until(lambda: [n for n, state in enumerate(pool.states()) if state == "busy"] == [1, 5, 9])
+    time.sleep(0.1)
+    assert not future.done()
+    faults.go_on()
+    same(future.result(60).values, f(jnp.asarray(X)))
 
 
 def test_what_is_late_is_given_to_another_worker_if_one_asks_for_it(pool, faults):
-    go = faults.waits(0, 4)
+    faults.waits(0, 4)
     answer = server(pool, stop.answers(12), again_after=0.1)(X)
     assert answer.returned.all()
     assert answer.latency < 5
-    go.set()
 
 
 def test_a_code_may_be_for_more_workers_than_there_are(pool, faults):
@@ -199,12 +194,11 @@ def test_several_requests_at_once_in_threads_and_in_an_event_loop(pool, faults):
 
 
 def test_counters_and_logs_say_what_happened(pool, faults, caplog):
-    go = faults.waits(3)
+    faults.waits(3)
     counted = server(pool, stop.answers(11))
     with caplog.at_level(logging.INFO, "jaxcode"):
         for _ in range(3):
             counted(X)
-    go.set()
     counters = counted.counters()
     assert (counters["answered"], counters["refused"]) == (3, 0)
     assert 1 <= counters["stragglers"] <= 3  # those who are free do the part of one who is late
@@ -239,9 +233,8 @@ def test_warming_up_leaves_nothing_to_compile(pool, faults):
     warm = CodedServer(CODE, pool, stop.answers(10), order=ordering.greedy)
     warm.warm_up(X)
     with jax.log_compiles(), _compiled() as names:
-        go = faults.waits(2)
+        faults.waits(2)
         warm(X)
-        go.set()
         faults.does.clear()
         warm(X[:16])
     assert names == []

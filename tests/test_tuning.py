@@ -138,7 +138,8 @@ def test_noisy_answers_are_smoothed():
     assert tuned.code.decoder_smoothing > 0
 
     def rmse(code):
-        return np.mean([float(metrics.rmse(jc.coded(f, code)(x, mask), jnp.sin(x))) for mask in drawn])
+        predict = jc.coded(f, code)
+        return np.mean([float(metrics.rmse(predict(x, mask), jnp.sin(x))) for mask in drawn])
 
     drawn = jax.vmap(lambda k: LATE.sample(k, 40))(jax.random.split(jax.random.key(5), 10))
     assert rmse(tuned.code) < 0.7 * rmse(layouts["Chebyshev"])
@@ -261,7 +262,8 @@ def test_nodes_move_to_where_a_model_errs_less():
     moved = tuning.optimise_nodes(code, LATE, f=f, x_sample=x, steps=40, progress=False)
 
     def rmse(code):
-        return np.sqrt(np.mean([float(metrics.rmse(jc.coded(f, code)(x, m), f(x))) ** 2 for m in masks(40)]))
+        predict = jc.coded(f, code)
+        return np.sqrt(np.mean([float(metrics.rmse(predict(x, m), f(x))) ** 2 for m in masks(40)]))
 
     assert rmse(moved) < 0.9 * rmse(code)
 

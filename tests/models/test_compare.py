@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import models.compare
+import models.networks
 from models import datasets
 from models.compare import main
 from models.networks import network
@@ -29,6 +30,7 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(models.compare, "_schemes", some)
+        patch.setitem(models.networks._TRAINING["digits"], "epochs", 6)
         main([*SMALL, "--out", str(out)])
     return out, printed.getvalue()
 
@@ -38,12 +40,14 @@ def _figures(out):
         return {(row["scheme"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_the_tuned_code_loses_less_than_replication(run):
     figures = _figures(run[0])
     assert 1 - figures["tuned", "agreement"] < 0.6 * (1 - figures["replication", "agreement"])
     assert figures["nercc", "agreement"] > figures["uncoded", "agreement"]
 
 
+@pytest.mark.long
 def test_tables_show_the_figures_of_the_file(run):
     out, printed = run
     figures = _figures(out)
@@ -54,6 +58,7 @@ def test_tables_show_the_figures_of_the_file(run):
     assert f"{lost:.0%}" in printed
 
 
+@pytest.mark.long
 def test_the_network_is_trained_once(run, capsys):
     out, printed = run
     assert printed.startswith("Training lenet5")
@@ -63,6 +68,7 @@ def test_the_network_is_trained_once(run, capsys):
     assert f"{accuracy(model, data.x_test, data.y_test):.1%} of 400 test images right" in printed
 
 
+@pytest.mark.long
 def test_pictures_are_not_blank(run):
     for name in ("loss.png", "tuned-6-4-1.png"):
         with Image.open(run[0] / name) as image:

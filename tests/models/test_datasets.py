@@ -287,6 +287,7 @@ def test_real_mnist():
 
 
 @needs_data
+@pytest.mark.long
 def test_real_cifar10():
     data = datasets.load("cifar10")
     assert data.x_train.shape[1:] == (32, 32, 3)

@@ -25,8 +25,8 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
         (100, "random", 1e-9),
         (100, "chebyshev", 1e-2),
         (100, "random", 100.0),
-        (512, "chebyshev", 1e-9),
-        (4096, "chebyshev", 0.0),
+        pytest.param(512, "chebyshev", 1e-9, marks=pytest.mark.long),
+        pytest.param(4096, "chebyshev", 0.0, marks=pytest.mark.long),
     ],
 )
 def test_every_mask_of_many_knots(n, layout, smoothing):

@@ -1,5 +1,7 @@
 """What splines promise beyond accuracy: other oracles, weights, repeated knots, masks, derivatives, arguments."""
 
+import functools
+
 import csaps
 import interpax
 import jax
@@ -129,19 +131,26 @@ def test_values_without_data_are_not_read_nor_are_their_gradients():
     assert not slope[~MASK].any()
 
 
+@functools.cache
+def _loss_and_its_gradients(path):
+    """Compiled once for all smoothings."""
+
+    def loss(smoothing, knots, weights, points, values):
+        if path == "direct":
+            out = fit_and_evaluate(knots, values, points, smoothing=smoothing, weights=weights, returned=MASK)
+        else:
+            matrix = spline_matrix(knots, points, smoothing=smoothing, weights=weights, returned=MASK)
+            out = matrix @ values
+        return jnp.sum(jnp.sin(out))
+
+    return jax.jit(loss), jax.jit(jax.grad(loss, range(5))), jax.jit(jax.jacfwd(loss, range(5)))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 1e-2])
 @pytest.mark.parametrize("path", ["matrix", "direct"])
 def test_derivatives_agree_with_finite_differences(path, smoothing):
+    value, reverse, forward = _loss_and_its_gradients(path)
     with jax.enable_x64(True):
-
-        def loss(smoothing, knots, weights, points, values):
-            if path == "direct":
-                out = fit_and_evaluate(knots, values, points, smoothing=smoothing, weights=weights, returned=MASK)
-            else:
-                matrix = spline_matrix(knots, points, smoothing=smoothing, weights=weights, returned=MASK)
-                out = matrix @ values
-            return jnp.sum(jnp.sin(out))
-
         at = (
             jnp.asarray(smoothing),
             jnp.asarray(KNOTS),
@@ -149,11 +158,8 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
             jnp.asarray(POINTS),
             jnp.asarray(VALUES),
         )
-        every = tuple(range(5))
-        value = jax.jit(loss)
-        reverse = jax.jit(jax.grad(loss, every))(*at)
-        forward = jax.jit(jax.jacfwd(loss, every))(*at)
-        for which in every:
+        found_by = reverse(*at), forward(*at)
+        for which in range(5):
             direction = np.random.default_rng(which).normal(size=at[which].shape)
             if which == 0:
                 direction = np.abs(direction)
@@ -163,8 +169,8 @@ def test_derivatives_agree_with_finite_differences(path, smoothing):
                 numeric = (-3 * value(*at) + 4 * value(*above) - value(2 * step * direction, *at[1:])) / (2 * step)
             else:
                 numeric = (value(*above) - value(*below)) / (2 * step)
-            for found in (reverse[which], forward[which]):
-                slope = float(np.sum(np.asarray(found) * direction))
+            for found in found_by:
+                slope = float(np.sum(np.asarray(found[which]) * direction))
                 assert slope == pytest.approx(float(numeric), rel=1e-6, abs=1e-6 * abs(float(value(*at))) + 1e-7), which
 
 

@@ -142,6 +142,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.long
 def test_intervals_hold_nine_truths_of_ten_and_errors_rank_the_true_ones():
     rng = np.random.default_rng(1)
     layouts, functions, ranks = {}, {}, []

@@ -17,20 +17,27 @@ class Faults:
 
     def __init__(self):
         self.does = {}
+        self._waiting_for = []
 
     def __call__(self, worker, compute, batch):
         return self.does.get(worker, lambda compute, batch: compute(batch))(compute, batch)
 
     def waits(self, *numbers):
-        """Has workers wait until the event that is returned."""
+        """Has workers wait until they are told to go on."""
         go = threading.Event()
+        self._waiting_for.append(go)
 
         def wait(compute, batch):
-            go.wait(20)
+            go.wait(60)
             return compute(batch)
 
         self.does.update(dict.fromkeys(numbers, wait))
-        return go
+
+    def go_on(self):
+        """From now on everyone computes, those who wait too."""
+        self.does.clear()
+        while self._waiting_for:
+            self._waiting_for.pop().set()
 
     def fails(self, worker, answer):
         self.does[worker] = answer
@@ -95,6 +102,18 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def processes_of_session(session):
+    """The numbers of those that run; not of those that have ended and that nobody has asked about yet."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # The command's name, in brackets, may hold anything.
+            state, _, _, of = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(int(process.name))
+    return found
 
 
 def sockets_of(chosen):
