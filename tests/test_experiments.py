@@ -9,7 +9,6 @@ import pytest
 
 from .experiments import crossover, noisy, range_of_means, slopes
 
-
 pytestmark = pytest.mark.long
 
 

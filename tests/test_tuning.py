@@ -40,6 +40,7 @@ def loss_of(predict, f, x):
     return np.mean([1 - float(metrics.agreement(predict(x, mask), f(x))) for mask in masks(40)])
 
 
+@pytest.mark.long
 def test_a_smooth_classifier_loses_far_less_than_replication():
     tuned = tune(smooth_classifier, inputs(), K, N, LATE)
     x = inputs(seed=1)
@@ -252,6 +253,7 @@ def test_nodes_move_to_where_the_posterior_varies_less():
     np.testing.assert_array_equal(moved.data_nodes, code.data_nodes)
 
 
+@pytest.mark.long
 def test_nodes_move_to_where_a_model_errs_less():
     x = jnp.linspace(-2, 2, 2 * K)[:, None]
     code = SplineCode.chebyshev(K, N)

@@ -263,6 +263,7 @@ def test_vmap_over_masks_is_a_loop():
         np.testing.assert_allclose(error, errors(values(), mask), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_derivatives_are_finite_and_agree_with_finite_differences():
     masks = np.stack([MASK, np.ones(12, bool), np.arange(12) < 2, np.arange(12) < 4])
     t = np.asarray(CODE.worker_nodes)

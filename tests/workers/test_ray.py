@@ -120,6 +120,7 @@ def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
     check(pool.run(BATCH, stop.answers(N), time_limit=LIMIT))
 
 
+@pytest.mark.long
 def test_what_never_answers_is_replaced(tmp_path, pool):
     faults = FileFaults(tmp_path)
     with workers.RayPool(jnp.sin, 2, around=faults, stuck_after=1.0, progress=False) as two:
@@ -144,6 +145,7 @@ class Model(nnx.Module):
         return {"y": self.norm(self.dropout(self.linear(x))).astype(jnp.bfloat16)}
 
 
+@pytest.mark.long
 def test_models_arrive_whole(pool):
     model = Model(nnx.Rngs(0))
     with workers.RayPool(model, 2, progress=False) as two:
@@ -154,6 +156,7 @@ def test_models_arrive_whole(pool):
     np.testing.assert_allclose(values["y"].astype(np.float32), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.long
 def test_workers_that_cannot_start_are_an_error_that_says_why(pool):
     class Wrong:
         def __reduce__(self):
@@ -169,6 +172,7 @@ def _never():
     raise ValueError("not here")
 
 
+@pytest.mark.long
 def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
     faults = FileFaults(tmp_path)
     threads = set(threading.enumerate())
