@@ -1,0 +1,18 @@
+"""Distributed SAGA: training with little communication, at a linear rate; and SAGA as an optax transformation."""
+
+from .baselines import FederatedAveraging as FederatedAveraging
+from .baselines import MinibatchSgd as MinibatchSgd
+from .baselines import Scaffold as Scaffold
+from .distributed import DistributedSaga as DistributedSaga
+from .distributed import soft_threshold as soft_threshold
+from .linear import LinearLoss as LinearLoss
+from .linear import SparseRows as SparseRows
+from .linear import logistic as logistic
+from .linear import multinomial as multinomial
+from .linear import squared as squared
+from .method import AbstractMethod as AbstractMethod
+from .run import History as History
+from .state import State as State
+from .transformation import ScaleBySagaState as ScaleBySagaState
+from .transformation import saga as saga
+from .transformation import scale_by_saga as scale_by_saga

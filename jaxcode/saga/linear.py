@@ -1,0 +1,100 @@
+"""Losses of linear models, whose gradients are one number (or one per class) for each sample, and sparse samples."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Integer, PyTree
+
+from .._pytree import pytree
+
+
+@final
+@pytree("num_columns", eq=False)
+class SparseRows:
+    """Samples with few entries that are not zero, each row filled up with zeros to the length of the longest.
+
+    Attributes:
+        indices: Columns of the entries, integers, shape (n, longest).
+        values: Entries, shape (n, longest).
+        num_columns: d.
+
+    >>> import scipy.sparse
+    >>> rows = SparseRows.from_scipy(scipy.sparse.csr_matrix([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]]))
+    >>> rows.values.shape, rows.num_columns
+    ((2, 2), 3)
+    """
+
+    indices: Integer[Array | np.ndarray, "*rows longest"]
+    values: Float[Array | np.ndarray, "*rows longest"]
+    num_columns: int
+
+    @staticmethod
+    def from_scipy(matrix: Any) -> "SparseRows":
+        """From any sparse matrix or array of SciPy."""
+        rows = matrix.tocsr()
+        counts = np.diff(rows.indptr)
+        there = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
+        indices, values = np.zeros(there.shape, np.int32), np.zeros(there.shape, rows.dtype)
+        indices[there], values[there] = rows.indices, rows.data
+        return SparseRows(indices, values, rows.shape[1])
+
+
+Rows = Array | np.ndarray | SparseRows
+
+
+@final
+@pytree("of_margin", "curvature")
+class LinearLoss:
+    r"""A loss of a linear model, of parameters and one sample.
+
+    .. math:: \phi_i(w) = \ell(x_i \cdot w, y_i)
+
+    The gradient is x_i times the loss's slope, so that SAGA's table holds one number for each sample, or one for each
+    class. Parameters are an array, (d,) or (d, classes), or a mapping of such a "kernel" and a "bias", as Flax has
+    them; a sample is a pair of x, an array (d,) or a row of `SparseRows`, and y.
+
+    Attributes:
+        of_margin: From x . w, shape () or (classes,), and y to the loss.
+        curvature: The largest second derivative of that, of which step sizes are made; None where it is not known.
+
+    >>> loss = LinearLoss(lambda margin, y: optax.huber_loss(margin, y), curvature=1.0)
+    >>> loss(jnp.array([1.0, 2.0]), (jnp.array([1.0, 1.0]), 2.5))
+    Array(0.125, dtype=float32)
+    """
+
+    of_margin: Callable[[Array, Array], Array]
+    curvature: float | None = None
+
+    def __call__(self, params: PyTree[Array], sample: tuple[Rows, Any]) -> Float[Array, ""]:
+        x, y = sample
+        return self.of_margin(margin(params, x), y)
+
+
+logistic = LinearLoss(lambda margin, y: jax.nn.softplus(-y * margin), curvature=0.25)
+"""Of two classes, y = -1 or 1."""
+
+multinomial = LinearLoss(optax.losses.softmax_cross_entropy_with_integer_labels, curvature=0.5)
+"""Of classes that are numbered from 0."""
+
+squared = LinearLoss(lambda margin, y: 0.5 * jnp.square(margin - y), curvature=1.0)
+"""Half the square of the distance from y."""
+
+
+def margin(params: PyTree[Array], x: Rows) -> Array:
+    """The product of one sample and the parameters, shape () or (classes,)."""
+    kernel, bias = (params["kernel"], params["bias"]) if isinstance(params, Mapping) else (params, None)
+    product = jnp.tensordot(x.values, kernel[x.indices], 1) if isinstance(x, SparseRows) else x @ kernel
+    return product if bias is None else product + bias
+
+
+def smoothness(loss: LinearLoss, params: PyTree[Array], x: Rows) -> Float[Array, "*rows"]:
+    r"""L_i: no second derivative of a sample's loss is larger.
+
+    .. math:: L_i = \max \ell'' \, (\|x_i\|^2 + 1[bias])
+    """
+    values = x.values if isinstance(x, SparseRows) else x
+    return loss.curvature * (jnp.sum(jnp.square(values), axis=-1) + isinstance(params, Mapping))

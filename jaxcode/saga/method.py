@@ -1,0 +1,243 @@
+"""What distributed methods have in common: machines that work for a round, and one sum over them."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from .._checks import check_count, check_mask, is_concrete
+from ..stragglers import AbstractStragglers
+from .linear import LinearLoss, smoothness
+from .run import History, run
+from .shards import Shards, shard
+from .state import Common, Machine, State
+
+# Of parameters and one sample.
+Loss = Callable[[PyTree[Array], Any], Float[Array, ""]]
+
+
+def check_method(method: "AbstractMethod") -> None:
+    """Refuses numbers that make no sense, where they are known."""
+    for name in ("num_machines", "period", "batch_size"):
+        check_count(name, getattr(method, name))
+    if not callable(method.loss):
+        raise ValueError(f"loss is {method.loss!r}; expected a function of parameters and one sample")
+    for name, least in (("ridge", "0 or more"), ("step_size", "above 0, or None"), ("decay", "0 or more")):
+        value = getattr(method, name, None)
+        if value is None or not is_concrete(value):
+            continue
+        number = float(value)
+        if not (number >= 0 and np.isfinite(number)) or (name == "step_size" and number == 0):
+            raise ValueError(f"{name} is {value!r}; expected a number, {least}")
+    if method.mesh is not None and method.num_machines % method.mesh.devices.shape[0]:
+        raise ValueError(
+            f"num_machines is {method.num_machines}, which {method.mesh.devices.shape[0]} devices of mesh's first axis "
+            "cannot share; expected a multiple"
+        )
+
+
+class AbstractMethod(abc.ABC):
+    r"""Minimises the mean loss of samples that lie on K machines, in rounds of work without communication.
+
+    .. math:: F(w) = \frac{1}{n} \sum_{i=1}^n \phi_i(w) + \frac{\lambda}{2} \|w\|^2
+
+    A round: every machine goes some steps from the same parameters, with samples of its own; then one sum over all
+    machines, of how far each went and of what each has to tell the others. Machines are the leading axis of arrays on
+    one device, or spread over those of a mesh, a sum over whose axis is then all that is communicated.
+
+    Attributes:
+        loss: Of parameters and one sample; `LinearLoss` for linear models.
+        num_machines: K.
+        period: Steps in a round.
+        ridge: :math:`\lambda`.
+        step_size: Of every step; None where it follows from the data.
+        batch_size: Samples in a step, drawn with replacement.
+        shard_sizes: How many samples each machine has, one run of consecutive ones each; about equally many if None.
+        mesh: Over whose first axis machines are spread; None for one device.
+    """
+
+    loss: Loss
+    num_machines: int
+    period: int
+    ridge: Any
+    step_size: Any
+    batch_size: int
+    shard_sizes: Sequence[int] | None
+    mesh: Mesh | None
+
+    @abc.abstractmethod
+    def _begin(self, common: Common, machine: Machine) -> tuple[PyTree[Array], Array]:
+        """What a machine keeps to itself and what it tells all others at first."""
+
+    @abc.abstractmethod
+    def _work(
+        self, common: Common, machine: Machine, key: PRNGKeyArray
+    ) -> tuple[Float[Array, "d"], PyTree[Array], Array]:
+        """How far the machine goes, times its share; what it keeps; what it tells all others."""
+
+    def init(self, params: PyTree[Array], data: PyTree[Any]) -> State:
+        """Spreads samples over machines.
+
+        Args:
+            params: Where to begin.
+            data: Samples, leaves (n, ...).
+
+        Returns:
+            The state before the first round.
+
+        Raises:
+            ValueError: If leading axes of data differ, there are fewer samples than machines, shard_sizes do not fit,
+                or the step size does not follow from the loss and none was given.
+        """
+        shards = shard(data, self.num_machines, self.shard_sizes)
+        params = jax.tree.map(jnp.asarray, params)
+        step_size = self._default_step_size(params, shards) if self.step_size is None else self.step_size
+        state = _init(self, params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype))
+        return state if self.mesh is None else self._spread(state)
+
+    def round(self, state: State, key: PRNGKeyArray, returned: Bool[Array, "machines"] | None = None) -> State:
+        """One round.
+
+        Args:
+            state: Where the last one ended.
+            key: The same for all rounds.
+            returned: Which machines take part, shape (K,), all if not given. Those that do not neither work nor move
+                the others; what they told them before still counts.
+
+        Returns:
+            Where this one ended.
+        """
+        if returned is None:
+            returned = jnp.ones(self.num_machines, bool)
+        check_mask("returned", returned, self.num_machines)
+        return _round(self, state, key, returned)
+
+    def run(
+        self,
+        state: State,
+        key: PRNGKeyArray,
+        num_rounds: int,
+        *,
+        every: int = 1,
+        stragglers: AbstractStragglers | None = None,
+        evaluate: Callable[[PyTree[Array]], PyTree[Any]] | None = None,
+        callbacks: Iterable[Callable[[State, dict[str, Any]], Any]] = (),
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> tuple[State, History]:
+        """Many rounds.
+
+        Args:
+            state: Where to begin.
+            key: A round's samples are drawn with it and the round's number: with the same key, twice fifty rounds are
+                a hundred.
+            num_rounds: How many more.
+            every: After how many rounds each to record, call back and leave a checkpoint.
+            stragglers: Who misses a round, drawn anew for each; nobody if not given.
+            evaluate: What to record of params, any pytree of numbers; the objective, of all samples, if not given.
+            callbacks: Called with the state and the record; where one returns a true value, the run ends.
+            checkpoint: A folder. If it holds a checkpoint, the run goes on from there up to the same last round, bit
+                for bit as if it had not been interrupted; new ones are left there. Samples are not stored.
+            progress: Whether to show a bar on standard error.
+
+        Returns:
+            The last state, and what was recorded.
+
+        Raises:
+            ValueError: If a number is none, or the checkpoint is of another problem.
+        """
+        return run(self, state, key, num_rounds, every, stragglers, evaluate, callbacks, checkpoint, progress)
+
+    def objective(self, params: PyTree[Array], state: State) -> Float[Array, ""]:
+        """F, of all samples."""
+        return _objective(self, params, state.data)
+
+    def floats_per_round(self, state: State) -> int:
+        """How many numbers each machine sends in a round, and receives."""
+        return ravel_pytree(state.params)[0].size + state.shared.size
+
+    def samples_per_round(self) -> int:
+        """How many gradients of samples all machines compute in a round."""
+        return self.num_machines * self.period * self.batch_size
+
+    def _default_step_size(self, params, shards):
+        if not isinstance(self.loss, LinearLoss) or self.loss.curvature is None:
+            raise ValueError(
+                "step_size is None; expected a number, as it does not follow from this loss: try 1 / (3 L)"
+            )
+        x, _ = shards.samples
+        return 1 / (3 * (jnp.max(smoothness(self.loss, params, x)) + self.ridge))
+
+    def _spread(self, state):
+        return jax.device_put(state, jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs(state)))
+
+    def _specs(self, state):
+        """Which leaves have machines as their leading axis."""
+        axis = self.mesh.axis_names[0]
+        everywhere, by_machine = PartitionSpec(), PartitionSpec(axis)
+        return dataclasses.replace(
+            jax.tree.map(lambda _: everywhere, state),
+            told=by_machine,
+            own=jax.tree.map(lambda _: by_machine, state.own),
+            data=jax.tree.map(lambda _: by_machine, state.data),
+        )
+
+
+@jax.jit
+def _init(method: AbstractMethod, params, shards: Shards, step_size) -> State:
+    w, unravel = ravel_pytree(params)
+    rounds = jnp.zeros((), int)
+    common = Common(w, None, step_size, rounds, unravel, shards.num_samples)
+    machines = Machine(None, None, shards.samples, shards.sizes, shards.sizes / shards.num_samples)
+    own, told = jax.vmap(functools.partial(method._begin, common))(machines)
+    return State(params, jnp.sum(told, axis=0), told, own, step_size, rounds, shards)
+
+
+@jax.jit
+def _round(method: AbstractMethod, state: State, key, returned) -> State:
+    w, unravel = ravel_pytree(state.params)
+    data = state.data
+    numbers = jnp.arange(method.num_machines)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.round)))(numbers)
+    here = data.sizes * returned
+    share = (here / jnp.maximum(jnp.sum(here), 1)).astype(w.dtype)
+    machines = Machine(state.told, state.own, data.samples, data.sizes, share)
+    common = Common(w, state.shared, state.step_size, state.round, unravel, data.num_samples)
+
+    def work(common, machines, keys):
+        moves, own, told = jax.vmap(functools.partial(method._work, common))(machines, keys)
+        return jnp.concatenate([jnp.sum(moves, axis=0), jnp.sum(told, axis=0)]), own, told
+
+    if method.mesh is None:
+        sums, own, told = work(common, machines, keys)
+    else:
+        axis = method.mesh.axis_names[0]
+        everywhere, by_machine = PartitionSpec(), PartitionSpec(axis)
+
+        def on_device(*arguments):
+            sums, own, told = work(*arguments)
+            return jax.lax.psum(sums, axis), own, told
+
+        specs = (everywhere, by_machine, by_machine)
+        sums, own, told = jax.shard_map(on_device, mesh=method.mesh, in_specs=specs, out_specs=specs)(
+            common, machines, keys
+        )
+    params = unravel(w + sums[: w.size])
+    return dataclasses.replace(state, params=params, shared=sums[w.size :], told=told, own=own, round=state.round + 1)
+
+
+@jax.jit
+def _objective(method: AbstractMethod, params, data: Shards):
+    own = jnp.arange(jax.tree.leaves(data.samples)[0].shape[1]) < data.sizes[:, None]
+    losses = jax.vmap(jax.vmap(lambda sample: method.loss(params, sample)))(data.samples)
+    w, _ = ravel_pytree(params)
+    return jnp.sum(jnp.where(own, losses, 0)) / data.num_samples + method.ridge / 2 * jnp.vdot(w, w)

@@ -1,0 +1,254 @@
+"""Distributed SAGA: what must hold after every round, and at which rate it converges."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxcode import saga
+from jaxcode.saga import DistributedSaga
+
+from . import problems
+
+KEY = jax.random.key(0)
+CORRECTIONS = ["anchored", "own", "frozen"]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def rounds(method, state, count, key=KEY):
+    return method.run(state, key, count, every=max(count, 1), progress=False)[0]
+
+
+def begun(method, data, params=None):
+    x = data[0]
+    return method.init(jnp.zeros(x.shape[1]) if params is None else params, data)
+
+
+def plain_logistic(w, sample):
+    """Not known to be linear: the table holds gradients."""
+    x, y = sample
+    return jax.nn.softplus(-y * (x @ w))
+
+
+def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
+    """Distributed SAGA on logistic regression, one number after the other in NumPy, for the same samples."""
+    n, machines = len(y), len(sizes)
+    ends = np.cumsum(sizes)
+    w, slopes = np.zeros(x.shape[1]), -y / 2
+    for r in range(count):
+        of_round = jax.random.fold_in(key, r)
+        sums = [x[e - m : e].T @ slopes[e - m : e] for m, e in zip(sizes, ends, strict=True)]
+        c, ends_of = sum(sums) / n, []
+        for k, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            index = np.asarray(jax.random.randint(jax.random.fold_in(of_round, k), (period, 1), 0, size))[:, 0]
+            theta = {"anchored": 1, "own": size / n, "frozen": 0}[correction]
+            v, own = w.copy(), sums[k].copy()
+            for j in end - size + index:
+                slope = -y[j] / (1 + math.exp(y[j] * (x[j] @ v)))
+                delta = (slope - slopes[j]) * x[j]
+                v = v - step_size * (delta + c + theta * (own - sums[k]) / size + ridge * v)
+                own, slopes[j] = own + delta, slope
+            ends_of.append(size / n * v)
+        w = sum(ends_of)
+    return w, slopes
+
+
+@pytest.mark.parametrize("loss", [saga.logistic, plain_logistic], ids=["slopes", "gradients"])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("period", [5, 80])
+def test_it_is_what_is_written(loss, correction, period):
+    x, y = problems.classes(50, 4)
+    sizes = (20, 7, 23)
+    method = DistributedSaga(loss, 3, period, 0.1, correction, step_size=0.5, shard_sizes=sizes)
+    state = rounds(method, begun(method, (x, y)), 4)
+    w, slopes = by_hand(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4)
+    np.testing.assert_allclose(state.params, w, rtol=1e-11, atol=1e-12)
+    ends = np.cumsum(sizes)
+    for k, (m, e) in enumerate(zip(sizes, ends, strict=True)):
+        expected = slopes[e - m : e] if loss is saga.logistic else slopes[e - m : e, None] * x[e - m : e]
+        np.testing.assert_allclose(state.own["table"][k][:m], expected, rtol=1e-11, atol=1e-12)
+
+
+def test_with_one_machine_or_a_period_of_one_all_corrections_are_the_same():
+    data = problems.classes(64, 5)
+    for machines, period in ((1, 16), (8, 1)):
+        ends = []
+        for correction in CORRECTIONS[: 2 if machines == 1 else 3]:
+            method = DistributedSaga(saga.logistic, machines, period, 0.01, correction)
+            ends.append(rounds(method, begun(method, data), 50).params)
+        for end in ends[1:]:
+            np.testing.assert_allclose(end, ends[0], rtol=0, atol=1e-12)
+
+
+def test_one_machine_is_the_optax_transformation_step_by_step():
+    x, y = problems.classes(40, 3)
+    method = DistributedSaga(plain_logistic, 1, 30, step_size=0.3)
+    end = rounds(method, begun(method, (x, y)), 1).params
+    transformation = saga.saga(0.3, 40)
+    w = jnp.zeros(3)
+    state = transformation.init(w)
+    gradients = jax.vmap(jax.grad(plain_logistic), (None, 0))(w, (jnp.asarray(x), jnp.asarray(y)))
+    saga_state = state[0]._replace(table=gradients, total=gradients.sum(0))
+    state = (saga_state, *state[1:])
+    index = jax.random.randint(jax.random.fold_in(jax.random.fold_in(KEY, 0), 0), (30, 1), 0, 40)[:, 0]
+    for j in np.asarray(index):
+        gradient = jax.grad(plain_logistic)(w, (x[j], y[j]))
+        updates, state = transformation.update(gradient, state, w, index=int(j))
+        w = w + updates
+    np.testing.assert_allclose(end, w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [saga.logistic, plain_logistic], ids=["slopes", "gradients"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_sums_are_those_of_tables_after_every_round(loss, batch_size):
+    x, y = problems.classes(100, 6)
+    method = DistributedSaga(loss, 7, 9, 0.01, step_size=0.2, batch_size=batch_size)
+    state, key = begun(method, (x, y)), KEY
+    for _ in range(12):
+        state = method.round(state, key, jnp.asarray(np.random.default_rng(int(state.round)).random(7) < 0.8))
+        sizes = np.asarray(state.data.sizes)
+        tables = [np.asarray(table)[:size] for table, size in zip(state.own["table"], sizes, strict=True)]
+        if loss is saga.logistic:
+            parts = np.split(x, np.cumsum(sizes)[:-1])
+            sums = [part.T @ table for part, table in zip(parts, tables, strict=True)]
+        else:
+            sums = [table.sum(0) for table in tables]
+        np.testing.assert_allclose(state.told, sums, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state.shared, np.sum(sums, axis=0), rtol=0, atol=1e-10)
+
+
+def lipschitz(x, ridge):
+    return 0.25 * np.max(np.sum(x**2, axis=1)) + ridge
+
+
+@pytest.mark.parametrize("machines", [1, 4, 16])
+@pytest.mark.long
+def test_with_a_period_of_one_the_bound_of_saga_holds(machines):
+    n, ridge = 256, 0.05
+    data = problems.classes(n, 5)
+    optimum = problems.logistic_optimum(*data, ridge)
+    method = DistributedSaga(saga.logistic, machines, 1, ridge)
+    begin, largest = begun(method, data), lipschitz(data[0], ridge)
+    mu = ridge
+    gap = problems.logistic_objective(np.zeros(5), *data, ridge) - problems.logistic_objective(optimum, *data, ridge)
+    start = optimum @ optimum + 2 * (n / machines) / (3 * largest) * gap
+    epoch = n // machines
+    recorded = []
+    for seed in range(20):
+        _, history = method.run(
+            begin, jax.random.key(seed), 12 * epoch, every=epoch, evaluate=lambda w: w, progress=False
+        )
+        recorded.append(np.sum((history.values - optimum) ** 2, axis=1))
+    steps = np.arange(13) * epoch
+    bound = (1 - min(machines / (4 * n), mu / (3 * largest))) ** steps * start
+    assert (np.mean(recorded, axis=0) <= bound).all()
+
+
+def slope_per_epoch(history, optimum):
+    distances = np.log(np.sum((history.values - optimum) ** 2, axis=1))
+    seen = distances > np.log(1e-26)
+    line = stats.linregress(history.epochs[seen], distances[seen])
+    return line.slope, line.rvalue**2
+
+
+def test_machines_that_differ_converge_linearly():
+    n, machines, period, ridge = 2048, 8, 16, 1e-2
+    data = problems.classes(n, 20)
+    optimum = problems.logistic_optimum(*data, ridge)
+    method = DistributedSaga(saga.logistic, machines, period, ridge)
+    each = n // (machines * period)
+    state, history = method.run(begun(method, data), KEY, 40 * each, every=each, evaluate=lambda w: w, progress=False)
+    slope, r2 = slope_per_epoch(history, optimum)
+    assert slope <= -0.6
+    assert r2 >= 0.95
+    assert problems.distance(state.params, optimum) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        DistributedSaga(saga.logistic, 8, 16, 1e-2, "local"),
+        saga.FederatedAveraging(saga.logistic, 8, 16, 1e-2),
+    ],
+    ids=["local SAGA", "FedAvg"],
+)
+def test_controls_do_not_where_machines_differ(control):
+    data = problems.classes(2048, 20)
+    optimum = problems.logistic_optimum(*data, 1e-2)
+    assert problems.distance(rounds(control, begun(control, data), 640).params, optimum) > 1e-3
+
+
+@pytest.mark.long
+def test_longer_periods_need_fewer_rounds_where_machines_are_alike():
+    n, machines, ridge = 2048, 8, 1e-2
+    data = problems.mixed(problems.classes(n, 20))
+    optimum = problems.logistic_optimum(*data, ridge)
+    needed = []
+    for period in (1, 16, 64, n // machines):
+        method = DistributedSaga(saga.logistic, machines, period, ridge)
+        each = max(1, 32 // period)
+        _, history = method.run(
+            begun(method, data), KEY, 40 * n // (machines * period), every=each, evaluate=lambda w: w, progress=False
+        )
+        ratio = np.sum((history.values - optimum) ** 2, axis=1) / np.sum(optimum**2)
+        assert ratio[-1] <= 1e-8
+        needed.append(history.rounds[np.argmax(ratio <= 1e-8)])
+    assert np.all(np.diff(needed) < 0)
+
+
+@pytest.mark.long
+def test_long_periods_on_quadratics_contract_as_the_round_map_says():
+    rng = np.random.default_rng(3)
+    machines, each, d, ridge = 3, 40, 4, 0.3
+    x = rng.normal(size=(machines, each, d)) * np.array([1.0, 0.6, 1.5])[:, None, None]
+    y = rng.normal(size=(machines, each))
+    hessians = np.einsum("kmi,kmj->kij", x, x) / each
+    data = x.reshape(-1, d), y.reshape(-1)
+    optimum = problems.squares_optimum(*data, ridge)
+    for correction, theta in (("anchored", 1.0), ("own", 1 / machines)):
+        # Where machines go to the end of their own ways, their parameters after a round are a linear map of those after
+        # the round before, of which the tables are left.
+        first = np.linalg.inv(theta * hessians + ridge * np.eye(d))
+        blocks = [
+            [first[k] @ (theta * hessians[k] * (k == l) - hessians[l] / machines) for l in range(machines)]
+            for k in range(machines)
+        ]
+        radius = max(abs(np.linalg.eigvals(np.block(blocks))))
+        method = DistributedSaga(saga.squared, machines, 5000, ridge, correction)
+        _, history = method.run(begun(method, data), KEY, 40, evaluate=lambda w: w, progress=False)
+        distances = np.linalg.norm(history.values - optimum, axis=1)
+        ratio = (distances[40] / distances[30]) ** (1 / 10)
+        assert ratio == pytest.approx(radius, rel=0.05), correction
+
+
+@pytest.mark.long
+def test_steps_fall_with_the_number_of_machines():
+    n, ridge = 2048, 1e-2
+    data = problems.mixed(problems.classes(n, 20))
+    optimum = problems.logistic_optimum(*data, ridge)
+    steps = {}
+    for machines in (1, 2, 4, 8, 16):
+        method = DistributedSaga(saga.logistic, machines, 16, ridge)
+        counts = []
+        for seed in range(3):
+            _, history = method.run(
+                begun(method, data),
+                jax.random.key(seed),
+                60 * n // (machines * 16),
+                every=4,
+                evaluate=lambda w: w,
+                progress=False,
+            )
+            ratio = np.sum((history.values - optimum) ** 2, axis=1) / np.sum(optimum**2)
+            counts.append(16 * history.rounds[np.argmax(ratio <= 1e-10)])
+        steps[machines] = np.mean(counts)
+    for machines, count in steps.items():
+        assert steps[1] / count >= 0.8 * machines, steps
