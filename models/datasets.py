@@ -7,9 +7,10 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jaxtyping import Float32, Float64, Int32, Shaped, UInt8
 
 NAMES = ("digits", "mnist", "cifar10")
 VARIABLE = "JAXCODE_DATA"
@@ -84,6 +85,41 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if name == "cifar10":
         return _cifar10(_folder(data_dir, _CIFAR10_HELP))
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+
+
+def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[np.ndarray, " samples"]]:
+    """Load a set of LIBSVM's collection: sparse samples of two classes.
+
+    Args:
+        name: of the file, ``"a9a"``: LIBSVM's own text, plain or with .gz, or an ``.npz`` of a CSR matrix (arrays
+            data, indices, indptr, shape) and its labels y.
+        data_dir: the folder; the environment variable ``JAXCODE_DATA`` if not given.
+
+    Returns:
+        Samples, a sparse SciPy array (n, d) of float64, and their labels, -1 or 1.
+
+    Raises:
+        FileNotFoundError: if the file is not there, or no folder is named.
+        ValueError: if it cannot be read, or its labels are others.
+    """
+    import scipy.sparse
+    from sklearn.datasets import load_svmlight_file
+
+    help_text = (
+        f"{name} is at https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html. Put it in one folder"
+    )
+    folder = _folder(data_dir, help_text)
+    path = folder / f"{name}.npz"
+    if path.exists():
+        *parts, shape, y = _read_npz(path, ("data", "indices", "indptr", "shape", "y"))
+        x = scipy.sparse.csr_array(tuple(parts), shape=tuple(shape.tolist()))
+    else:
+        path = _find(name, [folder], help_text)
+        x, y = load_svmlight_file(str(path))
+    y = np.asarray(y, np.float64)
+    if set(np.unique(y)) != {-1.0, 1.0}:
+        raise ValueError(f"{path} has labels {np.unique(y)[:4]}; expected -1 and 1")
+    return scipy.sparse.csr_array(x, dtype=np.float64), y
 
 
 def _folder(data_dir: str | Path | None, help_text: str) -> Path:

@@ -11,6 +11,8 @@ from .linear import logistic as logistic
 from .linear import multinomial as multinomial
 from .linear import squared as squared
 from .method import AbstractMethod as AbstractMethod
+from .ray_machines import NoMachines as NoMachines
+from .ray_machines import RayMachines as RayMachines
 from .run import History as History
 from .state import State as State
 from .transformation import ScaleBySagaState as ScaleBySagaState

@@ -47,7 +47,7 @@ class MinibatchSgd(AbstractMethod):
     def _work(self, common, machine, key):
         index = jax.random.randint(key, (self.period * self.batch_size,), 0, machine.size)
         step = common.step_size / (1 + self.decay * common.round)
-        return -machine.share * step * _gradient(self, common, machine, index)(common.w), (), machine.told
+        return -step * _gradient(self, common, machine, index)(common.w), (), machine.told
 
 
 @final
@@ -87,7 +87,7 @@ class FederatedAveraging(AbstractMethod):
     def _work(self, common, machine, key):
         step = common.step_size / (1 + self.decay * common.round)
         w = _walk(self, common, machine, key, step, 0.0)
-        return machine.share * (w - common.w), (), machine.told
+        return w - common.w, (), machine.told
 
 
 @final
@@ -134,7 +134,7 @@ class Scaffold(AbstractMethod):
         control = machine.own - common.shared + (common.w - w) / (self.period * step)
         control = jnp.where(there, control, machine.own)
         weight = machine.size / common.num_samples
-        return machine.share * (w - common.w), control, control * weight.astype(control.dtype)
+        return w - common.w, control, control * weight.astype(control.dtype)
 
 
 def _gradient(method, common, machine, chosen):

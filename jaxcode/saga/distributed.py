@@ -125,7 +125,7 @@ class DistributedSaga(AbstractMethod):
         walk = self._in_blocks if in_blocks else self._one_by_one
         w, moved, table = walk(common, machine, index, mean, weight)
         told, rest = add(machine.told, machine.own["rest"], moved)
-        return machine.share * (w - common.w), {"table": table, "rest": rest}, told
+        return w - common.w, {"table": table, "rest": rest}, told
 
     def _one_by_one(self, common, machine, index, mean, weight):
         gradients = gradients_of(self.loss, common.w, common.unravel)

@@ -82,7 +82,7 @@ class AbstractMethod(abc.ABC):
     def _work(
         self, common: Common, machine: Machine, key: PRNGKeyArray
     ) -> tuple[Float[Array, "d"], PyTree[Array], Array]:
-        """How far the machine goes, times its share; what it keeps; what it tells all others."""
+        """How far the machine goes, what it keeps to itself, what it tells; where it is not here, it keeps what it has."""
 
     def init(self, params: PyTree[Array], data: PyTree[Any]) -> State:
         """Spreads samples over machines.
@@ -155,7 +155,18 @@ class AbstractMethod(abc.ABC):
         Raises:
             ValueError: If a number is none, or the checkpoint is of another problem.
         """
-        return run(self, state, key, num_rounds, every, stragglers, evaluate, callbacks, checkpoint, progress)
+        return run(
+            self,
+            state,
+            num_rounds,
+            lambda state, count: _rounds(self, state, key, count, stragglers),
+            every=every,
+            evaluate=evaluate,
+            callbacks=callbacks,
+            checkpoint=checkpoint,
+            progress=progress,
+            place=lambda state: state if self.mesh is None else self._spread(state),
+        )
 
     def objective(self, params: PyTree[Array], state: State) -> Float[Array, ""]:
         """F, of all samples."""
@@ -178,18 +189,13 @@ class AbstractMethod(abc.ABC):
         return 1 / (3 * (jnp.max(smoothness(self.loss, params, x)) + self.ridge))
 
     def _spread(self, state):
-        return jax.device_put(state, jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs(state)))
+        """Puts what is a machine's own, and what it told, where the machine is."""
 
-    def _specs(self, state):
-        """Which leaves have machines as their leading axis."""
-        axis = self.mesh.axis_names[0]
-        everywhere, by_machine = PartitionSpec(), PartitionSpec(axis)
-        return dataclasses.replace(
-            jax.tree.map(lambda _: everywhere, state),
-            told=by_machine,
-            own=jax.tree.map(lambda _: by_machine, state.own),
-            data=jax.tree.map(lambda _: by_machine, state.data),
-        )
+        def place(path, _):
+            by_machine = path[0].name in ("told", "own") or [key.name for key in path[:2]] == ["data", "samples"]
+            return NamedSharding(self.mesh, PartitionSpec(*[self.mesh.axis_names[0]] * by_machine))
+
+        return jax.device_put(state, jax.tree.map_with_path(place, state))
 
 
 @jax.jit
@@ -206,33 +212,59 @@ def _init(method: AbstractMethod, params, shards: Shards, step_size) -> State:
 def _round(method: AbstractMethod, state: State, key, returned) -> State:
     w, unravel = ravel_pytree(state.params)
     data = state.data
-    numbers = jnp.arange(method.num_machines)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, state.round)))(numbers)
-    here = data.sizes * returned
-    share = (here / jnp.maximum(jnp.sum(here), 1)).astype(w.dtype)
-    machines = Machine(state.told, state.own, data.samples, data.sizes, share)
-    common = Common(w, state.shared, state.step_size, state.round, unravel, data.num_samples)
 
-    def work(common, machines, keys):
-        moves, own, told = jax.vmap(functools.partial(method._work, common))(machines, keys)
+    def work(everywhere, told, own, samples, numbers):
+        """What some machines do; sums over them, and what each keeps."""
+        w, shared, step_size, rounds, sizes, returned, key = everywhere
+        common = Common(w, shared, step_size, rounds, unravel, data.num_samples)
+        here = sizes * returned
+        share = (here / jnp.maximum(jnp.sum(here), 1)).astype(w.dtype)
+        of_round = jax.random.fold_in(key, rounds)
+
+        def go(told, own, samples, number):
+            machine = Machine(told, own, samples, sizes[number], share[number])
+            move, own, tells = method._work(common, machine, jax.random.fold_in(of_round, number))
+            here = machine.share > 0
+            return jnp.where(here, machine.share * move, 0), own, jnp.where(here, tells, told)
+
+        moves, own, told = jax.vmap(go)(told, own, samples, numbers)
         return jnp.concatenate([jnp.sum(moves, axis=0), jnp.sum(told, axis=0)]), own, told
 
+    everywhere = w, state.shared, state.step_size, state.round, data.sizes, returned, key
+    by_machine = state.told, state.own, data.samples, jnp.arange(method.num_machines)
     if method.mesh is None:
-        sums, own, told = work(common, machines, keys)
+        sums, own, told = work(everywhere, *by_machine)
     else:
         axis = method.mesh.axis_names[0]
-        everywhere, by_machine = PartitionSpec(), PartitionSpec(axis)
 
         def on_device(*arguments):
             sums, own, told = work(*arguments)
             return jax.lax.psum(sums, axis), own, told
 
-        specs = (everywhere, by_machine, by_machine)
-        sums, own, told = jax.shard_map(on_device, mesh=method.mesh, in_specs=specs, out_specs=specs)(
-            common, machines, keys
+        same, split = PartitionSpec(), PartitionSpec(axis)
+        # Checked, gradients with respect to what is the same everywhere would be summed over machines.
+        spread = jax.shard_map(
+            on_device,
+            mesh=method.mesh,
+            in_specs=(same, split, split, split, split),
+            out_specs=(same, split, split),
+            check_vma=False,
         )
+        sums, own, told = spread(everywhere, *by_machine)
     params = unravel(w + sums[: w.size])
     return dataclasses.replace(state, params=params, shared=sums[w.size :], told=told, own=own, round=state.round + 1)
+
+
+@jax.jit
+def _rounds(method, state, key, count, stragglers):
+    def go(_, state):
+        if stragglers is None:
+            return method.round(state, key)
+        # Machines draw their samples with the numbers before.
+        of_round = jax.random.fold_in(jax.random.fold_in(key, state.round), method.num_machines)
+        return method.round(state, key, stragglers.sample(of_round, method.num_machines))
+
+    return jax.lax.fori_loop(0, count, go, state)
 
 
 @jax.jit

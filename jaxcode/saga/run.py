@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
@@ -34,8 +35,35 @@ class History:
     values: PyTree[np.ndarray]
 
 
-def run(method, state, key, num_rounds, every, stragglers, evaluate, callbacks, checkpoint, progress):
-    """As `AbstractMethod.run`."""
+def run(
+    method,
+    state,
+    num_rounds,
+    advance,
+    *,
+    every,
+    evaluate,
+    callbacks,
+    checkpoint,
+    progress,
+    gather=lambda state: state,
+    place=lambda state: state,
+):
+    """As `AbstractMethod.run`.
+
+    Args:
+        method: Whose rounds they are.
+        state: Where to begin.
+        num_rounds: How many more.
+        advance: From a state and how many rounds, to the state after them.
+        every: As there, as are evaluate, callbacks, checkpoint and progress.
+        evaluate: See there.
+        callbacks: See there.
+        checkpoint: See there.
+        progress: See there.
+        gather: From a state to one that holds all there is to store.
+        place: The other way round.
+    """
     num_rounds, every = check_count("num_rounds", num_rounds, least=0), check_count("every", every)
     evaluate = evaluate or (lambda params: method.objective(params, state))
     began, first = time.monotonic(), int(state.round)
@@ -43,15 +71,15 @@ def run(method, state, key, num_rounds, every, stragglers, evaluate, callbacks, 
         _checkpoints(checkpoint) as (restore, save),
         tqdm(total=num_rounds, desc="rounds", disable=not progress, file=sys.stderr) as bar,
     ):
-        state = restore(state)
+        state = place(restore(gather(state)))
         bar.update(int(state.round) - first)
         records = [_record(method, state, evaluate, began)]
         while (done := int(state.round) - first) < num_rounds:
             count = min(every, num_rounds - done)
-            state = _rounds(method, state, key, count, stragglers)
+            state = advance(state, count)
             record = _record(method, state, evaluate, began)
             records.append(record)
-            save(state)
+            save(gather(state))
             bar.update(count)
             bar.set_postfix(_shown(record["values"]))
             # All are called, whatever the others say.
@@ -62,18 +90,6 @@ def run(method, state, key, num_rounds, every, stragglers, evaluate, callbacks, 
     }
     values = jax.tree.map(lambda *leaves: np.stack(leaves), *[record["values"] for record in records])
     return state, History(**columns, values=values)
-
-
-@jax.jit
-def _rounds(method, state, key, count, stragglers):
-    def go(_, state):
-        if stragglers is None:
-            return method.round(state, key)
-        # Machines draw their samples with the numbers before.
-        of_round = jax.random.fold_in(jax.random.fold_in(key, state.round), method.num_machines)
-        return method.round(state, key, stragglers.sample(of_round, method.num_machines))
-
-    return jax.lax.fori_loop(0, count, go, state)
 
 
 def _record(method, state, evaluate, began):
@@ -101,18 +117,34 @@ def _checkpoints(folder):
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
 
         def restore(state):
-            if manager.latest_step() is None:
+            newest = manager.latest_step()
+            if newest is None:
                 return state
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _moving(state))
-            found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
-            return dataclasses.replace(state, **found)
+            leaves, structure = jax.tree.flatten(_moving(state))
+            like = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _named(leaves).items()}
+            there = manager.item_metadata(newest)
+            sizes = {name: tuple(entry.shape) for name, entry in dict(there).items()}
+            if sizes != {name: leaf.shape for name, leaf in like.items()}:
+                raise ValueError(f"checkpoint {folder} is of another method or other samples: its arrays are {sizes}")
+            found = manager.restore(newest, args=ocp.args.StandardRestore(like))
+            leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+            return dataclasses.replace(state, **jax.tree.unflatten(structure, leaves))
 
-        yield restore, lambda state: manager.save(int(state.round), args=ocp.args.StandardSave(_moving(state)))
+        def save(state):
+            manager.save(int(state.round), args=ocp.args.StandardSave(_named(jax.tree.leaves(_moving(state)))))
+
+        yield restore, save
 
 
 def _moving(state):
     """All but the samples."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "data"}
+
+
+def _named(leaves):
+    """Those that are not empty, which cannot be stored."""
+    return {str(i): jnp.asarray(leaf) for i, leaf in enumerate(leaves) if np.size(leaf)}

@@ -27,8 +27,7 @@ class Compute:
         around: Around | None = None,
         device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]
     ):
-        params = jax.tree.map(_unpacked, params, is_leaf=lambda leaf: isinstance(leaf, _Key))
-        params = jax.device_put(params, device)
+        params = jax.device_put(unpacked(params), device)
         compiled = jax.jit(fn)
 
         def compute(batch):
@@ -62,7 +61,12 @@ def packed(params: PyTree) -> PyTree:
     )
 
 
-def _unpacked(leaf: Any) -> Any:
+def unpacked(params: PyTree[Any]) -> PyTree[jax.Array]:
+    """What `packed` packed."""
+    return jax.tree.map(_whole, params, is_leaf=lambda leaf: isinstance(leaf, _Key))
+
+
+def _whole(leaf: Any) -> Any:
     return jax.random.wrap_key_data(jnp.asarray(leaf.data), impl=leaf.kind) if isinstance(leaf, _Key) else leaf
 
 

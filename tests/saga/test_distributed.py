@@ -40,7 +40,7 @@ def plain_logistic(w, sample):
 
 def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
     """Distributed SAGA on logistic regression, one number after the other in NumPy, for the same samples."""
-    n, machines = len(y), len(sizes)
+    n = len(y)
     ends = np.cumsum(sizes)
     w, slopes = np.zeros(x.shape[1]), -y / 2
     for r in range(count):
@@ -218,7 +218,7 @@ def test_long_periods_on_quadratics_contract_as_the_round_map_says():
         # the round before, of which the tables are left.
         first = np.linalg.inv(theta * hessians + ridge * np.eye(d))
         blocks = [
-            [first[k] @ (theta * hessians[k] * (k == l) - hessians[l] / machines) for l in range(machines)]
+            [first[k] @ (theta * hessians[k] * (k == other) - hessians[other] / machines) for other in range(machines)]
             for k in range(machines)
         ]
         radius = max(abs(np.linalg.eigvals(np.block(blocks))))

@@ -1,0 +1,148 @@
+"""What can be minimised: other losses, parameters and samples than the simplest; and what is said of the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from sklearn.linear_model import ElasticNet, LogisticRegression
+
+from jaxcode import saga
+from jaxcode.saga import DistributedSaga, SparseRows
+
+from . import problems
+
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def after(method, params, data, count):
+    return method.run(method.init(params, data), KEY, count, every=count, progress=False)[0].params
+
+
+@pytest.mark.parametrize("period", [40, 70])
+def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(150, 4))
+    labels = np.argmax(x @ rng.normal(size=(4, 3)) + rng.normal(size=(150, 3)), axis=1)
+    ridge = 0.05
+    # Scikit-learn does not shrink its intercept: a column of ones does the same as our bias.
+    ones = np.concatenate([x, np.ones((150, 1))], axis=1)
+    known = LogisticRegression(C=1 / (ridge * 150), fit_intercept=False, tol=1e-12, max_iter=5000).fit(ones, labels)
+    method = DistributedSaga(saga.multinomial, 3, period, ridge)
+    found = after(method, {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, (x, labels), 20_000 // period)
+    np.testing.assert_allclose(found["kernel"], known.coef_[:, :4].T, atol=1e-6)
+    np.testing.assert_allclose(found["bias"], known.coef_[:, 4], atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("period", [7, 40])
+def test_sparse_rows_are_dense_rows(batch_size, period):
+    rng = np.random.default_rng(2)
+    x = scipy.sparse.random_array((90, 12), density=0.2, rng=rng, format="csr")
+    y = np.sign(rng.normal(size=90))
+    sparse, dense = SparseRows.from_scipy(x), x.toarray()
+    rows = np.zeros((90, 12))
+    np.put_along_axis(rows, sparse.indices, 0, axis=1)
+    np.add.at(rows, (np.arange(90)[:, None], sparse.indices), sparse.values)
+    np.testing.assert_array_equal(rows, dense)
+    for params in (jnp.zeros(12), {"kernel": jnp.zeros(12), "bias": jnp.zeros(())}):
+        method = DistributedSaga(saga.logistic, 3, period, 0.1, batch_size=batch_size)
+        found = [after(method, params, (part, y), 12) for part in (sparse, dense)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
+
+
+def test_the_l1_term_is_taken_by_its_proximal_operator():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 10))
+    y = x @ np.where(np.arange(10) < 3, 1.0, 0.0) + 0.1 * rng.normal(size=200)
+    strength, ridge = 0.2, 0.1
+    known = ElasticNet(
+        alpha=strength + ridge, l1_ratio=strength / (strength + ridge), fit_intercept=False, tol=1e-14, max_iter=100_000
+    ).fit(x, y)
+    method = DistributedSaga(saga.squared, 4, 25, ridge, prox=saga.soft_threshold(strength))
+    found = np.asarray(after(method, jnp.zeros(10), (x, y), 1500))
+    np.testing.assert_allclose(found, known.coef_, atol=1e-8)
+    assert (found[known.coef_ == 0] == 0).all()
+
+
+def test_any_tree_of_parameters_and_samples():
+    rng = np.random.default_rng(4)
+    data = {"x": rng.normal(size=(60, 3)), "y": rng.normal(size=60)}
+
+    def loss(params, sample):
+        hidden = jnp.tanh(sample["x"] @ params["in"]["kernel"] + params["in"]["bias"])
+        return 0.5 * (hidden @ params["out"] - sample["y"]) ** 2
+
+    params = {"in": {"kernel": 0.3 * jnp.ones((3, 2)), "bias": jnp.arange(2.0)}, "out": jnp.ones(2)}
+    method = DistributedSaga(loss, 3, 20, 0.01, step_size=0.05)
+    state = method.init(params, data)
+    found = method.run(state, KEY, 1500, every=1500, progress=False)[0].params
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    gradient = jax.grad(lambda params: method.objective(params, state))(found)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "loss", [saga.logistic, lambda w, s: jax.nn.softplus(-s[1] * (s[0] @ w))], ids=["slopes", "gradients"]
+)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_float32_where_wider_numbers_are_on(loss, batch_size):
+    x, y = (part.astype(np.float32) for part in problems.classes(64, 4))
+    method = DistributedSaga(loss, 4, 8, 0.1, step_size=0.4, batch_size=batch_size)
+    state = method.init(jnp.zeros(4, jnp.float32), (x, y))
+    state = method.run(state, KEY, 100, progress=False, every=100)[0]
+    wide = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.told, state.own))}
+    assert wide == {np.dtype(np.float32)}
+    assert problems.distance(state.params, problems.logistic_optimum(x, y, 0.1)) < 1e-8
+
+
+def test_sums_of_machines_do_not_drift_in_a_million_updates():
+    """In float32, with steps too long to settle."""
+    with jax.enable_x64(False):
+        x, y = (part.astype(np.float32) for part in problems.classes(256, 4))
+        method = DistributedSaga(saga.logistic, 8, 64, 1e-3, step_size=30.0)
+        state = method.run(method.init(jnp.zeros(4), (x, y)), KEY, 2000, every=2000, progress=False)[0]
+        slopes = np.asarray(state.own["table"], np.float64)
+        assert np.abs(slopes).max() > 0.1  # it has not settled
+        exact = np.einsum("km,kmd->kd", slopes, x.reshape(8, 32, 4).astype(np.float64))
+        assert np.abs(np.asarray(state.told, np.float64) - exact).max() < 1e-4
+
+
+def test_the_objective_is_that_of_all_samples():
+    x, y = problems.classes(50, 4)
+    method = DistributedSaga(saga.logistic, 7, 5, 0.1)
+    w = jnp.arange(4.0)
+    found = float(method.objective(w, method.init(jnp.zeros(4), (x, y))))
+    assert found == pytest.approx(problems.logistic_objective(np.asarray(w), x, y, 0.1), rel=1e-12)
+
+
+def test_what_makes_no_sense_is_refused(unchecked):
+    x, y = problems.classes(20, 3)
+    good = DistributedSaga(saga.logistic, 2, 5)
+    state = good.init(jnp.zeros(3), (x, y))
+    unknown = saga.LinearLoss(lambda margin, y: jnp.exp(-margin * y))
+    for wrong, message in (
+        (lambda: DistributedSaga(saga.logistic, 0, 5), "num_machines is 0"),
+        (lambda: DistributedSaga(saga.logistic, 2, 0), "period is 0"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, batch_size=0), "batch_size is 0"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, -1.0), r"ridge is -1\.0"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, step_size=0.0), r"step_size is 0\.0"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, correction="none"), "expected one of 'anchored', 'own'"),
+        (lambda: DistributedSaga("logistic", 2, 5), "loss is 'logistic'"),
+        (lambda: saga.Scaffold(saga.logistic, 2, 5, decay=-1.0), "decay is"),
+        (lambda: DistributedSaga(unknown, 2, 5).init(jnp.zeros(3), (x, y)), "step_size is None"),
+        (lambda: good.init(jnp.zeros(3), (x, y[:5])), "of the same length"),
+        (lambda: DistributedSaga(saga.logistic, 21, 5).init(jnp.zeros(3), (x, y)), "21 machines and 20 samples"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, shard_sizes=(3, 4)).init(jnp.zeros(3), (x, y)), "together all"),
+        (lambda: good.round(state, KEY, jnp.ones(3, bool)), "returned has shape"),
+        (lambda: good.run(state, KEY, -1), "num_rounds is -1"),
+        (lambda: good.run(state, KEY, 5, every=0), "every is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -1,0 +1,147 @@
+"""Machines that are processes: the same results, and what becomes of those that are late or die."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcode import saga
+from jaxcode.saga import DistributedSaga, RayMachines
+
+from ..workers.faults import until
+from . import problems
+
+KEY = jax.random.key(0)
+DATA = problems.classes(120, 5)
+RIDGE = 0.05
+METHOD = DistributedSaga(saga.logistic, 3, 16, RIDGE, shard_sizes=(30, 50, 40))
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+class Faults:
+    """A machine leaves its process's number, and does what a file of its number says before it works."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __call__(self, machine, work):
+        (Path(self.folder) / f"pid{machine}").write_text(str(os.getpid()))
+        told = Path(self.folder) / f"does{machine}"
+        does = told.read_text() if told.exists() else ""
+        if does.startswith("wait"):
+            time.sleep(float(does.split()[1]))
+        if does == "raise":
+            raise OSError("no disk")
+        return work()
+
+    def tell(self, does, *machines):
+        for machine in machines:
+            (Path(self.folder) / f"does{machine}").write_text(does)
+
+    def kill(self, machine):
+        os.kill(int((Path(self.folder) / f"pid{machine}").read_text()), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with jax.enable_x64(True):
+        faults = Faults(tmp_path_factory.mktemp("faults"))
+        with RayMachines(METHOD, deadline=1.0, time_limit=60.0, around=faults) as machines:
+            yield machines, faults
+
+
+def settle(machines):
+    machines._gather(60.0, lambda: not machines._pending)
+
+
+def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(shared, tmp_path):
+    machines, _ = shared
+    expected, _ = METHOD.run(METHOD.init(jnp.zeros(5), DATA), KEY, 6, progress=False)
+    state = machines.init(jnp.zeros(5), DATA)
+    state, history = machines.run(state, KEY, 4, every=2, checkpoint=tmp_path, progress=False)
+    assert history.rounds.tolist() == [0, 2, 4]
+    # From the beginning again, with other machines: it goes on where the checkpoint is.
+    state, history = machines.run(
+        machines.init(jnp.zeros(5), DATA), KEY, 6, every=2, checkpoint=tmp_path, progress=False
+    )
+    assert history.rounds.tolist() == [4, 6]
+    np.testing.assert_allclose(state.params, expected.params, rtol=1e-10)
+    np.testing.assert_allclose(state.told, expected.told, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(history.values[-1], METHOD.objective(expected.params, expected), rtol=1e-12)
+
+
+def test_late_dead_and_failing_machines_are_done_without_and_rejoin(shared):
+    machines, faults = shared
+    optimum = problems.logistic_optimum(*DATA, RIDGE)
+    state = machines.init(jnp.zeros(5), DATA)
+    for _ in range(3):
+        state = machines.round(state, KEY)
+    # Late: dropped for this round; its table moves and is told later.
+    faults.tell("wait 3", 1)
+    before = state.told[1]
+    state = machines.round(state, KEY)
+    np.testing.assert_array_equal(state.told[1], before)
+    faults.tell("", 1)
+    settle(machines)
+    state = machines.round(state, KEY)
+    assert (state.told[1] != before).any()
+    # Whoever raises has missed the round, no more.
+    faults.tell("raise", 2)
+    before = state.told[2]
+    state = machines.round(state, KEY)
+    np.testing.assert_array_equal(state.told[2], before)
+    faults.tell("", 2)
+    # Dead: begins anew with gradients of now.
+    faults.kill(0)
+    state = machines.round(state, KEY)
+    assert machines._await(3, state, 60.0)
+    for _ in range(250):
+        state = machines.round(state, KEY)
+    np.testing.assert_allclose(state.shared, np.sum(state.told, axis=0), atol=1e-12)
+    assert problems.distance(state.params, optimum) < 1e-12
+
+
+def test_the_truth_is_told_where_nobody_answers(shared):
+    machines, faults = shared
+    state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
+    faults.tell("raise", 0, 1, 2)
+    with pytest.raises(saga.NoMachines, match=r"part of round 1: machine 0 raised OSError: no disk; machine 1 raised"):
+        machines.round(state, KEY)
+    faults.tell("", 0, 1, 2)
+    machines.round(state, KEY)
+
+
+def test_closing_leaves_nothing(shared):
+    machines, faults = shared
+    machines.round(machines.init(jnp.zeros(5), DATA), KEY)
+    pids = [int((Path(faults.folder) / f"pid{machine}").read_text()) for machine in range(3)]
+    machines.close()
+    machines.close()
+    until(lambda: not any("ray::" in _command(pid) for pid in pids))
+
+
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_what_makes_no_sense_is_refused(unchecked):
+    from jax.sharding import Mesh
+
+    spread = DistributedSaga(saga.logistic, 2, 5, mesh=Mesh(np.array(jax.devices()[:2]), ("machines",)))
+    with pytest.raises(ValueError, match=r"method\.mesh is given"):
+        RayMachines(spread)
+    with pytest.raises(ValueError, match="deadline is 0"):
+        RayMachines(METHOD, deadline=0)

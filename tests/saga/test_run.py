@@ -1,0 +1,181 @@
+"""Many rounds: records, callbacks, checkpoints, machines that miss rounds, machines on devices."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxcode import saga, stragglers
+from jaxcode.saga import DistributedSaga, FederatedAveraging, MinibatchSgd, Scaffold
+
+from . import problems
+
+KEY = jax.random.key(0)
+DATA = problems.classes(256, 6)
+RIDGE = 0.02
+METHOD = DistributedSaga(saga.logistic, 8, 16, RIDGE)
+METHODS = {
+    "SAGA": METHOD,
+    "SAGA, gradients": DistributedSaga(lambda w, s: jax.nn.softplus(-s[1] * (s[0] @ w)), 8, 16, RIDGE, step_size=1.0),
+    "SGD": MinibatchSgd(saga.logistic, 8, 16, RIDGE),
+    "FedAvg": FederatedAveraging(saga.logistic, 8, 16, RIDGE),
+    "SCAFFOLD": Scaffold(saga.logistic, 8, 16, RIDGE),
+}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def begin(method):
+    return method.init(jnp.zeros(6), DATA)
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
+
+
+@each_method
+def test_rounds_one_by_one_are_a_run_and_halves_are_the_whole(method):
+    state = begin(method)
+    whole, history = method.run(state, KEY, 6, every=4, progress=False)
+    one = state
+    for _ in range(6):
+        one = method.round(one, KEY)
+    half = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
+    same(half, whole)
+    np.testing.assert_allclose(one.params, whole.params, rtol=1e-12)
+    assert history.rounds.tolist() == [0, 4, 6]
+    np.testing.assert_allclose(history.epochs, np.array([0, 4, 6]) * 8 * 16 / 256)
+    d = {"SAGA": 12, "SAGA, gradients": 12, "SGD": 6, "FedAvg": 6, "SCAFFOLD": 12}
+    per_round = next(d[name] for name, other in METHODS.items() if other is method)
+    np.testing.assert_array_equal(history.floats, np.array([0, 4, 6]) * per_round)
+    expected = [problems.logistic_objective(w, *DATA, RIDGE) for w in (np.zeros(6), np.asarray(whole.params))]
+    np.testing.assert_allclose(history.values[[0, -1]], expected, rtol=1e-12)
+
+
+@each_method
+def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, method):
+    late = stragglers.Independent(0.3)
+    whole, _ = method.run(begin(method), KEY, 10, every=2, stragglers=late, progress=False)
+
+    def stop_early(state, record):
+        return record["rounds"] == 6
+
+    folder = tmp_path / "new" / "folder"
+    settings = {"every": 2, "stragglers": late, "checkpoint": folder, "progress": False}
+    part, history = method.run(begin(method), KEY, 10, callbacks=[stop_early], **settings)
+    assert int(part.round) == 6
+    assert history.rounds.tolist() == [0, 2, 4, 6]
+    resumed, history = method.run(begin(method), KEY, 10, **settings)
+    assert history.rounds.tolist() == [6, 8, 10]
+    same(resumed, whole)
+    # Nothing is left to do.
+    again, history = method.run(begin(method), KEY, 10, **settings)
+    assert history.rounds.tolist() == [10]
+    same(again, whole)
+
+
+def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
+    METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)
+    other = DistributedSaga(saga.logistic, 4, 16, RIDGE)
+    with pytest.raises(ValueError, match="checkpoint"):
+        other.run(begin(other), KEY, 2, checkpoint=tmp_path, progress=False)
+
+
+def test_what_is_recorded_can_be_chosen_and_everybody_is_called_back(capsys):
+    called = []
+    _, history = METHOD.run(
+        begin(METHOD),
+        KEY,
+        4,
+        every=2,
+        evaluate=lambda w: {"length": jnp.linalg.norm(w), "w": w},
+        callbacks=[lambda state, record: called.append(record["rounds"]), lambda state, record: called.append("two")],
+    )
+    assert called == [2, "two", 4, "two"]
+    assert history.values["w"].shape == (3, 6)
+    np.testing.assert_allclose(history.values["length"], np.linalg.norm(history.values["w"], axis=1))
+    assert re.search(r"rounds: 100%.*4/4.*length=", capsys.readouterr().err)
+
+
+def test_linear_rate_with_machines_that_miss_rounds():
+    """One round in five, at random: all is as without, with a little more work."""
+    optimum = problems.logistic_optimum(*DATA, RIDGE)
+
+    def last(**settings):
+        _, history = METHOD.run(begin(METHOD), KEY, 160, every=8, evaluate=lambda w: w, progress=False, **settings)
+        distance = np.log(np.sum((history.values - optimum) ** 2, axis=1))
+        return distance, np.polyfit(history.rounds, distance, 1)[0]
+
+    _, rate = last()
+    some, slower = last(stragglers=stragglers.Independent(0.2))
+    assert some[-1] < np.log(1e-13)
+    assert slower < 0.7 * rate
+
+
+def test_a_machine_that_misses_rounds_keeps_its_table_and_what_it_told_counts():
+    state = METHOD.run(begin(METHOD), KEY, 3, progress=False)[0]
+    away = jnp.arange(8) != 2
+    later = state
+    for _ in range(2):
+        later = METHOD.round(later, KEY, away)
+    np.testing.assert_array_equal(later.told[2], state.told[2])
+    np.testing.assert_array_equal(later.own["table"][2], state.own["table"][2])
+    assert (np.asarray(later.own["table"]) != np.asarray(state.own["table"])).any(axis=1).tolist() == away.tolist()
+    np.testing.assert_allclose(later.shared, np.sum(later.told, axis=0), atol=1e-12)
+    # Garbage in the work of those who are away harms nobody.
+    poisoned = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
+    broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=poisoned))
+    np.testing.assert_array_equal(METHOD.round(broken, KEY, away).params, METHOD.round(state, KEY, away).params)
+    nobody = METHOD.round(state, KEY, jnp.zeros(8, bool))
+    np.testing.assert_array_equal(nobody.params, state.params)
+    same(nobody.own, state.own)
+
+
+@each_method
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_machines_on_devices_do_the_same_with_one_sum_a_round(method, devices):
+    on_devices = dataclasses.replace(method, mesh=Mesh(np.array(jax.devices()[:devices]), ("machines",)))
+    away = jnp.arange(8) % 3 != 1
+    there, here = begin(on_devices), begin(method)
+    if devices > 1:
+        compiled = jax.jit(lambda state: on_devices.round(state, KEY, away)).lower(there).compile().as_text()
+        sums = re.findall(r"= \S+ all-reduce(?:-start)?\(", compiled)
+        assert len(sums) == 1, sums
+        size = on_devices.floats_per_round(there)
+        assert re.search(rf"f64\[{size}\]\S* all-reduce", compiled), compiled
+        assert not re.search("all-gather|all-to-all|collective-permute|reduce-scatter", compiled)
+    for _ in range(3):
+        there, here = on_devices.round(there, KEY, away), method.round(here, KEY, away)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-12), there, here
+    )
+
+
+def test_machines_that_devices_cannot_share_are_refused():
+    with pytest.raises(ValueError, match="num_machines is 8, which 3 devices"):
+        DistributedSaga(saga.logistic, 8, 16, mesh=Mesh(np.array(jax.devices()[:3]), ("machines",)))
+
+
+def test_neighbours_do_what_their_papers_say():
+    """With steps that decay all go to the optimum but FedAvg's way is the longest; SCAFFOLD's drift goes away."""
+    optimum = problems.logistic_optimum(*DATA, RIDGE)
+
+    def end(method, count):
+        return problems.distance(method.run(begin(method), KEY, count, every=count, progress=False)[0].params, optimum)
+
+    # Large minibatches leave little but the drift.
+    whole = {"step_size": 0.5, "batch_size": 400}
+    assert end(Scaffold(saga.logistic, 8, 16, RIDGE, **whole), 120) < 4e-4
+    assert end(FederatedAveraging(saga.logistic, 8, 16, RIDGE, **whole), 120) > 8e-4
+    # Noise goes with decaying steps.
+    plain, decaying = (MinibatchSgd(saga.logistic, 8, 16, RIDGE, step_size=1.0, decay=decay) for decay in (0.0, 0.02))
+    assert end(decaying, 1500) < 0.5 * end(plain, 1500)
