@@ -9,6 +9,7 @@ from . import nodes as nodes
 from . import ordering as ordering
 from . import outputs as outputs
 from . import robust as robust
+from . import saga as saga
 from . import splines as splines
 from . import stop as stop
 from . import stragglers as stragglers

@@ -82,7 +82,7 @@ class AbstractMethod(abc.ABC):
     def _work(
         self, common: Common, machine: Machine, key: PRNGKeyArray
     ) -> tuple[Float[Array, "d"], PyTree[Array], Array]:
-        """How far the machine goes, what it keeps to itself, what it tells; where it is not here, it keeps what it has."""
+        """How far it goes, what it keeps to itself and what it tells; if it is not here, it keeps what it has."""
 
     def init(self, params: PyTree[Array], data: PyTree[Any]) -> State:
         """Spreads samples over machines.

@@ -61,7 +61,7 @@ def packed(params: PyTree) -> PyTree:
     )
 
 
-def unpacked(params: PyTree[Any]) -> PyTree[jax.Array]:
+def unpacked(params: PyTree[Any]) -> PyTree[Any]:
     """What `packed` packed."""
     return jax.tree.map(_whole, params, is_leaf=lambda leaf: isinstance(leaf, _Key))
 
