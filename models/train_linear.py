@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train by every method, print and plot; exits with code 2 on bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
+    for name in ("ridge", "epochs", "patience"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} is {getattr(args, name)}; expected a number above 0")
     jax.config.update("jax_enable_x64", True)
     try:
         problem = load(args.dataset, args.data_dir, args.ridge)

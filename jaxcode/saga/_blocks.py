@@ -23,22 +23,22 @@ class Walk(NamedTuple):
     """Where a machine is.
 
     Attributes:
-        w: Parameters, (d,) or (d, classes).
-        moved: What the sum of all gradients in the table has changed by, like w.
+        w: Parameters of each class, (classes, d).
+        moved: What the sum of all gradients in the table has changed by, (classes, d).
         table: Slopes of samples, (m,) or (m, classes).
     """
 
-    w: Array
-    moved: Array
+    w: Float[Array, "classes d"]
+    moved: Float[Array, "classes d"]
     table: Array
 
 
 def walk_in_blocks(
     begin: Walk,
     slope: Callable[[Array, Any], Array],
-    samples: tuple[Float[Array, "m d"] | SparseRows, Any],
+    samples: tuple[Float[Array, "m features"] | SparseRows, Any],
     index: Integer[Array, "steps"],
-    mean: Array,
+    mean: Float[Array, "classes d"],
     weight: Float[Array, ""],
     ridge: Float[Array, ""],
     step_size: Float[Array, ""],
@@ -57,29 +57,65 @@ def walk_in_blocks(
         slope: The derivative of the loss with respect to the margin, of a margin and a target.
         samples: All of the machine's.
         index: Which of them, in this order.
-        mean: c, like w.
+        mean: c.
         weight: :math:`\theta`.
         ridge: :math:`\lambda`.
         step_size: :math:`\gamma`.
         here: Whether the table is to change at all; if not, w is not to be used.
-        bias: Whether the last row of w is that of ones beside the samples.
+        bias: Whether the last column of w is that of ones beside the samples.
 
     Returns:
         Where it is then.
     """
     whole, rest = divmod(index.size, _BLOCK)
 
-    def go(at, chosen):
-        return _block(at, chosen, slope, samples, mean, weight, ridge, step_size, here, bias)
+    def go(steps):
+        factors = _factors(steps, weight, ridge, step_size, mean.dtype)
+        return lambda at, chosen: _block(at, chosen, factors, slope, samples, mean, weight, here, bias)
 
     at = begin
     if whole:
-        blocks = index[: whole * _BLOCK].reshape(whole, _BLOCK)
-        at = jax.lax.fori_loop(0, whole, lambda b, at: go(at, blocks[b]), at)
-    return go(at, index[whole * _BLOCK :]) if rest else at
+        blocks, one = index[: whole * _BLOCK].reshape(whole, _BLOCK), go(_BLOCK)
+        at = jax.lax.fori_loop(0, whole, lambda b, at: one(at, blocks[b]), at)
+    return go(rest)(at, index[whole * _BLOCK :]) if rest else at
 
 
-def _block(at, chosen, slope, samples, mean, weight, ridge, step_size, here, bias):
+class _Factors(NamedTuple):
+    """What is the same in all blocks of so many steps.
+
+    Attributes:
+        decay: What is left of w before each step.
+        taken: What has been taken off by then, of the part of the estimate that stays.
+        effect: Of each step's slope, by a sample's product with it, on the margins of all steps.
+        last: Of each step's slope on w after the last step.
+        end: decay and taken after the last step.
+    """
+
+    decay: Array
+    taken: Array
+    effect: Array
+    last: Array
+    end: tuple[Array, Array]
+
+
+def _factors(steps, weight, ridge, step_size, dtype):
+    decay = (1 - step_size * ridge) ** jnp.arange(steps + 1, dtype=dtype)
+    sums = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(decay)])
+    # Of a slope after so many steps: its own effect, and that of what it adds to the estimate of each step since.
+    after = step_size * (decay + weight * sums[:-1])
+    order = jnp.arange(steps)
+    between = order - 1 - order[:, None]
+    effect = jnp.where(between >= 0, after[between], 0)
+    return _Factors(
+        decay[:steps],
+        step_size * sums[:steps],
+        effect,
+        after[steps - 1 - order],
+        (decay[steps], step_size * sums[steps]),
+    )
+
+
+def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
     x, y = jax.tree.map(lambda leaf: leaf[chosen], samples)
     if isinstance(x, SparseRows):
         rows = jnp.arange(chosen.size)[:, None]
@@ -87,33 +123,29 @@ def _block(at, chosen, slope, samples, mean, weight, ridge, step_size, here, bia
     if bias:
         x = jnp.concatenate([x, jnp.ones((chosen.size, 1), x.dtype)], axis=1)
     steps, order = chosen.size, jnp.arange(chosen.size)
-    # What is left after k steps, and of what is taken off in each of k steps.
-    decay = (1 - step_size * ridge) ** jnp.arange(steps + 1, dtype=x.dtype)
-    taken = jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(decay)])
-    pull = mean + weight * at.moved
-
-    between = order - 1 - order[:, None]
-    after = step_size * jnp.where(between >= 0, decay[between] + weight * taken[between], 0)
-    effect = after * (x @ x.T)
-    margins = _rows(decay[:steps], x @ at.w) - step_size * _rows(taken[:steps], x @ pull)
+    stays, held = mean + weight * at.moved, at.table[chosen]
+    # All that is asked of the samples at once.
+    products = jnp.concatenate([x, at.w, stays]) @ x.T
+    of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(products[steps:], 2))
+    effect = factors.effect * products[:steps]
+    margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
     same = chosen[:, None] == chosen
+    later = same & (order > order[:, None])
 
     def step(t, carry):
         margins, held, new = carry
         of_sample = jnp.where(here, slope(margins[t], jax.tree.map(lambda leaf: leaf[t], y)), held[t])
         margins = margins - jnp.multiply.outer(effect[t], of_sample - held[t])
         # Whoever is drawn again finds what was just written.
-        held = jnp.where(_like(same[t] & (order > t), held), of_sample, held)
+        held = jnp.where(_like(later[t], held), of_sample, held)
         return margins, held, new.at[t].set(of_sample)
 
-    held = at.table[chosen]
     _, held, new = jax.lax.fori_loop(0, steps, step, (margins, held, jnp.zeros_like(held)))
-    change = new - held
-    last = step_size * (decay[steps - 1 - order] + weight * taken[steps - 1 - order])
-    w = decay[steps] * at.w - step_size * taken[steps] * pull - jnp.tensordot(_rows(last, change), x, (0, 0)).T
-    moved = at.moved + jnp.tensordot(change, x, (0, 0)).T
+    change = (new - held).reshape(steps, -1)
+    ahead, moved = jnp.split(jnp.concatenate([_rows(factors.last, change), change], axis=1).T @ x, 2)
+    decay, taken = factors.end
     newest = jnp.max(jnp.where(same, order, 0), axis=1)
-    return Walk(w, moved, at.table.at[chosen].set(new[newest]))
+    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(new[newest]))
 
 
 def _like(mask, leaf):

@@ -152,10 +152,16 @@ class DistributedSaga(AbstractMethod):
 
         def matrix(w):
             params = common.unravel(w)
-            return jnp.concatenate([params["kernel"], params["bias"][None]]) if bias else params
+            kernel = params["kernel"] if bias else params
+            by_class = jnp.atleast_2d(kernel.T)
+            return jnp.concatenate([by_class, params["bias"].reshape(-1, 1)], axis=1) if bias else by_class
 
         def vector(matrix):
-            return ravel_pytree({"kernel": matrix[:-1], "bias": matrix[-1]} if bias else matrix)[0]
+            params = common.unravel(common.w)
+            if not bias:
+                return ravel_pytree(matrix.T.reshape(params.shape))[0]
+            kernel = matrix[:, :-1].T.reshape(params["kernel"].shape)
+            return ravel_pytree({"kernel": kernel, "bias": matrix[:, -1].reshape(params["bias"].shape)})[0]
 
         begin = Walk(matrix(common.w), matrix(jnp.zeros_like(common.w)), machine.own["table"])
         w, moved, table = walk_in_blocks(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("decoder", "wide", "pipeline")
+SCRIPTS = ("decoder", "wide", "pipeline", "training")
 
 
 def main(argv=None):

@@ -1,0 +1,93 @@
+"""An epoch of SAGA on a linear model beside scikit-learn's: `python -m tests.benchmarks.training`.
+
+On a9a where `JAXCODE_DATA` names a folder that has it, else on random sparse samples of its size.
+"""
+
+import os
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from sklearn.linear_model import LogisticRegression
+
+from jaxcode import saga
+from models.datasets import libsvm
+
+from .timing import race, run_script
+
+RIDGE = 1e-3
+EPOCHS = 8
+
+
+def samples():
+    """Rows of length 1 and their labels."""
+    if "JAXCODE_DATA" in os.environ:
+        x, y = libsvm("a9a")
+    else:
+        rng = np.random.default_rng(0)
+        x = scipy.sparse.random_array((32561, 123), density=0.11, rng=rng, format="csr")
+        y = np.sign(x @ rng.normal(size=123) + 0.1)
+    lengths = np.sqrt(np.asarray(x.multiply(x).sum(axis=1)).ravel())
+    return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.maximum(lengths, 1e-12)) @ x), y
+
+
+def theirs(x, y):
+    """So many epochs and one; the difference is epochs alone, without what comes before and after."""
+
+    def run(epochs):
+        model = LogisticRegression(
+            C=1 / (RIDGE * len(y)), fit_intercept=False, solver="saga", tol=0.0, max_iter=epochs, random_state=0
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(x, y)
+
+    return run
+
+
+def ours(x, y, dtype, **settings):
+    with jax.enable_x64(dtype == np.float64):
+        method = saga.DistributedSaga(saga.logistic, 1, len(y), RIDGE, **settings)
+        x = saga.SparseRows.from_scipy(x.astype(dtype)) if scipy.sparse.issparse(x) else x.astype(dtype)
+        state = method.init(jnp.zeros(123, dtype), (x, y.astype(dtype)))
+        key = jax.random.key(0)
+
+    def run(epochs):
+        nonlocal state
+        with jax.enable_x64(dtype == np.float64):
+            for _ in range(epochs):
+                state = method.round(state, key)
+            jax.block_until_ready(state.params)
+
+    return run
+
+
+def measure(report):
+    x, y = samples()
+    runs = {
+        "scikit-learn, dense rows, float64": theirs(x.toarray(), y),
+        "scikit-learn, sparse rows, float64": theirs(x, y),
+        "DistributedSaga, dense rows, float64": ours(x.toarray(), y, np.float64),
+        "DistributedSaga, dense rows, float32": ours(x.toarray(), y, np.float32),
+        "DistributedSaga, sparse rows, float32": ours(x, y, np.float32),
+    }
+    contenders = {}
+    for name, run in runs.items():
+        contenders[name, 1] = lambda run=run: run(1)
+        contenders[name, EPOCHS] = lambda run=run: run(1 + EPOCHS)
+    times = race(contenders, seconds=20.0)
+    epochs = {name: np.maximum(times[name, EPOCHS] - times[name, 1], 1e-9) / EPOCHS for name in runs}
+    report.times(epochs)
+    dense, sparse, wide, narrow, rows = epochs.values()
+    report.add("float64 to scikit-learn's dense rows", wide / dense, "x", at_most=1.5)
+    report.add("float32 to scikit-learn's dense rows", narrow / dense, "x", at_most=1.5)
+    report.add("float64 to scikit-learn's sparse rows", wide / sparse, "x")
+    report.add("float32 to scikit-learn's sparse rows", narrow / sparse, "x")
+    report.add("sparse rows, float32, to scikit-learn's sparse rows", rows / sparse, "x")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(measure, __doc__))

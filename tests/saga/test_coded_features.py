@@ -1,0 +1,66 @@
+"""A last layer trained on features that coded workers computed, some of which never replied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import jaxcode as jc
+from jaxcode import saga
+
+RIDGE = 0.01
+
+
+class Features(nnx.Module):
+    """All of a network but its last layer."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(64, 96, rngs=rngs)
+        self.second = nnx.Linear(96, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.tanh(self.second(nnx.tanh(self.first(x))))
+
+
+def test_the_optimum_is_the_one_without_stragglers_within_the_decoding_error():
+    images, labels = load_digits(return_X_y=True)
+    x = (images[:1600] / 8 - 1).astype(np.float32)
+    labels = labels[:1600]
+    model = Features(nnx.Rngs(0))
+    exact = np.asarray(model(jnp.asarray(x)), np.float64)
+    known = LogisticRegression(C=1 / (RIDGE * 1600), fit_intercept=False, tol=1e-10, max_iter=5000).fit(exact, labels)
+    optimum = known.coef_.T
+
+    def trained(num_workers, num_stragglers):
+        """By SAGA on eight machines, of features of which whole batches come from whoever replied."""
+        code = jc.SplineCode.systematic(20, num_workers)
+        predict = jc.coded(model, code, order=jc.ordering.greedy)
+        keys = jax.random.split(jax.random.key(1), 4)
+        batches = [
+            predict(jnp.asarray(part), jc.stragglers.Uniform(num_stragglers).sample(key, num_workers))
+            for key, part in zip(keys, np.split(x, 4), strict=True)
+        ]
+        features = np.concatenate([np.asarray(batch, np.float64) for batch in batches])
+        with jax.enable_x64(True):
+            method = saga.DistributedSaga(saga.multinomial, 8, 64, RIDGE)
+            state = method.init(jnp.zeros((32, 10)), (features, labels))
+            state, _ = method.run(state, jax.random.key(0), 500, every=500, progress=False)
+            # The gradient of the coded problem at the exact one's optimum, which is all that decoding can do to it.
+            pull = jax.grad(lambda w: method.objective(w, state))(jnp.asarray(optimum))
+        error = np.sqrt(np.mean(np.sum((features - exact) ** 2, axis=1)))
+        return np.asarray(state.params), float(jnp.linalg.norm(pull)), error
+
+    found, _, error = trained(30, 0)
+    assert error < 1e-4
+    np.testing.assert_allclose(found, optimum, atol=1e-3)
+    found, pull, error = trained(60, 10)
+    assert error > 1e-3  # something was decoded
+    distance = np.linalg.norm(found - optimum)
+    # The objective bends by the ridge at least.
+    assert distance <= 1.01 * pull / RIDGE
+    # Softmax's residuals are at most sqrt(2) long, and change by half the change of logits.
+    assert pull <= (np.sqrt(2) + 0.5 * np.linalg.norm(optimum, 2) * np.sqrt(np.mean(np.sum(exact**2, 1)))) * error
+    same = np.mean(np.argmax(exact @ found, axis=1) == np.argmax(exact @ optimum, axis=1))
+    assert same > 0.99
