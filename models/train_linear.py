@@ -105,10 +105,9 @@ def load(name: str, data_dir: Path | None, ridge: float) -> Problem:
         OSError: If the data set's file is not there.
     """
     if name in ("breast_cancer", "digits"):
-        bunch = load_breast_cancer() if name == "breast_cancer" else load_digits()
-        x = bunch.data
+        x, y = (load_breast_cancer if name == "breast_cancer" else load_digits)(return_X_y=True)
         x = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-9)
-        y = np.where(bunch.target == 1, 1.0, -1.0) if name == "breast_cancer" else bunch.target
+        y = np.where(y == 1, 1.0, -1.0) if name == "breast_cancer" else y
     else:
         x, y = libsvm(name, data_dir)
         x = x.toarray()

@@ -148,6 +148,7 @@ class DistributedSaga(AbstractMethod):
         return jax.lax.fori_loop(0, self.period, step, begin)
 
     def _in_blocks(self, common, machine, index, mean, weight):
+        assert isinstance(self.loss, LinearLoss)
         bias = isinstance(common.unravel(common.w), Mapping)
 
         def matrix(w):

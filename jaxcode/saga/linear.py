@@ -91,10 +91,10 @@ def margin(params: PyTree[Array], x: Rows) -> Array:
     return product if bias is None else product + bias
 
 
-def smoothness(loss: LinearLoss, params: PyTree[Array], x: Rows) -> Float[Array, "*rows"]:
+def smoothness(curvature: float, params: PyTree[Array], x: Rows) -> Float[Array, "*rows"]:
     r"""L_i: no second derivative of a sample's loss is larger.
 
     .. math:: L_i = \max \ell'' \, (\|x_i\|^2 + 1[bias])
     """
     values = x.values if isinstance(x, SparseRows) else x
-    return loss.curvature * (jnp.sum(jnp.square(values), axis=-1) + isinstance(params, Mapping))
+    return curvature * (jnp.sum(jnp.square(values), axis=-1) + isinstance(params, Mapping))

@@ -75,13 +75,11 @@ class AbstractMethod(abc.ABC):
     mesh: Mesh | None
 
     @abc.abstractmethod
-    def _begin(self, common: Common, machine: Machine) -> tuple[PyTree[Array], Array]:
+    def _begin(self, common: Common, machine: Machine) -> tuple[Any, Array]:
         """What a machine keeps to itself and what it tells all others at first."""
 
     @abc.abstractmethod
-    def _work(
-        self, common: Common, machine: Machine, key: PRNGKeyArray
-    ) -> tuple[Float[Array, "d"], PyTree[Array], Array]:
+    def _work(self, common: Common, machine: Machine, key: PRNGKeyArray) -> tuple[Float[Array, "d"], Any, Array]:
         """How far it goes, what it keeps to itself and what it tells; if it is not here, it keeps what it has."""
 
     def init(self, params: PyTree[Array], data: PyTree[Any]) -> State:
@@ -102,7 +100,7 @@ class AbstractMethod(abc.ABC):
         params = jax.tree.map(jnp.asarray, params)
         step_size = self._default_step_size(params, shards) if self.step_size is None else self.step_size
         state = _init(self, params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype))
-        return state if self.mesh is None else self._spread(state)
+        return self._spread(state)
 
     def round(self, state: State, key: PRNGKeyArray, returned: Bool[Array, "machines"] | None = None) -> State:
         """One round.
@@ -165,7 +163,7 @@ class AbstractMethod(abc.ABC):
             callbacks=callbacks,
             checkpoint=checkpoint,
             progress=progress,
-            place=lambda state: state if self.mesh is None else self._spread(state),
+            place=self._spread,
         )
 
     def objective(self, params: PyTree[Array], state: State) -> Float[Array, ""]:
@@ -181,19 +179,23 @@ class AbstractMethod(abc.ABC):
         return self.num_machines * self.period * self.batch_size
 
     def _default_step_size(self, params, shards):
-        if not isinstance(self.loss, LinearLoss) or self.loss.curvature is None:
+        curvature = self.loss.curvature if isinstance(self.loss, LinearLoss) else None
+        if curvature is None:
             raise ValueError(
                 "step_size is None; expected a number, as it does not follow from this loss: try 1 / (3 L)"
             )
         x, _ = shards.samples
-        return 1 / (3 * (jnp.max(smoothness(self.loss, params, x)) + self.ridge))
+        return 1 / (3 * (jnp.max(smoothness(curvature, params, x)) + self.ridge))
 
     def _spread(self, state):
-        """Puts what is a machine's own, and what it told, where the machine is."""
+        """Puts what is a machine's own, and what it told, where the machine is, if machines are on several devices."""
+        mesh = self.mesh
+        if mesh is None:
+            return state
 
         def place(path, _):
             by_machine = path[0].name in ("told", "own") or [key.name for key in path[:2]] == ["data", "samples"]
-            return NamedSharding(self.mesh, PartitionSpec(*[self.mesh.axis_names[0]] * by_machine))
+            return NamedSharding(mesh, PartitionSpec(*[mesh.axis_names[0]] * by_machine))
 
         return jax.device_put(state, jax.tree.map_with_path(place, state))
 

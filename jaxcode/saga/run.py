@@ -125,7 +125,10 @@ def _checkpoints(folder):
             if newest is None:
                 return state
             leaves, structure = jax.tree.flatten(_moving(state))
-            like = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _named(leaves).items()}
+            like = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                for name, leaf in _named(leaves).items()
+            }
             there = manager.item_metadata(newest)
             sizes = {name: tuple(entry.shape) for name, entry in dict(there).items()}
             if sizes != {name: leaf.shape for name, leaf in like.items()}:

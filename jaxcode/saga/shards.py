@@ -35,11 +35,11 @@ def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> 
         ValueError: If leading axes differ or a machine would have no sample, or too many or few.
     """
     count = batch_size("data", data)
-    if sizes is None:
-        sizes = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
+    alike = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
+    sizes = list(alike if sizes is None else sizes)
     if len(sizes) != num_machines or sum(sizes) != count or min(sizes) < 1:
         raise ValueError(
-            f"shard_sizes is {list(sizes)} for {num_machines} machines and {count} samples; expected a number of at "
+            f"shard_sizes is {sizes} for {num_machines} machines and {count} samples; expected a number of at "
             "least 1 for each machine, together all samples"
         )
     ends = np.cumsum(sizes)

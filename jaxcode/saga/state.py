@@ -1,7 +1,7 @@
 """What methods know and remember."""
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 from jaxtyping import Array, Float, Integer, PyTree
 
@@ -47,8 +47,8 @@ class Machine:
             it does not take part.
     """
 
-    told: Float[Array, "*machines told"] | None
-    own: PyTree[Array] | None
+    told: Any
+    own: Any
     samples: PyTree[Array]
     size: Integer[Array, "*machines"]
     share: Float[Array, "*machines"]
@@ -69,7 +69,7 @@ class Common:
     """
 
     w: Float[Array, "d"]
-    shared: Float[Array, "told"] | None
+    shared: Any
     step_size: Float[Array, ""]
     round: Integer[Array, ""]
     unravel: Callable[[Array], PyTree[Array]]

@@ -96,7 +96,7 @@ def scale_by_saga(
         table = jax.tree.map(lambda table, new: table.at[index].set(new), state.table, kept)
         return estimate, ScaleBySagaState(table, total, rest)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def saga(
