@@ -38,6 +38,9 @@ def check_method(method: "AbstractMethod") -> None:
         number = float(value)
         if not (number >= 0 and np.isfinite(number)) or (name == "step_size" and number == 0):
             raise ValueError(f"{name} is {value!r}; expected a number, {least}")
+    if method.shard_sizes is not None:
+        # Part of the structure of a pytree, which must be hashable.
+        object.__setattr__(method, "shard_sizes", tuple(method.shard_sizes))
     if method.mesh is not None and method.num_machines % method.mesh.devices.shape[0]:
         raise ValueError(
             f"num_machines is {method.num_machines}, which {method.mesh.devices.shape[0]} devices of mesh's first axis "

@@ -66,7 +66,7 @@ def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
 @pytest.mark.parametrize("period", [5, 80])
 def test_it_is_what_is_written(loss, correction, period):
     x, y = problems.classes(50, 4)
-    sizes = (20, 7, 23)
+    sizes = [20, 7, 23]
     method = DistributedSaga(loss, 3, period, 0.1, correction, step_size=0.5, shard_sizes=sizes)
     state = rounds(method, begun(method, (x, y)), 4)
     w, slopes = by_hand(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4)
