@@ -25,7 +25,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_collection_modifyitems(items):
     """First what waits for other processes, beside which there is time for all else."""
-    waiting = ("test_ray", "test_serve", "test_ray_machines")
+    waiting = ("test_ray", "test_serve")
     items.sort(key=lambda item: item.path.stem not in waiting)
 
 

@@ -40,8 +40,7 @@ def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
     np.testing.assert_allclose(found["bias"], known.coef_[:, 4], atol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("period", [7, 40])
+@pytest.mark.parametrize(("batch_size", "period"), [(1, 40), (4, 7)])
 def test_sparse_rows_are_dense_rows(batch_size, period):
     rng = np.random.default_rng(2)
     x = scipy.sparse.random_array((90, 12), density=0.2, rng=rng, format="csr")

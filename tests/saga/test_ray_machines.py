@@ -64,6 +64,7 @@ def settle(machines):
     machines._gather(60.0, lambda: not machines._pending)
 
 
+@pytest.mark.long
 def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(shared, tmp_path, monkeypatch):
     machines, _ = shared
     monkeypatch.setattr(machines, "_deadline", None)
