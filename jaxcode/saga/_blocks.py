@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from ._tables import along
 from .linear import SparseRows
 
 # Steps in a block. Their products with each other grow with its square, what it costs to begin one does not.
@@ -137,7 +138,7 @@ def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
         of_sample = jnp.where(here, slope(margins[t], jax.tree.map(lambda leaf: leaf[t], y)), held[t])
         margins = margins - jnp.multiply.outer(effect[t], of_sample - held[t])
         # Whoever is drawn again finds what was just written.
-        held = jnp.where(_like(later[t], held), of_sample, held)
+        held = jnp.where(along(later[t], held), of_sample, held)
         return margins, held, new.at[t].set(of_sample)
 
     _, held, new = jax.lax.fori_loop(0, steps, step, (margins, held, jnp.zeros_like(held)))
@@ -148,9 +149,5 @@ def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
     return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(new[newest]))
 
 
-def _like(mask, leaf):
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
-
-
 def _rows(factors, matrix):
-    return _like(factors, matrix) * matrix
+    return along(factors, matrix) * matrix

@@ -42,11 +42,11 @@ class MinibatchSgd(AbstractMethod):
         check_method(self)
 
     def _begin(self, common, machine):
-        return (), jnp.zeros(0, common.w.dtype)
+        return _nothing(common)
 
     def _work(self, common, machine, key):
         index = jax.random.randint(key, (self.period * self.batch_size,), 0, machine.size)
-        step = common.step_size / (1 + self.decay * common.round)
+        step = _step_size(self, common)
         return -step * _gradient(self, common, machine, index)(common.w), (), machine.told
 
 
@@ -82,10 +82,10 @@ class FederatedAveraging(AbstractMethod):
         check_method(self)
 
     def _begin(self, common, machine):
-        return (), jnp.zeros(0, common.w.dtype)
+        return _nothing(common)
 
     def _work(self, common, machine, key):
-        step = common.step_size / (1 + self.decay * common.round)
+        step = _step_size(self, common)
         w = _walk(self, common, machine, key, step, 0.0)
         return w - common.w, (), machine.told
 
@@ -128,13 +128,23 @@ class Scaffold(AbstractMethod):
         return zeros, zeros
 
     def _work(self, common, machine, key):
-        step = common.step_size / (1 + self.decay * common.round)
+        step = _step_size(self, common)
         w = _walk(self, common, machine, key, step, common.shared - machine.own)
         there = machine.share > 0
         control = machine.own - common.shared + (common.w - w) / (self.period * step)
         control = jnp.where(there, control, machine.own)
         weight = machine.size / common.num_samples
         return w - common.w, control, control * weight.astype(control.dtype)
+
+
+def _nothing(common):
+    """What a machine keeps, and tells, that remembers nothing."""
+    return (), jnp.zeros(0, common.w.dtype)
+
+
+def _step_size(method, common):
+    """Of this round."""
+    return common.step_size / (1 + method.decay * common.round)
 
 
 def _gradient(method, common, machine, chosen):

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from .._pytree import pytree
 from ._blocks import Walk, walk_in_blocks
-from ._sums import add
+from ._tables import add, along, first_of_each
 from .gradients import gradients_of
 from .linear import LinearLoss
 from .method import AbstractMethod, Loss, check_method
@@ -112,7 +112,7 @@ class DistributedSaga(AbstractMethod):
         gradients = gradients_of(self.loss, common.w, common.unravel)
         table = gradients.entries(common.w, machine.samples)
         own = jnp.arange(table.shape[0]) < machine.size
-        total = gradients.total(_where(own, table, 0), machine.samples)
+        total = gradients.total(jnp.where(along(own, table), table, 0), machine.samples)
         return {"table": table, "rest": jnp.zeros_like(total)}, total
 
     def _work(self, common, machine, key):
@@ -140,9 +140,8 @@ class DistributedSaga(AbstractMethod):
             w = w - common.step_size * estimate
             if self.prox is not None:
                 w = ravel_pytree(self.prox(common.unravel(w), common.step_size))[0]
-            # A sample that is there twice is one entry of the table.
-            first = jnp.argmax(chosen[:, None] == chosen, axis=1) == jnp.arange(self.batch_size)
-            return w, moved + gradients.total(_where(first, change, 0), samples), table.at[chosen].set(new)
+            once = jnp.where(along(first_of_each(chosen), change), change, 0)
+            return w, moved + gradients.total(once, samples), table.at[chosen].set(new)
 
         begin = common.w, jnp.zeros_like(common.w), machine.own["table"]
         return jax.lax.fori_loop(0, self.period, step, begin)
@@ -178,10 +177,6 @@ class DistributedSaga(AbstractMethod):
             bias=bias,
         )
         return vector(w), vector(moved), table
-
-
-def _where(mask, leaf, other):
-    return jnp.where(mask.reshape(mask.shape + (1,) * (leaf.ndim - 1)), leaf, other)
 
 
 def soft_threshold(strength: float) -> Callable[[PyTree[Array], Array], PyTree[Array]]:

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Integer, PyTree
 
 from .._checks import check_count
-from ._sums import add
+from ._tables import add, first_of_each
 
 
 class ScaleBySagaState(NamedTuple):
@@ -79,8 +79,7 @@ def scale_by_saga(
         index = _checked(index, updates, state.table)
         if index.ndim == 0:
             index, updates = index[None], jax.tree.map(lambda leaf: leaf[None], updates)
-        # A sample that is there twice is one entry of the table.
-        first = jnp.argmax(index[:, None] == index, axis=1) == jnp.arange(index.size)
+        first = first_of_each(index)
         held = jax.tree.map(lambda table: table[index], state.table)
         kept = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), updates, held)
         change = jax.tree.map(lambda new, old, g: new.astype(g.dtype) - old.astype(g.dtype), kept, held, updates)

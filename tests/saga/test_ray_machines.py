@@ -1,10 +1,5 @@
 """Machines that are processes: the same results, and what becomes of those that are late or die."""
 
-import os
-import signal
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +8,7 @@ import pytest
 from jaxcode import saga
 from jaxcode.saga import DistributedSaga, RayMachines
 
-from ..workers.faults import until
+from ..workers.faults import FileFaults, alive_in_ray, until
 from . import problems
 
 KEY = jax.random.key(0)
@@ -29,27 +24,13 @@ def _float64():
 
 
 class Faults:
-    """A machine leaves its process's number, and does what a file of its number says before it works."""
+    """What a machine does in place of working, as a worker in place of computing."""
 
     def __init__(self, folder):
-        self.folder = str(folder)
+        self.files = FileFaults(folder)
 
     def __call__(self, machine, work):
-        (Path(self.folder) / f"pid{machine}").write_text(str(os.getpid()))
-        told = Path(self.folder) / f"does{machine}"
-        does = told.read_text() if told.exists() else ""
-        if does.startswith("wait"):
-            time.sleep(float(does.split()[1]))
-        if does == "raise":
-            raise OSError("no disk")
-        return work()
-
-    def tell(self, does, *machines):
-        for machine in machines:
-            (Path(self.folder) / f"does{machine}").write_text(does)
-
-    def kill(self, machine):
-        os.kill(int((Path(self.folder) / f"pid{machine}").read_text()), signal.SIGKILL)
+        return self.files(machine, lambda batch: work(), None)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +38,7 @@ def shared(tmp_path_factory):
     with jax.enable_x64(True):
         faults = Faults(tmp_path_factory.mktemp("faults"))
         with RayMachines(METHOD, deadline=1.0, time_limit=60.0, around=faults) as machines:
-            yield machines, faults
+            yield machines, faults.files
 
 
 def settle(machines):
@@ -133,17 +114,10 @@ def test_the_truth_is_told_where_nobody_answers(shared):
 def test_closing_leaves_nothing(shared):
     machines, faults = shared
     machines.round(machines.init(jnp.zeros(5), DATA), KEY)
-    pids = [int((Path(faults.folder) / f"pid{machine}").read_text()) for machine in range(3)]
+    pids = [faults.pid(machine) for machine in range(3)]
     machines.close()
     machines.close()
-    until(lambda: not any("ray::" in _command(pid) for pid in pids))
-
-
-def _command(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+    until(lambda: not any(map(alive_in_ray, pids)))
 
 
 def test_what_makes_no_sense_is_refused(unchecked):

@@ -104,6 +104,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def alive_in_ray(pid):
+    """Whether it is a process of Ray that runs an actor."""
+    with contextlib.suppress(OSError):
+        return "ray::" in Path(f"/proc/{pid}/cmdline").read_text()
+    return False
+
+
 def processes_of_session(session):
     """The numbers of those that run; not of those that have ended and that nobody has asked about yet."""
     found = []

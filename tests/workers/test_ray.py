@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 
 from jaxcode import CodedServer, SplineCode, stop, workers
 
-from .faults import FileFaults, returned, sockets_of, until
+from .faults import FileFaults, alive_in_ray, returned, sockets_of, until
 
 N = 6
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3) / 10
@@ -182,14 +181,8 @@ def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
     threading.Timer(0.3, two.close).start()
     with pytest.raises(workers.PoolClosed):
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
-    until(lambda: not any(_alive(faults.pid(worker)) for worker in range(2)))
+    until(lambda: not any(alive_in_ray(faults.pid(worker)) for worker in range(2)))
     until(lambda: not [t for t in set(threading.enumerate()) - threads if "jaxcode" in t.name or "Timer" in t.name])
-
-
-def _alive(pid):
-    with contextlib.suppress(OSError):
-        return "ray::" in Path(f"/proc/{pid}/cmdline").read_text()
-    return False
 
 
 @pytest.mark.long
@@ -241,7 +234,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
             thread.start()
         for thread in running:
             thread.join(300)
-            assert not thread.is_alive()
+            assert not thread.isalive_in_ray()
         over.set()
         killing.join()
         counters = server.counters()
@@ -256,7 +249,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
         assert set(threading.enumerate()) <= threads
         pids = [faults.pid(worker) for worker in range(8)]
         server.close()
-    until(lambda: not any(map(_alive, pids)))
+    until(lambda: not any(map(alive_in_ray, pids)))
     until(lambda: _store() >= store - 2**16)
     until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 

@@ -1,7 +1,8 @@
-"""Sums that many small numbers are added to, with what rounding leaves out."""
+"""What SAGA's tables are kept with: sums of many small numbers, minibatches that name a sample twice."""
 
 import jax
-from jaxtyping import Array, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Integer, PyTree
 
 
 def add(total: PyTree[Array], rest: PyTree[Array], change: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
@@ -18,3 +19,13 @@ def add(total: PyTree[Array], rest: PyTree[Array], change: PyTree[Array]) -> tup
         return (total - (sums - of_seen)) + (seen - of_seen)
 
     return sums, jax.tree.map(lost, total, seen, sums)
+
+
+def first_of_each(index: Integer[Array, "b"]) -> Bool[Array, "b"]:
+    """Where a sample is named for the first time: one that is there twice is one entry of the table."""
+    return jnp.argmax(index[:, None] == index, axis=1) == jnp.arange(index.size)
+
+
+def along(factors: Array, leaf: Array) -> Array:
+    """Numbers of the leading axes, in a shape that meets the leaf's."""
+    return factors.reshape(factors.shape + (1,) * (leaf.ndim - factors.ndim))
