@@ -166,7 +166,7 @@ def test_requests_of_several_threads_are_answered_apart(pool):
             if not np.allclose(values, np.sin(scale * BATCH), atol=1e-6):
                 wrong.append(scale)
 
-    clients = [threading.Thread(target=client, args=[np.float32(0.1 * c)]) for c in range(6)]
+    clients = [threading.Thread(target=client, args=[np.float32(0.1 * c)], daemon=True) for c in range(6)]
     for thread in clients:
         thread.start()
     for thread in clients:

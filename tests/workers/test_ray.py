@@ -228,14 +228,17 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
                     faults.kill(victim)
 
         lock = threading.Lock()
-        running = [threading.Thread(target=client) for _ in range(clients)]
-        killing = threading.Thread(target=killer)
+        # Daemons, and told that it is over whatever happens: a failure here must not keep the process from ending.
+        running = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+        killing = threading.Thread(target=killer, daemon=True)
         for thread in (killing, *running):
             thread.start()
-        for thread in running:
-            thread.join(300)
-            assert not thread.isalive_in_ray()
-        over.set()
+        try:
+            for thread in running:
+                thread.join(300)
+                assert not thread.is_alive()
+        finally:
+            over.set()
         killing.join()
         counters = server.counters()
         assert len(done) == requests
