@@ -10,6 +10,9 @@ from jaxtyping import PyTree
 Params = PyTree
 PureFunction = Callable[[Params, PyTree], PyTree]
 
+# What is raised where derivatives are asked of a model of whole numbers, or of one that calls the host.
+NO_DERIVATIVES = (TypeError, ValueError, NotImplementedError)
+
 
 def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> tuple[PureFunction, Params]:
     """Separates what a model computes from its parameters, in evaluation mode.

@@ -9,6 +9,7 @@ from flax import linen, nnx
 
 import jaxcode as jc
 from jaxcode import ReplicationCode, SplineCode, metrics, outputs, stragglers, tuning
+from jaxcode.tuning import search
 from jaxcode.tuning.evaluation import Curve, Judge, Model, squared_error
 
 K, N, S = 5, 8, 2
@@ -106,24 +107,35 @@ def test_regression_by_squared_error_and_trees():
     np.testing.assert_allclose(results["sum"], f(batch(1))["sum"], atol=0.1)
 
 
-def test_the_error_of_smoothing_has_its_derivative():
+@pytest.mark.parametrize("layout", ["chebyshev", "repeated"])
+@pytest.mark.parametrize("space", [outputs.as_returned, outputs.probabilities])
+def test_the_error_has_derivatives_by_both_smoothings(layout, space):
+    code = getattr(SplineCode, layout)(K, 20)
     rng = np.random.default_rng(0)
-    code = SplineCode.chebyshev(K, 20, decoder_smoothing=1e-3)
+    x = {"a": rng.normal(size=(3, K, 4)).astype(np.float32), "b": rng.integers(0, 9, (3, K))}
+    # More points than the model runs on at a time.
+    model = Model(lambda _, x: jnp.tanh(x["a"] @ WEIGHTS) + 0.1 * x["b"][:, None], (), 7)
+    targets = rng.normal(size=(3, K, 3)).astype(np.float32)
     drawn = jax.vmap(lambda key: LATE.sample(key, 20))(jax.random.split(jax.random.key(0), 8))
-    targets = rng.normal(size=(3, K, 2)).astype(np.float32)
-    answers = rng.normal(size=(3, 20, 2)).astype(np.float32)
-    judge = Judge(drawn, targets.reshape(-1, 2), squared_error, 5)
+    judge = Judge(drawn, targets.reshape(-1, 3), squared_error, 5)
 
-    def square(log):
-        measured = judge(
-            dataclasses.replace(code, decoder_smoothing=float(np.exp(log))), [outputs.as_returned], answers, targets
-        )
-        return measured[0].rmse ** 2
+    def at(encoder, decoder):
+        smooth = dataclasses.replace(code, encoder_smoothing=np.exp(encoder), decoder_smoothing=np.exp(decoder))
+        curve = Curve(model, x, targets, code.data_nodes, smooth.encoder_smoothing)
+        return smooth, curve, curve.answers(code.worker_nodes, 3)
 
-    for log in (-9.0, -6.0):
-        found, slope = judge.slope(code, log, outputs.as_returned, answers, targets)
-        assert found == pytest.approx(square(log), rel=1e-5)
-        assert slope == pytest.approx((square(log + 0.05) - square(log - 0.05)) / 0.1, rel=0.02)
+    def square(*logs):
+        smooth, _, answers = at(*logs)
+        return judge(smooth, [space], answers, targets)[0].rmse ** 2
+
+    for encoder, decoder in ((-5.0, -9.0), (-8.0, -6.0)):
+        smooth, curve, answers = at(encoder, decoder)
+        found, by_decoder, by_answers = judge.slopes(smooth, space, answers, targets)
+        assert found == pytest.approx(square(encoder, decoder), rel=1e-5)
+        slope = (square(encoder, decoder + 0.05) - square(encoder, decoder - 0.05)) / 0.1
+        assert by_decoder == pytest.approx(slope, rel=0.02)
+        slope = (square(encoder + 0.05, decoder) - square(encoder - 0.05, decoder)) / 0.1
+        assert curve.slope(code.worker_nodes, by_answers) == pytest.approx(slope, rel=0.02)
 
 
 def test_noisy_answers_are_smoothed():
@@ -144,6 +156,39 @@ def test_noisy_answers_are_smoothed():
 
     drawn = jax.vmap(lambda k: LATE.sample(k, 40))(jax.random.split(jax.random.key(5), 10))
     assert rmse(tuned.code) < 0.7 * rmse(layouts["Chebyshev"])
+
+
+def test_both_smoothings_are_found_by_gradient(monkeypatch):
+    """Sixteen rough inputs for sixteen workers of which six are late: a curve that is less rough does better."""
+    t = np.tile(np.linspace(0, 3, 16), 30)
+    x = jnp.asarray(np.stack([t, np.random.default_rng(0).normal(size=t.shape)], axis=1), jnp.float32)
+    code = SplineCode.chebyshev(16, 16, encoder_smoothing=16.0**-4)
+
+    def tuned(f):
+        layouts = {"too smooth": code}
+        return tune(f, x, 16, 16, stragglers.Uniform(6), layouts=layouts, orders={"as given": None})
+
+    def f(x):
+        return jnp.sin(x[:, :1]) + x[:, 1:] ** 2
+
+    def without_derivatives(x):
+        return jax.pure_callback(f, jax.ShapeDtypeStruct((x.shape[0], 1), x.dtype), x, vmap_method="sequential")
+
+    def in_units(tuned):
+        return np.array([tuned.code.encoder_smoothing, tuned.code.decoder_smoothing]) * 16**4
+
+    fine = tuned(f)
+    monkeypatch.setattr(search, "_SMOOTHINGS", (0.03, 0.6))
+    by_gradient, by_grid = tuned(f), tuned(without_derivatives)
+    assert in_units(by_grid)[0] == pytest.approx(0.03)
+    assert 0.04 < in_units(by_gradient)[0] < 0.3
+    error, of_fine, of_grid = (found.candidates[0].rmse for found in (by_gradient, fine, by_grid))
+    assert error < of_grid
+    assert error < 1.001 * of_fine
+    drawn = jax.vmap(lambda k: stragglers.Uniform(6).sample(k, 16))(jax.random.split(jax.random.key(0), 256))
+    predict = by_gradient.coded(f)
+    errors = [float(metrics.rmse(predict(x, mask), f(x))) for mask in drawn]
+    assert error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-4)
 
 
 def test_ones_own_loss_orders_and_layouts():

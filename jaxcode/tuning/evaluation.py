@@ -40,18 +40,27 @@ class Model:
     """Runs a model on batches of one size, so that it compiles once, and counts the inputs it has run on."""
 
     def __init__(self, fn: Callable, params: PyTree, size: int):
-        self._run, self._params, self._size = jax.jit(fn), params, size
+        self._params, self._size = params, size
+        self._run = jax.jit(fn)
+        self._pull_back = jax.jit(lambda params, x, by_answers: jax.vjp(lambda x: fn(params, x), x)[1](by_answers)[0])
         self.count = 0
 
     def __call__(self, x: PyTree[ArrayLike]) -> PyTree[np.ndarray]:
         """Answers to any number of inputs, in the host's memory."""
-        total = batch_size("x", x)
+        return self._in_parts(self._run, x)
+
+    def pull_back(self, x: PyTree[ArrayLike], by_answers: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
+        """Derivatives by inputs, of a number whose derivatives by the model's answers to them are given."""
+        return self._in_parts(self._pull_back, x, by_answers)
+
+    def _in_parts(self, run, *trees):
+        total = batch_size("x", trees)
         self.count += total
         parts = []
         for start in range(0, total, self._size):
             # The last part is filled up with its last input.
             rows = np.minimum(np.arange(start, start + self._size), total - 1)
-            parts.append(jax.device_get(self._run(self._params, jax.tree.map(lambda leaf, rows=rows: leaf[rows], x))))
+            parts.append(jax.device_get(run(self._params, *jax.tree.map(lambda leaf, rows=rows: leaf[rows], trees))))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *parts)
 
 
@@ -95,6 +104,27 @@ class Curve:
         rows = [jax.tree.map(lambda leaf: leaf[:groups], self._known[float(node)]) for node in worker_nodes]
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows)
 
+    def slope(self, worker_nodes: np.ndarray, by_answers: PyTree[np.ndarray]) -> float:
+        """How a number changes with the logarithm of the smoothing, of its derivatives by all answers at the nodes.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: If the model has no derivatives.
+        """
+        points, worker = np.unique(worker_nodes, return_inverse=True)
+        groups = batch_size("x_sample", self.x)
+        x = jax.tree.map(lambda leaf: jnp.asarray(leaf.reshape(-1, *leaf.shape[2:])), self.x)
+        smoothing = jnp.asarray(self._smoothing)
+        coded, slopes = jax.device_get(_encode_and_slope(self.data_nodes, points, smoothing, x, groups))
+
+        # Workers at one node give one answer.
+        def by_point(leaf):
+            return np.concatenate([leaf[:, worker == i].sum(axis=1, keepdims=True) for i in range(len(points))], axis=1)
+
+        by_coded = jax.tree.map(lambda leaf: by_point(leaf).reshape(-1, *leaf.shape[2:]), by_answers)
+        by_inputs = self._model.pull_back(coded, by_coded)
+        products = jax.tree.map(lambda a, b: np.sum(np.float64(a) * b), by_inputs, slopes)
+        return float(sum(jax.tree.leaves(products)))
+
     def _groups_known(self, node):
         known = self._known.get(float(node))
         return 0 if known is None else jax.tree.leaves(known)[0].shape[0]
@@ -113,6 +143,17 @@ class Curve:
             if start:
                 of_node = jax.tree.map(lambda *leaves: np.concatenate(leaves), self._known[float(node)], of_node)
             self._known[float(node)] = of_node
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _encode_and_slope(data_nodes, points, smoothing, x, groups):
+    def encode(smoothing):
+        num_data = data_nodes.shape[0]
+        encoder = spline_map(data_nodes, points, num_data * smoothing, np.ones(num_data))
+        return apply_to_groups("x_sample", encoder, x, groups)
+
+    # Along the smoothing itself: by its logarithm.
+    return jax.jvp(encode, (smoothing,), (smoothing,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,23 +225,20 @@ class Judge:
             measurements.append(Measurement(code, output, losses, float(np.sqrt(np.mean(squares)))))
         return measurements
 
-    def slope(
-        self,
-        code: SplineCode,
-        log_smoothing: float,
-        output: OutputSpace,
-        answers: PyTree[np.ndarray],
-        targets: PyTree[np.ndarray],
-    ) -> tuple[float, float]:
-        """The mean squared error with a decoder so smooth, and its derivative by the smoothing's logarithm."""
+    def slopes(
+        self, code: SplineCode, output: OutputSpace, answers: PyTree[np.ndarray], targets: PyTree[np.ndarray]
+    ) -> tuple[float, float, PyTree[np.ndarray]]:
+        """The mean squared error, and its derivatives by the logarithm of the decoder's smoothing and by answers."""
         groups = batch_size("answers", answers)
         with jax.enable_x64(True):
-            matrices = _decoder_matrices_and_slopes(code, np.float64(log_smoothing), self.masks)
-        matrices, slopes = (np.asarray(part, np.float32) for part in matrices)
+            matrices = _decoder_matrices_and_slopes(code, np.asarray(code.decoder_smoothing, np.float64), self.masks)
+        matrices, changes = (np.asarray(part, np.float32) for part in matrices)
         answers, targets = self._filled(answers, targets)
-        found = _squares_and_slopes(matrices, slopes, answers, targets, self._mean, output)
-        square, slope = (float(np.mean(np.asarray(part, np.float64)[:, :groups])) for part in found)
-        return square, slope
+        square, (by_matrices, by_answers) = _square_and_slopes(
+            matrices, answers, targets, self._mean, output, np.arange(self._num_groups) < groups
+        )
+        by_smoothing = np.sum(np.float64(by_matrices) * changes)
+        return float(square), float(by_smoothing), jax.tree.map(lambda leaf: np.asarray(leaf)[:groups], by_answers)
 
     def _filled(self, *trees):
         """The same shapes for any number of groups, compiled once."""
@@ -216,20 +254,20 @@ _decoder_matrices = jax.jit(jax.vmap(lambda code, returned: code.decoder_matrix(
 
 
 @jax.jit
-def _decoder_matrices_and_slopes(code, log_smoothing, masks):
-    def matrices(log_smoothing):
-        smooth = dataclasses.replace(code, decoder_smoothing=jnp.exp(log_smoothing))
-        return jax.vmap(smooth.decoder_matrix)(masks)
+def _decoder_matrices_and_slopes(code, smoothing, masks):
+    def matrices(smoothing):
+        return jax.vmap(dataclasses.replace(code, decoder_smoothing=smoothing).decoder_matrix)(masks)
 
-    return jax.jvp(matrices, (log_smoothing,), (jnp.ones_like(log_smoothing),))
+    return jax.jvp(matrices, (smoothing,), (smoothing,))
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _squares_and_slopes(matrices, slopes, answers, targets, mean, output):
-    def squares(matrices):
-        return _measure(matrices, answers, targets, mean, squared_error, output)[1]
+@functools.partial(jax.jit, static_argnums=4)
+def _square_and_slopes(matrices, answers, targets, mean, output, counted):
+    def square(matrices, answers):
+        squares = _measure(matrices, answers, targets, mean, squared_error, output)[1]
+        return jnp.mean(squares, where=counted)
 
-    return jax.jvp(squares, (matrices,), (slopes,))
+    return jax.value_and_grad(square, (0, 1))(matrices, answers)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -242,7 +280,8 @@ def _measure(matrices, answers, targets, mean, loss, output):
         of_group = jax.vmap(loss)(results if loss is disagreement else filled, targets)
         return of_group, jax.vmap(squared_error)(filled, targets)
 
-    return jax.lax.map(under, matrices, batch_size=32)
+    # What derivatives need is computed again, set by set.
+    return jax.lax.map(jax.checkpoint(under), matrices, batch_size=32)
 
 
 def _decode(matrix, answers):

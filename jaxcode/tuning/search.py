@@ -18,7 +18,7 @@ from .. import nodes, ordering, outputs
 from .._checks import batch_size, check_count
 from ..codes import ReplicationCode, SplineCode
 from ..codes.replication import assignment
-from ..functions import as_pure_function
+from ..functions import NO_DERIVATIVES, as_pure_function
 from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..stragglers import AbstractStragglers
@@ -69,7 +69,7 @@ def tune(
     that would have it compute the same. By successive halving, all candidates meet a quarter of the sample, the
     better half of them half of it, the better half of those all of it. The best few are then tried with smoothing of
     the decoder, on a grid and from there by the gradient of the squared error, and the best with smoothing of the
-    encoder.
+    encoder too; that by gradient where the model has derivatives.
 
     Replication is a candidate like others. It is chosen unless another one loses less by more than the standard error
     of the difference, and so is no smoothing.
@@ -140,8 +140,8 @@ def tune(
         x, answers = _in_groups((x_sample, targets), order, num_data)
         curves = {}
         for layout, code in layouts.items():
-            alpha = _data_nodes(code)
-            curve = curves.setdefault(alpha.tobytes(), Curve(model, x, answers, alpha))
+            alpha, smoothing = _data_nodes(code), _smoothings(code)["encoder_smoothing"]
+            curve = curves.setdefault((alpha.tobytes(), smoothing), Curve(model, x, answers, alpha, smoothing))
             trials.append(_Trial(layout, name, code, curve, judge))
     ranked = _halving(trials, _output_spaces(targets), num_groups, progress)
     chosen = ranked[0]
@@ -202,8 +202,7 @@ def standard_orders(
     orders: dict[str, Ordering | None] = {"as given": None, "greedy": ordering.greedy}
     try:
         look = ordering.sensitivity(f, x_sample, model_batch=model_batch)
-    except (TypeError, ValueError, NotImplementedError):
-        # Whole numbers, or a model that calls the host.
+    except NO_DERIVATIVES:
         return orders
     seen = look(x_sample)
     if jnp.all(jnp.isfinite(seen)) and jnp.any(seen != seen[0]):
@@ -243,48 +242,79 @@ class _Trial:
         self.best = self.measure(self.code, outputs, groups)
 
     def smooth_encoder(self):
-        """Tries smoothing of the encoder, more and more while that helps."""
+        """Tries smoothing of the encoder: more and more while that helps, and around the best where the error is least.
+
+        The decoder's is chosen anew for each, and in the end the two together.
+        """
+        best = self
         for smoothing in _SMOOTHINGS:
-            curve = self.curve.smoothed(smoothing * self._unit)
-            code = dataclasses.replace(self.measured.code, encoder_smoothing=smoothing * self._unit)
-            trial = dataclasses.replace(self, code=code, curve=curve)
-            trial.meet([self.measured.output], self.measured.losses.shape[1])
+            trial = self._measured_with(encoder_smoothing=smoothing * self._unit)
             trial.smooth_decoder()
-            if not trial.measured.surely_better_than(self.measured):
+            if trial.measured.rank >= best.measured.rank:
                 break
-            self.curve, self.best = curve, trial.best
+            best = trial
+        if best.measured.surely_better_than(self.measured):
+            best._descend(["encoder_smoothing", "decoder_smoothing"])
+            self.curve, self.best = best.curve, best.best
 
     def smooth_decoder(self):
         """Tries smoothing of the decoder: on a grid, and around the best of it where the error is least."""
-        best = min((self._smoothed(smoothing * self._unit) for smoothing in _SMOOTHINGS), key=lambda m: m.rank)
-        if not best.surely_better_than(self.measured):
-            return
-        middle = np.log(_decoder_smoothing(best.code))
-        found = optimize.minimize(
-            self._error_of_smoothing,
-            middle,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=[(middle - np.log(10), middle + np.log(10))],
-            options={"maxiter": 12},
-        )
-        self.best = min(best, self._smoothed(np.exp(found.x[0])), key=lambda m: m.rank)
+        tried = [self._measured_with(decoder_smoothing=smoothing * self._unit) for smoothing in _SMOOTHINGS]
+        best = min(tried, key=lambda trial: trial.measured.rank)
+        if best.measured.surely_better_than(self.measured):
+            best._descend(["decoder_smoothing"])
+            self.best = best.best
 
     @property
     def _unit(self):
         return float(self.code.num_data) ** -4
 
-    def _smoothed(self, smoothing):
-        code = dataclasses.replace(self.measured.code, decoder_smoothing=float(smoothing))
-        return self.measure(code, [self.measured.output], self.measured.losses.shape[1])
+    def _with(self, **smoothings):
+        """This trial with other smoothings."""
+        smoothings = {name: float(value) for name, value in smoothings.items()}
+        code = dataclasses.replace(self.measured.code, **smoothings)
+        curve = self.curve
+        if "encoder_smoothing" in smoothings:
+            curve = curve.smoothed(smoothings["encoder_smoothing"])
+        return dataclasses.replace(self, code=code, curve=curve, best=None)
 
-    def _error_of_smoothing(self, log_smoothing):
-        """The logarithm of the mean squared error, and its derivative."""
-        m = self.measured
-        seen = self._seen(m.code, m.losses.shape[1])
-        code = cast(SplineCode, m.code)
-        square, slope = self.judge.slope(code, float(log_smoothing[0]), m.output, *seen)
-        return np.log(square), np.array([slope / square])
+    def _measured_with(self, **smoothings):
+        trial = self._with(**smoothings)
+        trial.meet([self.measured.output], self.measured.losses.shape[1])
+        return trial
+
+    def _descend(self, names):
+        """Lowers the squared error by the gradient of those smoothings that are not zero."""
+        smoothings = _smoothings(self.measured.code)
+        names = [name for name in names if smoothings[name] > 0]
+        start = np.log([smoothings[name] for name in names])
+
+        def error(logs):
+            """Its logarithm, and the derivatives by the smoothings'."""
+            trial = self._with(**dict(zip(names, np.exp(logs), strict=True)))
+            code = cast(SplineCode, trial.code)
+            square, by_decoder, by_answers = self.judge.slopes(
+                code, self.measured.output, *trial._seen(code, self.measured.losses.shape[1])
+            )
+            slopes = {"decoder_smoothing": by_decoder}
+            if "encoder_smoothing" in names:
+                slopes["encoder_smoothing"] = trial.curve.slope(np.asarray(code.worker_nodes), by_answers)
+            return np.log(square), np.nan_to_num([slopes[name] / square for name in names])
+
+        try:
+            found = optimize.minimize(
+                error,
+                start,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[(log - np.log(10), log + np.log(10)) for log in start],
+                options={"maxiter": 12, "ftol": 1e-5},
+            )
+        except NO_DERIVATIVES:
+            return
+        trial = self._measured_with(**dict(zip(names, np.exp(found.x), strict=True)))
+        if trial.measured.rank < self.measured.rank:
+            self.curve, self.best = trial.curve, trial.best
 
     def report(self):
         m = self.measured
@@ -336,8 +366,10 @@ def _data_nodes(code):
     return np.asarray(nodes, np.float64)
 
 
-def _decoder_smoothing(code):
-    return float(np.asarray(code.decoder_smoothing)) if isinstance(code, SplineCode) else 0.0
+def _smoothings(code):
+    # Replication has none.
+    names = ("encoder_smoothing", "decoder_smoothing")
+    return {name: float(np.asarray(getattr(code, name, 0.0))) for name in names}
 
 
 def _is_classifier(targets):
