@@ -25,6 +25,7 @@ LEVELS = (1e-4, 1e-6, 1e-8)
 _STYLES = {
     "distributed SAGA, anchored": ("#D55E00", "-"),
     "distributed SAGA, own": ("#E69F00", "-"),
+    "anchored, long samples more often": ("#0072B2", "-"),
     "local SAGA, averaged": ("#CC79A7", "-."),
     "FedAvg": ("#56B4E9", "--"),
     "SCAFFOLD": ("#009E73", "--"),
@@ -33,8 +34,13 @@ _STYLES = {
 # Steps of SGD and its kin, in units of SAGA's, and by how much of the first their divisor grows in a round.
 _LENGTHS = (0.3, 1.0, 3.0, 5.0)
 _DECAYS = (0.0, 0.003, 0.03)
+_RIVALS = {
+    "FedAvg": saga.FederatedAveraging,
+    "SCAFFOLD": saga.Scaffold,
+    "minibatch SGD": saga.MinibatchSgd,
+}
 _FOOTNOTE = """\
-Samples of length 1, sorted by label over {machines} machines; {period} steps of one sample each a round, for minibatch
+Samples {lengths}, sorted by label over {machines} machines; {period} steps of one sample each a round, for minibatch
 SGD one step of as many samples; one seed. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in
 round r; those of SGD and its kin are the best of {tried} epochs. The optimum is scikit-learn's, {least:.12f}."""
 
@@ -85,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}; expected a number above 0")
     jax.config.update("jax_enable_x64", True)
     try:
-        problem = load(args.dataset, args.data_dir, args.ridge)
+        problem = load(args.dataset, args.data_dir, args.ridge, keep_lengths=args.keep_lengths)
         args.out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         runs = train(problem, args)
@@ -98,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: {args.dataset}.csv, {args.dataset}.png")
 
 
-def load(name: str, data_dir: Path | None, ridge: float) -> Problem:
-    """Samples of length 1 in order of their labels, and scikit-learn's optimum.
+def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool = False) -> Problem:
+    """Samples in order of their labels, of length 1 unless they keep theirs, and scikit-learn's optimum.
 
     Raises:
         OSError: If the data set's file is not there.
@@ -111,7 +117,8 @@ def load(name: str, data_dir: Path | None, ridge: float) -> Problem:
     else:
         x, y = libsvm(name, data_dir)
         x = x.toarray()
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    if not keep_lengths:
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     order = np.argsort(y, kind="stable")
     x, y = x[order], y[order]
     several = name == "digits"
@@ -133,16 +140,18 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
     """Every method from zero; SGD and its kin with the best of several steps, and for longer."""
     runs = []
     settings = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
-    for correction in ("anchored", "own", "local"):
-        method = saga.DistributedSaga(problem.loss, correction=correction, **settings)
-        name = "local SAGA, averaged" if correction == "local" else f"distributed SAGA, {correction}"
+    variants: dict[str, dict[str, Any]] = {
+        "distributed SAGA, anchored": {"correction": "anchored"},
+        "distributed SAGA, own": {"correction": "own"},
+        "local SAGA, averaged": {"correction": "local"},
+    }
+    if args.keep_lengths:
+        variants["anchored, long samples more often"] = {"correction": "anchored", "sampling": "lipschitz"}
+    for name, variant in variants.items():
+        method = saga.DistributedSaga(problem.loss, **variant, **settings)
         runs.append(_told(Run(name, "1", _run(method, problem, args, args.epochs))))
-    unit = 1 / (3 * (problem.loss.curvature + args.ridge))
-    for name, kind in (
-        ("FedAvg", saga.FederatedAveraging),
-        ("SCAFFOLD", saga.Scaffold),
-        ("minibatch SGD", saga.MinibatchSgd),
-    ):
+    unit = float(saga.DistributedSaga(problem.loss, **settings).init(problem.params, problem.data).step_size)
+    for name, kind in _RIVALS.items():
         best, steps, least = None, "", np.inf
         for length, decay in itertools.product(_LENGTHS, _DECAYS):
             method = kind(problem.loss, step_size=length * unit, decay=decay, **settings)
@@ -181,7 +190,7 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
     lines = [
         "",
         f"{args.dataset}: suboptimality, and epochs and floats until it was reached; - where it never was",
-        f"{'method':28} {'step':>16} {'last':>9}"
+        f"{'method':34} {'step':>16} {'last':>9}"
         + "".join(f"{'epochs to ' + head:>17}" for head in heads)
         + "".join(f"{'floats to ' + head:>17}" for head in heads),
     ]
@@ -190,17 +199,20 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
         epochs = ["-" if i is None else f"{run.history.epochs[i]:.1f}" for i in reached]
         floats = ["-" if i is None else f"{run.history.floats[i]:.2e}" for i in reached]
         lines.append(
-            f"{run.name:28} {run.steps:>16} {run.history.values[-1]:9.1e}"
+            f"{run.name:34} {run.steps:>16} {run.history.values[-1]:9.1e}"
             + "".join(f"{cell:>17}" for cell in (*epochs, *floats))
         )
     ours = runs[0].first(1e-6)
     if ours is not None:
-        for run in runs[3:]:
+        for run in runs:
+            if run.name not in _RIVALS:
+                continue
             there = run.first(1e-6)
             sent = run.history.floats[-1 if there is None else there]
             times = f"{'more than ' if there is None else ''}{sent / runs[0].history.floats[ours]:.0f} times"
             lines.append(f"{run.name} sends {times} as many floats as anchored SAGA until 1e-06.")
     footnote = _FOOTNOTE.format(
+        lengths="as long as they are" if args.keep_lengths else "of length 1",
         machines=args.machines,
         period=args.period,
         tried=f"{len(_LENGTHS) * len(_DECAYS)} after {args.epochs}",
@@ -245,6 +257,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m models.train_linear", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="breast_cancer", help="default: %(default)s")
     parser.add_argument("--data-dir", type=Path, help="where a9a and w8a are (default: $JAXCODE_DATA)")
+    parser.add_argument("--keep-lengths", action="store_true", help="do not make samples as long as each other")
     parser.add_argument("--machines", type=int, default=8, help="K (default: %(default)s)")
     parser.add_argument("--period", type=int, default=64, help="steps in a round (default: %(default)s)")
     parser.add_argument("--ridge", type=float, default=1e-3, help="default: %(default)s")

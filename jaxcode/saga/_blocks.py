@@ -39,6 +39,7 @@ def walk_in_blocks(
     slope: Callable[[Array, Any], Array],
     samples: tuple[Float[Array, "m features"] | SparseRows, Any],
     index: Integer[Array, "steps"],
+    scale: Float[Array, "steps"],
     mean: Float[Array, "classes d"],
     weight: Float[Array, ""],
     ridge: Float[Array, ""],
@@ -50,7 +51,7 @@ def walk_in_blocks(
 
     .. math::
         \delta = \ell'(x_j \cdot w) - a_j, \quad
-        w \leftarrow w - \gamma (\delta x_j + c + \theta D + \lambda w), \quad D \leftarrow D + \delta x_j, \quad
+        w \leftarrow w - \gamma (q \delta x_j + c + \theta D + \lambda w), \quad D \leftarrow D + \delta x_j, \quad
         a_j \leftarrow a_j + \delta
 
     Args:
@@ -58,6 +59,7 @@ def walk_in_blocks(
         slope: The derivative of the loss with respect to the margin, of a margin and a target.
         samples: All of the machine's.
         index: Which of them, in this order.
+        scale: q, of each step.
         mean: c.
         weight: :math:`\theta`.
         ridge: :math:`\lambda`.
@@ -72,13 +74,14 @@ def walk_in_blocks(
 
     def go(steps):
         factors = _factors(steps, weight, ridge, step_size, mean.dtype)
-        return lambda at, chosen: _block(at, chosen, factors, slope, samples, mean, weight, here, bias)
+        return lambda at, chosen, scale: _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias)
 
     at = begin
     if whole:
-        blocks, one = index[: whole * _BLOCK].reshape(whole, _BLOCK), go(_BLOCK)
-        at = jax.lax.fori_loop(0, whole, lambda b, at: one(at, blocks[b]), at)
-    return go(rest)(at, index[whole * _BLOCK :]) if rest else at
+        blocks, scales = (part[: whole * _BLOCK].reshape(whole, _BLOCK) for part in (index, scale))
+        one = go(_BLOCK)
+        at = jax.lax.fori_loop(0, whole, lambda b, at: one(at, blocks[b], scales[b]), at)
+    return go(rest)(at, index[whole * _BLOCK :], scale[whole * _BLOCK :]) if rest else at
 
 
 class _Factors(NamedTuple):
@@ -87,36 +90,39 @@ class _Factors(NamedTuple):
     Attributes:
         decay: What is left of w before each step.
         taken: What has been taken off by then, of the part of the estimate that stays.
-        effect: Of each step's slope, by a sample's product with it, on the margins of all steps.
-        last: Of each step's slope on w after the last step.
+        own: Of each step's slope, by a sample's product with it, on the margins of all steps.
+        since: The same of what that slope adds to the estimates of all steps between.
+        last: Both, on w after the last step.
         end: decay and taken after the last step.
     """
 
     decay: Array
     taken: Array
-    effect: Array
-    last: Array
+    own: Array
+    since: Array
+    last: tuple[Array, Array]
     end: tuple[Array, Array]
 
 
 def _factors(steps, weight, ridge, step_size, dtype):
     decay = (1 - step_size * ridge) ** jnp.arange(steps + 1, dtype=dtype)
     sums = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(decay)])
-    # Of a slope after so many steps: its own effect, and that of what it adds to the estimate of each step since.
-    after = step_size * (decay + weight * sums[:-1])
     order = jnp.arange(steps)
     between = order - 1 - order[:, None]
-    effect = jnp.where(between >= 0, after[between], 0)
+    # Of a slope after so many steps.
+    own, since = step_size * decay, step_size * weight * sums
+    last = steps - 1 - order
     return _Factors(
         decay[:steps],
         step_size * sums[:steps],
-        effect,
-        after[steps - 1 - order],
+        jnp.where(between >= 0, own[between], 0),
+        jnp.where(between >= 0, since[between], 0),
+        (own[last], since[last]),
         (decay[steps], step_size * sums[steps]),
     )
 
 
-def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
+def _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias):
     x, y = jax.tree.map(lambda leaf: leaf[chosen], samples)
     if isinstance(x, SparseRows):
         rows = jnp.arange(chosen.size)[:, None]
@@ -128,7 +134,7 @@ def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
     # All that is asked of the samples at once.
     products = jnp.concatenate([x, at.w, stays]) @ x.T
     of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(products[steps:], 2))
-    effect = factors.effect * products[:steps]
+    effect = (scale[:, None] * factors.own + factors.since) * products[:steps]
     margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
     same = chosen[:, None] == chosen
     later = same & (order > order[:, None])
@@ -143,7 +149,8 @@ def _block(at, chosen, factors, slope, samples, mean, weight, here, bias):
 
     _, held, new = jax.lax.fori_loop(0, steps, step, (margins, held, jnp.zeros_like(held)))
     change = (new - held).reshape(steps, -1)
-    ahead, moved = jnp.split(jnp.concatenate([_rows(factors.last, change), change], axis=1).T @ x, 2)
+    own, since = factors.last
+    ahead, moved = jnp.split(jnp.concatenate([_rows(scale * own + since, change), change], axis=1).T @ x, 2)
     decay, taken = factors.end
     newest = jnp.max(jnp.where(same, order, 0), axis=1)
     return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(new[newest]))

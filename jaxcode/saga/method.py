@@ -99,11 +99,7 @@ class AbstractMethod(abc.ABC):
             ValueError: If leading axes of data differ, there are fewer samples than machines, shard_sizes do not fit,
                 or the step size does not follow from the loss and none was given.
         """
-        shards = shard(data, self.num_machines, self.shard_sizes)
-        params = jax.tree.map(jnp.asarray, params)
-        step_size = self._default_step_size(params, shards) if self.step_size is None else self.step_size
-        state = _init(self, params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype))
-        return self._spread(state)
+        return self._spread(begin(self, *self._prepare(params, data)))
 
     def round(self, state: State, key: PRNGKeyArray, returned: Bool[Array, "machines"] | None = None) -> State:
         """One round.
@@ -181,6 +177,13 @@ class AbstractMethod(abc.ABC):
         """How many gradients of samples all machines compute in a round."""
         return self.num_machines * self.period * self.batch_size
 
+    def _prepare(self, params, data):
+        """Parameters, samples on machines and step size."""
+        shards = shard(data, self.num_machines, self.shard_sizes)
+        params = jax.tree.map(jnp.asarray, params)
+        step_size = self._default_step_size(params, shards) if self.step_size is None else self.step_size
+        return params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype)
+
     def _default_step_size(self, params, shards):
         curvature = self.loss.curvature if isinstance(self.loss, LinearLoss) else None
         if curvature is None:
@@ -204,7 +207,8 @@ class AbstractMethod(abc.ABC):
 
 
 @jax.jit
-def _init(method: AbstractMethod, params, shards: Shards, step_size) -> State:
+def begin(method: AbstractMethod, params: PyTree[Array], shards: Shards, step_size: Float[Array, ""]) -> State:
+    """The state before the first round."""
     w, unravel = ravel_pytree(params)
     rounds = jnp.zeros((), int)
     common = Common(w, None, step_size, rounds, unravel, shards.num_samples)

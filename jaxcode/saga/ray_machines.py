@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..workers.compute import packed, unpacked
 from ..workers.ray_pool import connect
-from .method import AbstractMethod
+from .method import AbstractMethod, begin
 from .run import History, run
 from .state import Common, Machine, State
 
@@ -38,8 +38,9 @@ class RayMachines:
 
     A round sends every machine the parameters and what all told, and receives how far it went and what it tells; its
     samples stay where they are. A round goes on without machines that are late or dead. The work of one that is late is
-    dropped but for its table, of which it tells as soon as it can; one that died is started anew in the background, and
-    rejoins with a table of gradients at the parameters of that moment.
+    dropped but for its table, of which it tells as soon as it can; one that died, or that has not answered for as long
+    as the time limit, is started anew in the background, and rejoins with a table of gradients at the parameters of that
+    moment.
 
     Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
     listens on the loopback interface only, and is ended with the machines. A context manager; leaving it ends them.
@@ -50,7 +51,7 @@ class RayMachines:
         address: As for `jaxcode.workers.RayPool`, as are num_cpus, num_gpus and resources.
         deadline: Seconds after which a round goes on without those that have not answered, once someone has; None to
             wait for all that are alive.
-        time_limit: Seconds after which a round that nobody answered is given up.
+        time_limit: Seconds after which a round that nobody answered is given up, and a machine that is stuck.
         start_limit: Seconds that machines may take to start.
         around: Called with a machine's number and its work of a round; what it returns is the answer. To rehearse
             delays and faults; runs in the machine's process.
@@ -92,8 +93,8 @@ class RayMachines:
             num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_restarts=0, max_task_retries=0
         )
         self._actors: list[Any] = []
-        # Calls under way: whose, and of which round; -1 where a machine is being started.
-        self._pending: dict[Any, tuple[int, int]] = {}
+        # Calls under way: whose, of which round, -1 where a machine is being started, and until when.
+        self._pending: dict[Any, tuple[int, int, float]] = {}
         # Of machines that died: how often in a row, and not before when they are started anew.
         self._died: dict[int, tuple[int, float]] = {}
         # What went wrong last with machines since they last answered.
@@ -106,17 +107,22 @@ class RayMachines:
             NoMachines: If no machine could be started.
             ValueError: As `AbstractMethod.init`.
         """
-        state = self.method.init(params, data)
+        params, shards, step_size = self.method._prepare(params, data)
         self._close_actors()
-        self._data, self._params = jax.tree.map(np.asarray, state.data), packed(state.params)
-        self._told = np.asarray(state.told).copy()
+        self._data, self._params = jax.tree.map(np.asarray, shards), packed(params)
+        # Nothing, until each has begun.
+        shape = jax.eval_shape(begin, self.method, params, shards, step_size).told
+        self._told = np.zeros(shape.shape, shape.dtype)
+        state = State(
+            params, jnp.asarray(self._told[0]), jnp.asarray(self._told), (), step_size, jnp.zeros((), int), shards
+        )
         self._actors = [None] * self.method.num_machines
         for machine in range(self.method.num_machines):
             self._start(machine, state)
         self._gather(self._start_limit, lambda: not self._pending)
         if not self._idle():
             raise NoMachines(f"no machine could be started within {self._start_limit} s: {self._why()}")
-        return dataclasses.replace(state, own=())
+        return self._heard(state)
 
     def round(self, state: State, key: PRNGKeyArray) -> State:
         """One round, of whoever answers in time.
@@ -132,24 +138,19 @@ class RayMachines:
         for machine in self._idle():
             work = self._actors[machine].work
             call = work.remote(np.asarray(w), shared, number, packed(key), np.asarray(state.step_size))
-            self._pending[call] = machine, number
+            self._pending[call] = machine, number, time.monotonic() + self._time_limit
 
         def over():
             late = self._deadline is not None and time.monotonic() - began >= self._deadline
-            return (late and bool(moves)) or number not in [of for _, of in self._pending.values()]
+            return (late and bool(moves)) or number not in [of for _, of, _ in self._pending.values()]
 
         self._gather(self._time_limit - (time.monotonic() - began), over, moves, number)
         if not moves:
             raise NoMachines(f"no machine did its part of round {number}: {self._why()}")
         everyone = sum(sizes[machine] for machine in moves)
         moved = sum(move * (sizes[machine] / everyone) for machine, move in moves.items())
-        return dataclasses.replace(
-            state,
-            params=unravel(w + jnp.asarray(moved, w.dtype)),
-            shared=jnp.asarray(self._told.sum(axis=0)),
-            told=jnp.array(self._told),
-            round=state.round + 1,
-        )
+        params = unravel(w + jnp.asarray(moved, w.dtype))
+        return self._heard(dataclasses.replace(state, params=params, round=state.round + 1))
 
     def run(
         self,
@@ -201,7 +202,7 @@ class RayMachines:
         self.close()
 
     def _idle(self):
-        busy = {machine for machine, _ in self._pending.values()}
+        busy = {machine for machine, _, _ in self._pending.values()}
         return [m for m, actor in enumerate(self._actors) if actor is not None and m not in busy]
 
     def _start(self, machine, state):
@@ -219,9 +220,15 @@ class RayMachines:
         )
         self._actors[machine] = actor
         w, _ = ravel_pytree(state.params)
-        self._pending[actor.begin.remote(np.asarray(w), np.asarray(state.step_size))] = machine, -1
+        call = actor.begin.remote(np.asarray(w), np.asarray(state.step_size))
+        self._pending[call] = machine, -1, time.monotonic() + self._start_limit
 
     def _revive(self, state):
+        for call, (machine, _, until) in list(self._pending.items()):
+            if time.monotonic() >= until:
+                self._pending.pop(call)
+                self._ray.kill(self._actors[machine])
+                self._lost(machine, TimeoutError("stuck"))
         for machine, (_, moment) in self._died.items():
             if self._actors[machine] is None and time.monotonic() >= moment:
                 self._start(machine, state)
@@ -245,7 +252,7 @@ class RayMachines:
                 list(self._pending), num_returns=1, timeout=min(0.05, max(0.0, end - time.monotonic()))
             )
             for call in done:
-                machine, of = self._pending.pop(call)
+                machine, of, _ = self._pending.pop(call)
                 try:
                     move, self._told[machine] = self._ray.get(call)
                 except self._ray.exceptions.RayTaskError as failure:
@@ -274,7 +281,7 @@ class RayMachines:
         self._troubles[machine] = text
 
     def _why(self):
-        late = {machine: "has not answered" for machine, _ in self._pending.values()}
+        late = {machine: "has not answered" for machine, _, _ in self._pending.values()}
         troubles = sorted({**late, **self._troubles}.items())
         return "; ".join(f"machine {machine} {text}" for machine, text in troubles[:4])
 
@@ -284,9 +291,11 @@ class RayMachines:
             raise NoMachines(f"not all machines told their tables in {self._time_limit} s: {self._why()}")
         own = self._ray.get([actor.keeps.remote() for actor in self._actors])
         own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
-        return dataclasses.replace(
-            state, own=own, told=jnp.array(self._told), shared=jnp.asarray(self._told.sum(axis=0))
-        )
+        return self._heard(dataclasses.replace(state, own=own))
+
+    def _heard(self, state):
+        """With what all machines have told."""
+        return dataclasses.replace(state, shared=jnp.asarray(self._told.sum(axis=0)), told=jnp.array(self._told))
 
     def _place(self, state):
         self._told = np.asarray(state.told).copy()

@@ -38,7 +38,16 @@ def plain_logistic(w, sample):
     return jax.nn.softplus(-y * (x @ w))
 
 
-def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
+def drawn(key, period, x, ridge, sampling):
+    """Samples of a machine, and what their probabilities are multiples of even ones."""
+    if sampling == "uniform":
+        return np.asarray(jax.random.randint(key, (period, 1), 0, len(x)))[:, 0], np.ones(len(x))
+    p = 0.25 * np.sum(x**2, axis=1) + len(x) * ridge / 3
+    p /= p.sum()
+    return np.searchsorted(np.cumsum(p), np.asarray(jax.random.uniform(key, (period, 1)))[:, 0], "right"), len(x) * p
+
+
+def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count, sampling="uniform"):
     """Distributed SAGA on logistic regression, one number after the other in NumPy, for the same samples."""
     n = len(y)
     ends = np.cumsum(sizes)
@@ -48,13 +57,13 @@ def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
         sums = [x[e - m : e].T @ slopes[e - m : e] for m, e in zip(sizes, ends, strict=True)]
         c, ends_of = sum(sums) / n, []
         for k, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-            index = np.asarray(jax.random.randint(jax.random.fold_in(of_round, k), (period, 1), 0, size))[:, 0]
+            index, often = drawn(jax.random.fold_in(of_round, k), period, x[end - size : end], ridge, sampling)
             theta = {"anchored": 1, "own": size / n, "frozen": 0}[correction]
             v, own = w.copy(), sums[k].copy()
             for j in end - size + index:
                 slope = -y[j] / (1 + math.exp(y[j] * (x[j] @ v)))
                 delta = (slope - slopes[j]) * x[j]
-                v = v - step_size * (delta + c + theta * (own - sums[k]) / size + ridge * v)
+                v = v - step_size * (delta / often[j - end + size] + c + theta * (own - sums[k]) / size + ridge * v)
                 own, slopes[j] = own + delta, slope
             ends_of.append(size / n * v)
         w = sum(ends_of)
@@ -65,11 +74,21 @@ def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count):
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("period", [5, 80])
 def test_it_is_what_is_written(loss, correction, period):
+    what_is_written(loss, correction, period)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prox": lambda w, step: w}], ids=["in blocks", "one by one"])
+@pytest.mark.parametrize("correction", ["anchored", "own"])
+def test_samples_are_drawn_as_often_as_is_written(correction, settings):
+    what_is_written(saga.logistic, correction, 80, sampling="lipschitz", **settings)
+
+
+def what_is_written(loss, correction, period, sampling="uniform", **settings):
     x, y = problems.classes(50, 4)
     sizes = [20, 7, 23]
-    method = DistributedSaga(loss, 3, period, 0.1, correction, step_size=0.5, shard_sizes=sizes)
+    method = DistributedSaga(loss, 3, period, 0.1, correction, sampling, step_size=0.5, shard_sizes=sizes, **settings)
     state = rounds(method, begun(method, (x, y)), 4)
-    w, slopes = by_hand(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4)
+    w, slopes = by_hand(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4, sampling)
     np.testing.assert_allclose(state.params, w, rtol=1e-11, atol=1e-12)
     ends = np.cumsum(sizes)
     for k, (m, e) in enumerate(zip(sizes, ends, strict=True)):
@@ -123,6 +142,24 @@ def test_sums_are_those_of_tables_after_every_round(loss, batch_size):
             sums = [table.sum(0) for table in tables]
         np.testing.assert_allclose(state.told, sums, rtol=0, atol=1e-10)
         np.testing.assert_allclose(state.shared, np.sum(sums, axis=0), rtol=0, atol=1e-10)
+
+
+def test_samples_that_differ_in_length_are_no_burden_where_long_ones_are_drawn_more_often():
+    x, y = problems.classes(400, 5)
+    # One in ten is ten times as long as the others.
+    x = x * np.where(np.arange(400) % 10 == 0, 10, 1)[:, None] / np.sqrt(10)
+    optimum = problems.logistic_optimum(x, y, 0.01)
+    left = {}
+    for sampling in ("uniform", "lipschitz"):
+        method = DistributedSaga(saga.logistic, 4, 20, 0.01, sampling=sampling)
+        state = rounds(method, begun(method, (x, y)), 100)
+        left[sampling] = problems.distance(state.params, optimum)
+    assert left["lipschitz"] < 1e-8
+    assert left["uniform"] > 1e-5
+    # Of the last state: steps no longer than samples' own divided curvature allows.
+    p = 0.25 * np.sum(x.reshape(4, 100, 5) ** 2, axis=2)
+    often = (p + 100 * 0.01 / 3) / np.mean(p + 100 * 0.01 / 3, axis=1, keepdims=True)
+    np.testing.assert_allclose(state.step_size, 1 / (3 * (np.max(p / often) + 0.01)), rtol=1e-12)
 
 
 def lipschitz(x, ridge):

@@ -1,5 +1,8 @@
 """Machines that are processes: the same results, and what becomes of those that are late or die."""
 
+import signal
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +67,7 @@ def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(share
 
 
 @pytest.mark.long
-def test_late_dead_and_failing_machines_are_done_without_and_rejoin(shared):
+def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared, monkeypatch):
     machines, faults = shared
     optimum = problems.logistic_optimum(*DATA, RIDGE)
     state = machines.init(jnp.zeros(5), DATA)
@@ -90,6 +93,17 @@ def test_late_dead_and_failing_machines_are_done_without_and_rejoin(shared):
     faults.kill(0)
     state = machines.round(state, KEY)
     assert machines._await(3, state, 60.0)
+    # Stuck: replaced once the time limit has passed.
+    monkeypatch.setattr(machines, "_time_limit", 2.0)
+    stuck = faults.pid(1)
+    faults.signal(signal.SIGSTOP, 1)
+    state = machines.round(state, KEY)
+    monkeypatch.undo()
+    time.sleep(1.0)
+    state = machines.round(state, KEY)
+    assert machines._await(3, state, 60.0)
+    state = machines.round(state, KEY)
+    assert faults.pid(1) != stuck
     for _ in range(250):
         state = machines.round(state, KEY)
     np.testing.assert_allclose(state.shared, np.sum(state.told, axis=0), atol=1e-12)
