@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcode import saga
 from models import datasets, train_linear
 from models.train_linear import main
 
@@ -51,7 +52,29 @@ def test_many_classes_are_scikit_learns_too():
         assert 0.5 < problem.least < 2.0
 
 
-@pytest.mark.skipif("JAXCODE_DATA" not in os.environ, reason="JAXCODE_DATA names no folder of data")
+needs_data = pytest.mark.skipif("JAXCODE_DATA" not in os.environ, reason="JAXCODE_DATA names no folder of data")
+
+
+@pytest.mark.long
+@needs_data
+@pytest.mark.parametrize("name", ["a9a", "w8a"])
+def test_thirty_epochs_on_real_sets_sorted_by_label(name):
+    with jax.enable_x64(True):
+        problem = train_linear.load(name, None, 1e-3)
+
+        def gap(method):
+            state = method.init(problem.params, problem.data)
+            state, _ = method.run(state, jax.random.key(0), num_rounds, every=num_rounds, progress=False)
+            return float(method.objective(state.params, state)) - problem.least
+
+        settings = {"num_machines": 8, "period": 64, "ridge": 1e-3}
+        num_rounds = 30 * len(problem.data[1]) // (8 * 64)
+        assert abs(gap(saga.DistributedSaga(problem.loss, **settings))) <= 1e-6
+        assert gap(saga.DistributedSaga(problem.loss, correction="local", **settings)) >= 5e-5
+        assert gap(saga.FederatedAveraging(problem.loss, **settings)) >= 5e-5
+
+
+@needs_data
 @pytest.mark.parametrize(("name", "shape"), [("a9a", (32561, 123)), ("w8a", (49749, 300))])
 def test_real_sets_of_libsvm(name, shape):
     x, y = datasets.libsvm(name)
