@@ -99,7 +99,8 @@ class AbstractMethod(abc.ABC):
             ValueError: If leading axes of data differ, there are fewer samples than machines, shard_sizes do not fit,
                 or the step size does not follow from the loss and none was given.
         """
-        return self._spread(begin(self, *self._prepare(params, data)))
+        params, shards, step_size = self._prepare(params, data)
+        return self._spread(State(**begin(self, params, shards, step_size), data=shards))
 
     def round(self, state: State, key: PRNGKeyArray, returned: Bool[Array, "machines"] | None = None) -> State:
         """One round.
@@ -116,7 +117,7 @@ class AbstractMethod(abc.ABC):
         if returned is None:
             returned = jnp.ones(self.num_machines, bool)
         check_mask("returned", returned, self.num_machines)
-        return _round(self, state, key, returned)
+        return dataclasses.replace(state, **_round(self, state, key, returned))
 
     def run(
         self,
@@ -156,7 +157,7 @@ class AbstractMethod(abc.ABC):
             self,
             state,
             num_rounds,
-            lambda state, count: _rounds(self, state, key, count, stragglers),
+            lambda state, count: dataclasses.replace(state, **_rounds(self, state, key, count, stragglers)),
             every=every,
             evaluate=evaluate,
             callbacks=callbacks,
@@ -206,19 +207,27 @@ class AbstractMethod(abc.ABC):
         return jax.device_put(state, jax.tree.map_with_path(place, state))
 
 
+# What follows takes samples and does not return them: XLA would copy them.
 @jax.jit
-def begin(method: AbstractMethod, params: PyTree[Array], shards: Shards, step_size: Float[Array, ""]) -> State:
-    """The state before the first round."""
+def begin(method: AbstractMethod, params: PyTree[Array], shards: Shards, step_size: Float[Array, ""]) -> dict[str, Any]:
+    """The state before the first round, without samples."""
     w, unravel = ravel_pytree(params)
     rounds = jnp.zeros((), int)
     common = Common(w, None, step_size, rounds, unravel, shards.num_samples)
     machines = Machine(None, None, shards.samples, shards.sizes, shards.sizes / shards.num_samples)
     own, told = jax.vmap(functools.partial(method._begin, common))(machines)
-    return State(params, jnp.sum(told, axis=0), told, own, step_size, rounds, shards)
+    return {
+        "params": params,
+        "shared": jnp.sum(told, axis=0),
+        "told": told,
+        "own": own,
+        "step_size": step_size,
+        "round": rounds,
+    }
 
 
 @jax.jit
-def _round(method: AbstractMethod, state: State, key, returned) -> State:
+def _round(method: AbstractMethod, state: State, key, returned) -> dict[str, Any]:
     w, unravel = ravel_pytree(state.params)
     data = state.data
 
@@ -261,19 +270,22 @@ def _round(method: AbstractMethod, state: State, key, returned) -> State:
         )
         sums, own, told = spread(everywhere, *by_machine)
     params = unravel(w + sums[: w.size])
-    return dataclasses.replace(state, params=params, shared=sums[w.size :], told=told, own=own, round=state.round + 1)
+    after = {"params": params, "shared": sums[w.size :], "told": told, "own": own, "round": state.round + 1}
+    return {**state.moving(), **after}
 
 
 @jax.jit
 def _rounds(method, state, key, count, stragglers):
-    def go(_, state):
-        if stragglers is None:
-            return method.round(state, key)
-        # Machines draw their samples with the numbers before.
-        of_round = jax.random.fold_in(jax.random.fold_in(key, state.round), method.num_machines)
-        return method.round(state, key, stragglers.sample(of_round, method.num_machines))
+    def go(_, moving):
+        now = dataclasses.replace(state, **moving)
+        returned = jnp.ones(method.num_machines, bool)
+        if stragglers is not None:
+            # Machines draw their samples with the numbers before.
+            of_round = jax.random.fold_in(jax.random.fold_in(key, now.round), method.num_machines)
+            returned = stragglers.sample(of_round, method.num_machines)
+        return _round(method, now, key, returned)
 
-    return jax.lax.fori_loop(0, count, go, state)
+    return jax.lax.fori_loop(0, count, go, state.moving())
 
 
 @jax.jit

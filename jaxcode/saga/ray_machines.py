@@ -38,9 +38,8 @@ class RayMachines:
 
     A round sends every machine the parameters and what all told, and receives how far it went and what it tells; its
     samples stay where they are. A round goes on without machines that are late or dead. The work of one that is late is
-    dropped but for its table, of which it tells as soon as it can; one that died, or that has not answered for as long
-    as the time limit, is started anew in the background, and rejoins with a table of gradients at the parameters of that
-    moment.
+    dropped but for its table, of which it tells as soon as it can; one that died, or has not answered within the time
+    limit, is started anew in the background, and rejoins with a table of gradients at the parameters of then.
 
     Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
     listens on the loopback interface only, and is ended with the machines. A context manager; leaving it ends them.
@@ -111,7 +110,7 @@ class RayMachines:
         self._close_actors()
         self._data, self._params = jax.tree.map(np.asarray, shards), packed(params)
         # Nothing, until each has begun.
-        shape = jax.eval_shape(begin, self.method, params, shards, step_size).told
+        shape = jax.eval_shape(begin, self.method, params, shards, step_size)["told"]
         self._told = np.zeros(shape.shape, shape.dtype)
         state = State(
             params, jnp.asarray(self._told[0]), jnp.asarray(self._told), (), step_size, jnp.zeros((), int), shards

@@ -124,7 +124,7 @@ def _checkpoints(folder):
             newest = manager.latest_step()
             if newest is None:
                 return state
-            leaves, structure = jax.tree.flatten(_moving(state))
+            leaves, structure = jax.tree.flatten(state.moving())
             like = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
                 for name, leaf in _named(leaves).items()
@@ -138,14 +138,9 @@ def _checkpoints(folder):
             return dataclasses.replace(state, **jax.tree.unflatten(structure, leaves))
 
         def save(state):
-            manager.save(int(state.round), args=ocp.args.StandardSave(_named(jax.tree.leaves(_moving(state)))))
+            manager.save(int(state.round), args=ocp.args.StandardSave(_named(jax.tree.leaves(state.moving()))))
 
         yield restore, save
-
-
-def _moving(state):
-    """All but the samples."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "data"}
 
 
 def _named(leaves):

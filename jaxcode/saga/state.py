@@ -1,5 +1,6 @@
 """What methods know and remember."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, final
 
@@ -31,6 +32,10 @@ class State:
     step_size: Float[Array, ""]
     round: Integer[Array, ""]
     data: Shards
+
+    def moving(self) -> dict[str, Any]:
+        """All but the samples, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "data"}
 
 
 @final
