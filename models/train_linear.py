@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
 from jaxcode import saga
 
@@ -22,6 +23,8 @@ from .datasets import libsvm
 
 DATASETS = ("breast_cancer", "digits", "a9a", "w8a")
 LEVELS = (1e-4, 1e-6, 1e-8)
+# For which steps are chosen and methods compared.
+AIM = 1e-6
 _STYLES = {
     "distributed SAGA, anchored": ("#D55E00", "-"),
     "distributed SAGA, own": ("#E69F00", "-"),
@@ -31,9 +34,9 @@ _STYLES = {
     "SCAFFOLD": ("#009E73", "--"),
     "minibatch SGD": ("#000000", ":"),
 }
-# Steps of SGD and its kin, in units of SAGA's, and by how much of the first their divisor grows in a round.
-_LENGTHS = (0.3, 1.0, 3.0, 5.0)
-_DECAYS = (0.0, 0.003, 0.03)
+# Steps that are tried, in units of 1 / (3 L); those of round r are divided by 1 + decay r.
+_LENGTHS = {"saga": (0.1, 0.3, 1.0, 3.0), "rivals": (0.3, 1.0, 3.0, 5.0)}
+_DECAYS = {"saga": (0.0,), "rivals": (0.0, 0.01, 0.1)}
 _RIVALS = {
     "FedAvg": saga.FederatedAveraging,
     "SCAFFOLD": saga.Scaffold,
@@ -41,8 +44,10 @@ _RIVALS = {
 }
 _FOOTNOTE = """\
 Samples {lengths}, sorted by label over {machines} machines; {period} steps of one sample each a round, for minibatch
-SGD one step of as many samples; one seed. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in
-round r; those of SGD and its kin are the best of {tried} epochs. The optimum is scikit-learn's, {least:.12f}."""
+SGD one step of as many samples. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in round r;
+of those tried, {saga} by SAGA for {epochs} epochs and {rivals} by SGD and its kin for up to {longest}, those that
+reach {aim:.0e} first, or come closest. Rows are of one seed, how many times of {seeds}. The optimum is scikit-learn's,
+{least:.12f}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +74,32 @@ class Run:
     Attributes:
         name: Its own.
         steps: What was chosen for it.
-        history: Its suboptimality, among others.
+        histories: Its suboptimality, among others, with each seed.
     """
 
     name: str
     steps: str
-    history: saga.History
+    histories: tuple[saga.History, ...]
 
-    def first(self, level: float) -> int | None:
-        """The first record at or below a suboptimality."""
-        below = np.flatnonzero(self.history.values <= level)
-        return int(below[0]) if below.size else None
+    @property
+    def rank(self) -> tuple[float, float]:
+        """By what it sent until it was there, with the first seed; by how close it came."""
+        history = self.histories[0]
+        there = first(history, AIM)
+        return (np.inf if there is None else history.floats[there]), history.values[-1]
+
+
+def first(history: saga.History, level: float) -> int | None:
+    """The first record at or below a suboptimality."""
+    below = np.flatnonzero(history.values <= level)
+    return int(below[0]) if below.size else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train by every method, print and plot; exits with code 2 on bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
-    for name in ("ridge", "epochs", "patience"):
+    for name in ("ridge", "epochs", "patience", "seeds"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} is {getattr(args, name)}; expected a number above 0")
     jax.config.update("jax_enable_x64", True)
@@ -137,9 +150,8 @@ def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool =
 
 
 def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
-    """Every method from zero; SGD and its kin with the best of several steps, and for longer."""
-    runs = []
-    settings = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
+    """Every method from zero, with the best of several steps; SGD and its kin for longer."""
+    settings: dict[str, Any] = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
     variants: dict[str, dict[str, Any]] = {
         "distributed SAGA, anchored": {"correction": "anchored"},
         "distributed SAGA, own": {"correction": "own"},
@@ -147,38 +159,44 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
     }
     if args.keep_lengths:
         variants["anchored, long samples more often"] = {"correction": "anchored", "sampling": "lipschitz"}
-    for name, variant in variants.items():
-        method = saga.DistributedSaga(problem.loss, **variant, **settings)
-        runs.append(_told(Run(name, "1", _run(method, problem, args, args.epochs))))
     unit = float(saga.DistributedSaga(problem.loss, **settings).init(problem.params, problem.data).step_size)
-    for name, kind in _RIVALS.items():
-        best, steps, least = None, "", np.inf
-        for length, decay in itertools.product(_LENGTHS, _DECAYS):
-            method = kind(problem.loss, step_size=length * unit, decay=decay, **settings)
-            gap = _run(method, problem, args, args.epochs).values[-1]
-            if gap < least:
-                best, steps, least = method, f"{length:g}" + (f"/(1 + {decay:g} r)" if decay else ""), gap
-        runs.append(_told(Run(name, steps, _run(best, problem, args, args.patience * args.epochs))))
+    runs = []
+    for name in [*variants, *_RIVALS]:
+        kind = "rivals" if name in _RIVALS else "saga"
+        epochs = args.epochs * (args.patience if name in _RIVALS else 1)
+        tried = []
+        for length, decay in tqdm(
+            list(itertools.product(_LENGTHS[kind], _DECAYS[kind])), desc=name, unit="step size", leave=False
+        ):
+            if name in _RIVALS:
+                method = _RIVALS[name](problem.loss, step_size=length * unit, decay=decay, **settings)
+            else:
+                method = saga.DistributedSaga(problem.loss, **variants[name], **settings)
+                own = float(method.init(problem.params, problem.data).step_size)
+                method = dataclasses.replace(method, step_size=length * own)
+            steps = f"{length:g}" + (f"/(1 + {decay:g} r)" if decay else "")
+            tried.append((Run(name, steps, (_run(method, problem, args, epochs, 0),)), method))
+        best, method = min(tried, key=lambda one: one[0].rank)
+        others = [_run(method, problem, args, epochs, i) for i in range(1, args.seeds)]
+        runs.append(dataclasses.replace(best, histories=(*best.histories, *others)))
+        last = best.histories[0]
+        print(
+            f"{name}: {last.values[-1]:.1e} after {last.epochs[-1]:.0f} epochs in {last.seconds[-1]:.1f} s", flush=True
+        )
     return runs
 
 
-def _told(run):
-    last = run.history
-    print(
-        f"{run.name}: {last.values[-1]:.1e} after {last.epochs[-1]:.0f} epochs in {last.seconds[-1]:.1f} s", flush=True
-    )
-    return run
-
-
-def _run(method, problem, args, epochs):
+def _run(method, problem, args, epochs, number):
+    """As many epochs, or until nobody looks any closer."""
     per_epoch = max(1, round(len(problem.data[1]) / method.samples_per_round()))
     state = method.init(problem.params, problem.data)
     _, history = method.run(
         state,
-        jax.random.key(args.seed),
+        jax.random.key(args.seed + number),
         epochs * per_epoch,
         every=max(1, per_epoch // 4) if isinstance(method, saga.DistributedSaga) else per_epoch,
         evaluate=lambda params: method.objective(params, state) - problem.least,
+        callbacks=[lambda _, record: record["values"] <= LEVELS[-1] / 100],
         progress=False,
     )
     return history
@@ -195,30 +213,46 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
         + "".join(f"{'floats to ' + head:>17}" for head in heads),
     ]
     for run in runs:
-        reached = [run.first(level) for level in LEVELS]
-        epochs = ["-" if i is None else f"{run.history.epochs[i]:.1f}" for i in reached]
-        floats = ["-" if i is None else f"{run.history.floats[i]:.2e}" for i in reached]
+        history = run.histories[0]
+        reached = [first(history, level) for level in LEVELS]
+        epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in reached]
+        floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in reached]
         lines.append(
-            f"{run.name:34} {run.steps:>16} {run.history.values[-1]:9.1e}"
+            f"{run.name:34} {run.steps:>16} {history.values[-1]:9.1e}"
             + "".join(f"{cell:>17}" for cell in (*epochs, *floats))
         )
-    ours = runs[0].first(1e-6)
-    if ours is not None:
-        for run in runs:
-            if run.name not in _RIVALS:
-                continue
-            there = run.first(1e-6)
-            sent = run.history.floats[-1 if there is None else there]
-            times = f"{'more than ' if there is None else ''}{sent / runs[0].history.floats[ours]:.0f} times"
-            lines.append(f"{run.name} sends {times} as many floats as anchored SAGA until 1e-06.")
+    ours = [first(history, AIM) for history in runs[0].histories]
+    if None not in ours:
+        lines.append("")
+        sent = [history.floats[i] for history, i in zip(runs[0].histories, ours, strict=True)]
+        lines += [
+            f"{run.name} sends {_times(run, sent)} as many floats as anchored SAGA."
+            for run in runs
+            if run.name in _RIVALS
+        ]
+    tries = {kind: len(_LENGTHS[kind]) * len(_DECAYS[kind]) for kind in _LENGTHS}
     footnote = _FOOTNOTE.format(
         lengths="as long as they are" if args.keep_lengths else "of length 1",
         machines=args.machines,
         period=args.period,
-        tried=f"{len(_LENGTHS) * len(_DECAYS)} after {args.epochs}",
+        epochs=args.epochs,
+        longest=args.patience * args.epochs,
+        aim=AIM,
+        seeds=args.seeds,
         least=least,
+        **tries,
     )
     return "\n".join([*lines, "", footnote])
+
+
+def _times(run, ours):
+    """From, to, seed by seed, until the aim was reached or patience ended."""
+    there = [first(history, AIM) for history in run.histories]
+    ratios = [
+        history.floats[-1 if i is None else i] / o for history, i, o in zip(run.histories, there, ours, strict=True)
+    ]
+    low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
+    return f"{'more than ' if None in there else ''}{low if low == high else f'{low} to {high}'} times"
 
 
 def _write(runs, path):
@@ -226,7 +260,7 @@ def _write(runs, path):
         writer = csv.writer(file)
         writer.writerow(["method", "rounds", "epochs", "floats", "suboptimality"])
         for run in runs:
-            history = run.history
+            history = run.histories[0]
             for row in zip(history.rounds, history.epochs, history.floats, history.values, strict=True):
                 writer.writerow([run.name, *row])
 
@@ -243,9 +277,8 @@ def _plot(runs, args, path):
         for run in runs:
             color, line = _STYLES[run.name]
             # What is below the precision of the objective is noise.
-            axes.plot(
-                getattr(run.history, column), np.maximum(run.history.values, 1e-14), line, color=color, label=run.name
-            )
+            history = run.histories[0]
+            axes.plot(getattr(history, column), np.maximum(history.values, 1e-14), line, color=color, label=run.name)
         axes.set(xlabel=label, xscale="symlog" if column == "epochs" else "log", yscale="log")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("suboptimality of the objective")
@@ -261,11 +294,12 @@ def _parser():
     parser.add_argument("--machines", type=int, default=8, help="K (default: %(default)s)")
     parser.add_argument("--period", type=int, default=64, help="steps in a round (default: %(default)s)")
     parser.add_argument("--ridge", type=float, default=1e-3, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     parser.add_argument(
         "--patience", type=int, default=10, help="how many times as long for SGD and its kin (default: 10)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the first (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, for how floats spread (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/train_linear"), help="default: %(default)s")
     return parser
 

@@ -21,9 +21,24 @@ def _narrow_again():
 
 
 def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_linear, "_LENGTHS", (1.0,))
-    monkeypatch.setattr(train_linear, "_DECAYS", (0.0, 0.03))
-    main(["--period", "8", "--epochs", "80", "--patience", "2", "--machines", "4", "--out", str(tmp_path)])
+    monkeypatch.setattr(train_linear, "_LENGTHS", {"saga": (0.3, 1.0), "rivals": (1.0,)})
+    monkeypatch.setattr(train_linear, "_DECAYS", {"saga": (0.0,), "rivals": (0.0, 0.03)})
+    main(
+        [
+            "--period",
+            "8",
+            "--epochs",
+            "80",
+            "--patience",
+            "2",
+            "--machines",
+            "4",
+            "--seeds",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     printed = capsys.readouterr().out
     with (tmp_path / "breast_cancer.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
