@@ -56,9 +56,9 @@ class DistributedSaga(AbstractMethod):
     The guarantee is that of a period of 1: with steps of 1/(3 L) the squared distance from the optimum falls at least
     by the factor :math:`1 - \min(K / (4 n), \mu / (3 L))` a step, in the mean. For longer periods the rate is measured,
     not proven: "own" diverges where the period is long and there are more than two machines, "anchored" contracts
-    whatever the period and however machines differ. Where they do and the period is long, shorter steps than the default
-    save rounds, as whoever goes far on its own goes by old news of the others: a9a sorted by label over eight machines,
-    with a period of 64, is solved in a quarter of the rounds with a tenth of it.
+    whatever the period and however machines differ. Where they do and the period is long, steps shorter than the
+    default save rounds, as whoever goes far on its own goes by old news of the others: a9a sorted by label over eight
+    machines, with a period of 64, is solved in a quarter of the rounds with a tenth of it.
 
     A machine that misses a round keeps its table, and the others go on with what it told them last. Its samples' part
     of c is as old as that, so that machines that miss rounds at random slow the method down, and one that stays away
