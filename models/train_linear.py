@@ -27,7 +27,7 @@ LEVELS = (1e-4, 1e-6, 1e-8)
 AIM = 1e-6
 _STYLES = {
     "distributed SAGA, anchored": ("#D55E00", "-"),
-    "distributed SAGA, own": ("#E69F00", "-"),
+    "distributed SAGA, own": ("#E69F00", "--"),
     "anchored, long samples more often": ("#0072B2", "-"),
     "local SAGA, averaged": ("#CC79A7", "-."),
     "FedAvg": ("#56B4E9", "--"),
