@@ -246,16 +246,16 @@ class _Trial:
 
         The decoder's is chosen anew for each, and in the end the two together.
         """
-        best = self
+        before = self.measured
         for smoothing in _SMOOTHINGS:
             trial = self._measured_with(encoder_smoothing=smoothing * self._unit)
             trial.smooth_decoder()
-            if trial.measured.rank >= best.measured.rank:
+            # At every step, or one of many would win a small sample by chance.
+            if not trial.measured.surely_better_than(self.measured):
                 break
-            best = trial
-        if best.measured.surely_better_than(self.measured):
-            best._descend(["encoder_smoothing", "decoder_smoothing"])
-            self.curve, self.best = best.curve, best.best
+            self.curve, self.best = trial.curve, trial.best
+        if self.measured is not before:
+            self._descend(["encoder_smoothing", "decoder_smoothing"])
 
     def smooth_decoder(self):
         """Tries smoothing of the decoder: on a grid, and around the best of it where the error is least."""
