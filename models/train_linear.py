@@ -152,32 +152,30 @@ def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool =
 def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
     """Every method from zero, with the best of several steps; SGD and its kin for longer."""
     settings: dict[str, Any] = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
-    variants: dict[str, dict[str, Any]] = {
-        "distributed SAGA, anchored": {"correction": "anchored"},
-        "distributed SAGA, own": {"correction": "own"},
-        "local SAGA, averaged": {"correction": "local"},
+    methods: dict[str, Any] = {
+        "distributed SAGA, anchored": saga.DistributedSaga(problem.loss, correction="anchored", **settings),
+        "distributed SAGA, own": saga.DistributedSaga(problem.loss, correction="own", **settings),
+        "local SAGA, averaged": saga.DistributedSaga(problem.loss, correction="local", **settings),
     }
     if args.keep_lengths:
-        variants["anchored, long samples more often"] = {"correction": "anchored", "sampling": "lipschitz"}
-    unit = float(saga.DistributedSaga(problem.loss, **settings).init(problem.params, problem.data).step_size)
+        methods["anchored, long samples more often"] = saga.DistributedSaga(
+            problem.loss, sampling="lipschitz", **settings
+        )
+    methods |= {name: rival(problem.loss, **settings) for name, rival in _RIVALS.items()}
     runs = []
-    for name in [*variants, *_RIVALS]:
-        kind = "rivals" if name in _RIVALS else "saga"
-        epochs = args.epochs * (args.patience if name in _RIVALS else 1)
+    for name, method in methods.items():
+        kind, epochs = ("rivals", args.epochs * args.patience) if name in _RIVALS else ("saga", args.epochs)
+        begin = method.init(problem.params, problem.data)
         tried = []
         for length, decay in tqdm(
             list(itertools.product(_LENGTHS[kind], _DECAYS[kind])), desc=name, unit="step size", leave=False
         ):
-            if name in _RIVALS:
-                method = _RIVALS[name](problem.loss, step_size=length * unit, decay=decay, **settings)
-            else:
-                method = saga.DistributedSaga(problem.loss, **variants[name], **settings)
-                own = float(method.init(problem.params, problem.data).step_size)
-                method = dataclasses.replace(method, step_size=length * own)
+            chosen = dataclasses.replace(method, decay=decay) if decay else method
+            state = dataclasses.replace(begin, step_size=length * begin.step_size)
             steps = f"{length:g}" + (f"/(1 + {decay:g} r)" if decay else "")
-            tried.append((Run(name, steps, (_run(method, problem, args, epochs, 0),)), method))
-        best, method = min(tried, key=lambda one: one[0].rank)
-        others = [_run(method, problem, args, epochs, i) for i in range(1, args.seeds)]
+            tried.append((Run(name, steps, (_run(chosen, state, problem, args, epochs, 0),)), chosen, state))
+        best, chosen, state = min(tried, key=lambda one: one[0].rank)
+        others = [_run(chosen, state, problem, args, epochs, i) for i in range(1, args.seeds)]
         runs.append(dataclasses.replace(best, histories=(*best.histories, *others)))
         last = best.histories[0]
         print(
@@ -186,10 +184,9 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def _run(method, problem, args, epochs, number):
+def _run(method, state, problem, args, epochs, number):
     """As many epochs, or until nobody looks any closer."""
     per_epoch = max(1, round(len(problem.data[1]) / method.samples_per_round()))
-    state = method.init(problem.params, problem.data)
     _, history = method.run(
         state,
         jax.random.key(args.seed + number),

@@ -13,7 +13,7 @@ from .._pytree import pytree
 from ._blocks import Walk, walk_in_blocks
 from ._tables import add, along, first_of_each
 from .gradients import gradients_of
-from .linear import LinearLoss, smoothness
+from .linear import LinearLoss
 from .method import AbstractMethod, Loss, check_method
 
 # The weight of what a machine's sum has changed by since the last meeting, of how many samples it has and all have.
@@ -141,19 +141,12 @@ class DistributedSaga(AbstractMethod):
         wanted = jnp.where(jnp.arange(smooth.size) < size, smooth + size * self.ridge / 3, 0)
         return wanted / jnp.sum(wanted)
 
-    def _smoothness(self, params, samples):
-        assert isinstance(self.loss, LinearLoss)
-        assert self.loss.curvature is not None
-        x, _ = samples
-        return smoothness(self.loss.curvature, params, x)
-
     def _default_step_size(self, params, shards):
         if self.sampling == "uniform":
             return super()._default_step_size(params, shards)
         p = jax.vmap(self._probabilities, (None, 0, 0))(params, shards.samples, shards.sizes)
         divided = self._smoothness(params, shards.samples) / (shards.sizes[:, None] * jnp.where(p > 0, p, jnp.inf))
-        largest = jnp.max(divided)
-        return 1 / (3 * (largest + self.ridge))
+        return 1 / (3 * (jnp.max(divided) + self.ridge))
 
     def _draw(self, machine, key):
         """Samples for all steps, and by what their differences are multiplied in the step, (period, batch) each."""

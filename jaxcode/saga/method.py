@@ -186,13 +186,17 @@ class AbstractMethod(abc.ABC):
         return params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype)
 
     def _default_step_size(self, params, shards):
+        return 1 / (3 * (jnp.max(self._smoothness(params, shards.samples)) + self.ridge))
+
+    def _smoothness(self, params, samples):
+        """L_i of samples (..., d)."""
         curvature = self.loss.curvature if isinstance(self.loss, LinearLoss) else None
         if curvature is None:
             raise ValueError(
                 "step_size is None; expected a number, as it does not follow from this loss: try 1 / (3 L)"
             )
-        x, _ = shards.samples
-        return 1 / (3 * (jnp.max(smoothness(curvature, params, x)) + self.ridge))
+        x, _ = samples
+        return smoothness(curvature, params, x)
 
     def _spread(self, state):
         """Puts what is a machine's own, and what it told, where the machine is, if machines are on several devices."""

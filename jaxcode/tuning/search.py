@@ -227,19 +227,15 @@ class _Trial:
             raise RuntimeError("nothing has been measured yet")
         return self.best
 
-    def measure(self, code, outputs, groups):
-        """The best of these output spaces."""
-        found = self.judge(code, outputs, *self._seen(code, groups))
-        return min(found, key=lambda m: m.rank)
-
-    def _seen(self, code, groups):
+    def _seen(self, groups):
         """Answers of the code's workers to the first groups, and what the model answers to their inputs."""
-        at = code.worker_nodes if isinstance(code, SplineCode) else assignment(code)
+        at = self.code.worker_nodes if isinstance(self.code, SplineCode) else assignment(self.code)
         targets = jax.tree.map(lambda leaf: leaf[:groups], self.curve.targets)
         return self.curve.answers(np.asarray(at, np.float64), groups), targets
 
     def meet(self, outputs, groups):
-        self.best = self.measure(self.code, outputs, groups)
+        """Takes the best of these output spaces."""
+        self.best = min(self.judge(self.code, outputs, *self._seen(groups)), key=lambda m: m.rank)
 
     def smooth_encoder(self):
         """Tries smoothing of the encoder: more and more while that helps, and around the best where the error is least.
@@ -294,7 +290,7 @@ class _Trial:
             trial = self._with(**dict(zip(names, np.exp(logs), strict=True)))
             code = cast(SplineCode, trial.code)
             square, by_decoder, by_answers = self.judge.slopes(
-                code, self.measured.output, *trial._seen(code, self.measured.losses.shape[1])
+                code, self.measured.output, *trial._seen(self.measured.losses.shape[1])
             )
             slopes = {"decoder_smoothing": by_decoder}
             if "encoder_smoothing" in names:

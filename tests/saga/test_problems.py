@@ -133,6 +133,8 @@ def test_what_makes_no_sense_is_refused(unchecked):
         (lambda: DistributedSaga(saga.logistic, 2, 5, -1.0), r"ridge is -1\.0"),
         (lambda: DistributedSaga(saga.logistic, 2, 5, step_size=0.0), r"step_size is 0\.0"),
         (lambda: DistributedSaga(saga.logistic, 2, 5, correction="none"), "expected one of 'anchored', 'own'"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, sampling="often"), "expected 'uniform' or 'lipschitz'"),
+        (lambda: DistributedSaga(unknown, 2, 5, sampling="lipschitz"), "no LinearLoss whose curvature is known"),
         (lambda: DistributedSaga("logistic", 2, 5), "loss is 'logistic'"),
         (lambda: saga.Scaffold(saga.logistic, 2, 5, decay=-1.0), "decay is"),
         (lambda: DistributedSaga(unknown, 2, 5).init(jnp.zeros(3), (x, y)), "step_size is None"),
