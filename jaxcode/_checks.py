@@ -16,6 +16,8 @@ from jax.core import Tracer
 
 def is_concrete(tree: Any) -> bool:
     """Whether every leaf's value is known now, not only when the traced program runs."""
+    if isinstance(tree, np.ndarray | float):
+        return True
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 

@@ -38,13 +38,15 @@ def halve(numbers: Array | np.ndarray) -> Halves:
     """Takes float64 numbers apart; NumPy arrays to NumPy arrays."""
     if x64_is_on():
         return Halves(numbers, None)
+    if isinstance(numbers, np.ndarray):
+        return _in_two(numbers)
     with jax.enable_x64(True):
-        return _in_two(numbers) if isinstance(numbers, np.ndarray) else _in_two_compiled(numbers)
+        return _in_two_compiled(numbers)
 
 
 def _in_two(numbers):
     high = numbers.astype(np.float32)
-    return Halves(high, (numbers - high.astype(np.float64)).astype(np.float32))
+    return Halves(high, (numbers - high).astype(np.float32))
 
 
 _in_two_compiled = jax.jit(_in_two, inline=True)

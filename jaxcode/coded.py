@@ -80,6 +80,7 @@ def coded(
     fn, params = as_pure_function(f)
     encoder, known = code.encoder_map(), known_decoders(code)
     on_devices = vmap() if workers is None else workers
+    nodes_are_known = is_concrete(code)
 
     @jax.jit
     def run(params, x, decoder, returned):
@@ -97,7 +98,7 @@ def coded(
         check_mask("returned", returned, code.num_workers)
         if defence is not None:
             return run(params, x, None, returned)
-        if isinstance(returned, np.ndarray) and is_concrete(code):
+        if nodes_are_known and isinstance(returned, np.ndarray):
             decoder = known(returned)
         else:
             decoder = code.decoder_map(returned)

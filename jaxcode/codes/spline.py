@@ -105,7 +105,8 @@ class SplineCode(AbstractInterpolatingCode):
 
     def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
         # The mean square over |F| answers, times |F|, is the solver's sum of squares.
-        smoothing = returned.sum() * self.decoder_smoothing
+        count = np.count_nonzero(returned) if isinstance(returned, np.ndarray) else returned.sum()
+        smoothing = count * self.decoder_smoothing
         return spline_map(self.worker_nodes, self.data_nodes, smoothing, returned)
 
     def decode_with_error(

@@ -47,7 +47,7 @@ def banded_matrix(
     gap = t[1:] - t[:-1]
     same = SAME_PLACE * (knots[-1] - knots[0])
     if gap.min() > same:
-        matrix[:, live] = _of_sites(t, gap, points, w, smoothing)
+        matrix[:, live] = fit_matrix(t, reading_matrix(t, points), w, smoothing)
         return matrix
     # Knots at one place count as one, whose value is their weighted mean.
     first = np.concatenate([[True], gap > same]).nonzero()[0]
@@ -58,14 +58,30 @@ def banded_matrix(
         matrix[:, live] = share
     else:
         t = t[first]
-        by_site = _of_sites(t, t[1:] - t[:-1], points, total, smoothing)
+        by_site = fit_matrix(t, reading_matrix(t, points), total, smoothing)
         matrix[:, live] = np.repeat(by_site, count, axis=1) * share
     return matrix
 
 
-def _of_sites(t, gap, points, w, smoothing):
-    """The matrix (points, sites) for two or more sites that are apart."""
-    m, over = len(t), 1 / gap
+def fit_matrix(
+    sites: Float[np.ndarray, "sites"],
+    reading: Float[np.ndarray, "readings unknowns"],
+    weights: Float[np.ndarray, "sites"],
+    smoothing: float,
+) -> Float[np.ndarray, "readings sites"]:
+    r"""From values at sites to what is read of the unknowns :math:`g_1, \gamma_1, g_2, \gamma_2, \ldots` of the fit.
+
+    Args:
+        sites: Strictly ascending, two or more.
+        reading: How much of each unknown, two a site, every reading takes.
+        weights: Positive.
+        smoothing: :math:`\mu \ge 0`.
+
+    Raises:
+        ArithmeticError: If the equations are singular.
+    """
+    gap = sites[1:] - sites[:-1]
+    m, over = len(sites), 1 / gap
     # The transposed equations in LAPACK's order: an equation's coefficient of the unknown i places after it stands in
     # place 6 + i; the first three are LAPACK's. Ten for the equation of a value, ten for that of a second derivative.
     bands = np.zeros((m, 20))
@@ -73,14 +89,13 @@ def _of_sites(t, gap, points, w, smoothing):
     around[:, 0], around[:, 1] = over[:-1], over[1:]
     around[:, 2], around[:, 3] = gap[:-1], gap[1:]
     np.matmul(around, _STIFFNESS * smoothing + _CURVATURE, out=bands[1:-1])
-    bands[:, 6] = w
+    bands[:, 6] = weights
     bands[0, 16] = bands[-1, 16] = 1
     bands[0, 9], bands[-1, 5] = smoothing * over[0], smoothing * over[-1]
-    reading = _reading(t, gap, over, points)
     _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
     if failed:
-        raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {t}")
-    return solution[::2].T * w
+        raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {sites}")
+    return solution[::2].T * weights
 
 
 def _coefficients(entries):
@@ -107,13 +122,17 @@ _CURVATURE = _coefficients(
 )
 
 
-def _reading(t, gap, over, points):
-    """What each point reads of the unknowns, shape (points, 2 sites)."""
+def reading_matrix(
+    t: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"]
+) -> Float[np.ndarray, "points unknowns"]:
+    """What each point's value takes of the unknowns, two at each of the sites t."""
+    gap = t[1:] - t[:-1]
     lower = t[1:-1].searchsorted(points, side="right")
-    b = (points - t[lower]) * over[lower]
+    width = gap[lower]
+    b = (points - t[lower]) / width
     a = 1 - b
     # a^3 - a = -a b (1 + a), and for b likewise.
-    square = gap[lower] ** 2 / 6
+    square = width**2 / 6
     both = a * b
     bend = square * both
     of_a, of_b = -bend * (1 + a), -bend * (1 + b)

@@ -11,6 +11,7 @@ from .._float64 import Halves, halve, in_float64
 from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly, dot
 from .._pytree import pytree
 from .banded import banded_matrix
+from .downdate import downdated_matrix
 from .sequence import Sequence, arrange
 from .two_filter import Blocks, Moves, blocks_by_filters, find_moves, matrix_by_filters
 
@@ -29,21 +30,28 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
         knots: Shape (n,), ascending; neighbours may be equal.
         points: Shape (p,), ascending.
         smoothing: :math:`\mu \ge 0`.
-        weights: Shape (n,), not negative; rows of weight zero are not read.
+        weights: Shape (n,), not negative, or bool; rows of weight zero are not read.
 
     Returns:
         The map. Its results are NaN with data at fewer than two knots.
     """
-    if is_concrete((knots, points, smoothing, weights)):
-        knots, points, weights = (np.asarray(a, np.float64) for a in (knots, points, weights))
-        if len(knots) + len(points) <= MOST_IN_ONE_MATRIX:
-            entries = banded_matrix(knots, points, weights, float(np.asarray(smoothing)))
-            return Matrix(halve(entries), reads=None if weights.all() else weights > 0)
-    return _traced_map(knots, points, smoothing, weights)
+    n, p = np.shape(knots)[0], np.shape(points)[0]
+    if n + p > MOST_IN_ONE_MATRIX or not all(map(is_concrete, (knots, points, smoothing, weights))):
+        return _traced_map(knots, points, smoothing, weights)
+    knots, points, weights = np.asarray(knots, np.float64), np.asarray(points, np.float64), np.asarray(weights)
+    smoothing = float(smoothing)  # pyright: ignore[reportArgumentType]
+    entries, reads = None, weights
+    if weights.dtype == np.bool_:
+        entries = downdated_matrix(knots, points, weights, smoothing)
+    else:
+        reads = weights > 0
+    if entries is None:
+        entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
+    return Matrix(halve(entries), None if np.count_nonzero(reads) == n else reads)
 
 
 def _traced_map(knots, points, smoothing, weights):
-    knots, points = (np.asarray(a, np.float64) if is_concrete(a) else a for a in (knots, points))
+    knots, points, weights = (np.asarray(a, np.float64) if is_concrete(a) else a for a in (knots, points, weights))
     n, p = knots.shape[0], points.shape[0]
     xp = np if isinstance(weights, np.ndarray) else jnp
     reads = None if xp is np and weights.all() else xp.asarray(weights) > 0

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcode import nodes
 from jaxcode._maps import apply_plainly
 from jaxcode.splines import maps
 from jaxcode.splines.banded import banded_matrix
+from jaxcode.splines.downdate import downdated_matrix
 
 from . import cases
 
@@ -76,3 +78,52 @@ def test_every_way_gives_nan_for_fewer_than_two_answers(form, count):
     knots = LAYOUTS["apart"]
     assert np.isnan(banded_matrix(knots, POINTS, weights, 0.0)).all()
     assert np.isnan(jax.jit(lambda w: maps.spline_map(knots, POINTS, 0.0, w).matrix())(weights)).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-9, 1e-5, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("layout", ["chebyshev", "even", "drawn", "systematic"])
+def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
+    rng = np.random.default_rng(7)
+    used = 0
+    for n in (3, 10, 30, 100):
+        points = nodes.chebyshev_first(max(2, n // 5))
+        gaps = np.exp(rng.uniform(0, np.log(29), n - 1))
+        knots = {
+            "chebyshev": nodes.chebyshev_second(n),
+            "even": np.linspace(-1, 1, n),
+            "drawn": np.concatenate([[-1], 2 * np.cumsum(gaps) / gaps.sum() - 1]),
+            "systematic": nodes.systematic(points, n),
+        }[layout]
+        for share in (0.02, 0.1, 0.3, 0.45):
+            for start in (None, None, 0, n // 2):
+                mask, missing = np.ones(n, bool), max(1, int(share * n))
+                mask[rng.permutation(n)[:missing] if start is None else slice(start, start + missing)] = False
+                found = downdated_matrix(knots, points, mask, smoothing)
+                if found is not None:
+                    expected = banded_matrix(knots, points, mask * 1.0, smoothing)
+                    scale = np.abs(expected).sum(axis=1).max()
+                    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * scale)
+                    assert not found[:, ~mask].any()
+                    used += 1
+    assert used >= 40
+
+
+@pytest.mark.parametrize(
+    ("knots", "missing"),
+    [
+        (np.linspace(-1, 1, 30), slice(0, 0)),
+        (np.linspace(-1, 1, 30), slice(10, 19)),
+        (np.linspace(-1, 1, 30), slice(None, None, 2)),
+        (np.linspace(-1, 1, 200), slice(3, 4)),
+        (np.repeat(np.linspace(-1, 1, 15), 2), slice(3, 4)),
+        (np.linspace(-1, 1, 30) ** 5, slice(3, 4)),
+        (np.array([-1.0, 1.0]), slice(0, 1)),
+    ],
+    ids=["none missing", "a long run", "half", "many knots", "knots at one place", "uneven knots", "all but one"],
+)
+def test_what_cannot_be_filled_in_well_is_not(knots, missing):
+    mask = np.ones(len(knots), bool)
+    mask[missing] = False
+    assert downdated_matrix(knots, POINTS, mask, 0.0) is None
+    matrix = maps.spline_map(knots, POINTS, 0.0, mask).matrix()
+    np.testing.assert_allclose(matrix, banded_matrix(knots, POINTS, mask * 1.0, 0.0), atol=1e-6)

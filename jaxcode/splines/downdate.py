@@ -1,0 +1,101 @@
+r"""The smoothing spline without some of its data, from the one with all of them: by filling in what is missing.
+
+With D the matrix from data at all knots, each of weight one, to values at points, the fit to all data leaves residuals
+:math:`\mu C y`, :math:`C = Q (R + \mu Q^T Q)^{-1} Q^T` (`jaxcode.splines.banded` says what Q and R are). Data that lie
+on the curve through the others leave none: those of the knots M follow from those of the rest R as
+:math:`y_M = -C_{MM}^{-1} C_{MR} \, y_R`, for every :math:`\mu \ge 0`, and the spline without them is
+
+.. math::
+    D_R - D_M C_{MM}^{-1} C_{MR}.
+
+Where D and C are at hand this takes a few products of small matrices.
+
+References:
+    The lemma of leaving out one, here for several: Craven and Wahba, Numerische Mathematik 31 (1979), section 3.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.linalg.lapack import dposv  # pyright: ignore[reportAttributeAccessIssue]
+
+from .banded import fit_matrix, reading_matrix
+from .sequence import SAME_PLACE
+
+# With more, what is prepared for one smoothing after another, as a code's grows with the number of answers, would take
+# too long and too much room.
+MOST_KNOTS = 128
+# Digits are lost as neighbours missing in a row grow in number, and where one gap between knots is much wider than the
+# next. Within these bounds rows of the matrix are right to 1e-10 of the largest.
+LONGEST_RUN = 6
+WIDEST_TO_NEXT = 30.0
+SMALLEST_PIVOT = 1e-2
+# Of one at a knot, what the curve leaves of it there; less is left by too few digits.
+LEAST_RESIDUAL = 1e-3
+
+
+class _Whole(NamedTuple):
+    """The spline with all data, scaled such that C has a diagonal of ones: shapes (p, n), (n, p), (n, n), (n,)."""
+
+    matrix: np.ndarray
+    transposed: np.ndarray
+    residuals: np.ndarray
+    scale: np.ndarray
+
+
+def downdated_matrix(
+    knots: Float[np.ndarray, "knots"],
+    points: Float[np.ndarray, "points"],
+    returned: Bool[np.ndarray, "knots"],
+    smoothing: float,
+) -> Float[np.ndarray, "points knots"] | None:
+    r"""The matrix from values at the knots that have data to the smoothing spline's values at the points.
+
+    The first call for these knots, points and smoothing prepares what others share.
+
+    Args:
+        knots: Ascending.
+        points: In any order.
+        returned: Which knots have data.
+        smoothing: :math:`\mu \ge 0`.
+
+    Returns:
+        The matrix, float64, zero in columns of knots without data; None where that would cost digits or time: with many
+        neighbours missing, half of the data or none, very many knots, or uneven ones.
+    """
+    n, missing = len(knots), (~returned).nonzero()[0]
+    if n > MOST_KNOTS or not 0 < 2 * len(missing) < n or bytes(LONGEST_RUN + 1) in returned.tobytes():
+        return None
+    whole = _prepared(knots.tobytes(), points.tobytes(), smoothing)
+    if whole is None:
+        return None
+    rows = whole.residuals[missing]
+    factor, fill, failed = dposv(rows[:, missing], whole.transposed[missing])
+    if failed or np.count_nonzero(factor.diagonal() < SMALLEST_PIVOT):
+        return None
+    return (whole.matrix - fill.T @ rows) * (whole.scale * returned)
+
+
+@functools.lru_cache(maxsize=MOST_KNOTS)
+def _prepared(knots: bytes, points: bytes, smoothing: float) -> _Whole | None:
+    t, p = np.frombuffer(knots), np.frombuffer(points)
+    n, gap = len(t), np.diff(t)
+    uneven = (gap[1:] > WIDEST_TO_NEXT * gap[:-1]) | (gap[:-1] > WIDEST_TO_NEXT * gap[1:])
+    if uneven.any() or gap.min() <= SAME_PLACE * (t[-1] - t[0]):
+        return None
+    unknowns = np.eye(2 * n)
+    reading = np.concatenate([reading_matrix(t, p), unknowns[::2], unknowns[1::2]])
+    matrix, values, bends = np.split(fit_matrix(t, reading, np.ones(n), smoothing), [len(p), len(p) + n])
+    residuals = np.eye(n) - values
+    if residuals.diagonal().min() < LEAST_RESIDUAL:
+        # Their digits are in the second derivatives: C is Q times these.
+        residuals = np.diff(np.diff(bends, axis=0) / gap[:, None], axis=0, prepend=0, append=0)
+    # Symmetric but for rounding, and in whatever unit.
+    residuals = (residuals + residuals.T) / 2
+    scale = np.sqrt(residuals.diagonal())
+    if not scale.min() > 0:
+        return None
+    matrix = matrix / scale
+    return _Whole(matrix, np.ascontiguousarray(matrix.T), residuals / scale / scale[:, None], scale)
