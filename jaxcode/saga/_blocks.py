@@ -124,36 +124,38 @@ def _factors(steps, weight, ridge, step_size, dtype):
 
 def _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias):
     x, y = jax.tree.map(lambda leaf: leaf[chosen], samples)
+    steps = chosen.size
     if isinstance(x, SparseRows):
-        rows = jnp.arange(chosen.size)[:, None]
-        x = jnp.zeros((chosen.size, x.num_columns), x.values.dtype).at[rows, x.indices].add(x.values)
+        rows = jnp.arange(steps)[:, None]
+        x = jnp.zeros((steps, x.num_columns), x.values.dtype).at[rows, x.indices].add(x.values)
     if bias:
-        x = jnp.concatenate([x, jnp.ones((chosen.size, 1), x.dtype)], axis=1)
-    steps, order = chosen.size, jnp.arange(chosen.size)
+        x = jnp.concatenate([x, jnp.ones((steps, 1), x.dtype)], axis=1)
     stays, held = mean + weight * at.moved, at.table[chosen]
-    # All that is asked of the samples at once.
-    products = jnp.concatenate([x, at.w, stays]) @ x.T
-    of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(products[steps:], 2))
-    effect = (scale[:, None] * factors.own + factors.since) * products[:steps]
+    of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(jnp.concatenate([at.w, stays]) @ x.T, 2))
     margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
-    same = chosen[:, None] == chosen
-    later = same & (order > order[:, None])
+    # What a step's change of slope does: to the margins of those after it, to what the table holds for every step with
+    # the same sample, and to the record of changes.
+    effect = jnp.stack(
+        [
+            -(scale[:, None] * factors.own + factors.since) * (x @ x.T),
+            (chosen[:, None] == chosen).astype(x.dtype),
+            jnp.eye(steps, dtype=x.dtype),
+        ],
+        axis=1,
+    )
 
-    def step(t, carry):
-        margins, held, new = carry
-        of_sample = jnp.where(here, slope(margins[t], jax.tree.map(lambda leaf: leaf[t], y)), held[t])
-        margins = margins - jnp.multiply.outer(effect[t], of_sample - held[t])
-        # Whoever is drawn again finds what was just written.
-        held = jnp.where(along(later[t], held), of_sample, held)
-        return margins, held, new.at[t].set(of_sample)
+    def step(t, state):
+        of_sample = slope(state[0, t], jax.tree.map(lambda leaf: leaf[t], y))
+        change = jnp.where(here, of_sample - state[1, t], 0)
+        return state + jnp.multiply.outer(effect[t], change)
 
-    _, held, new = jax.lax.fori_loop(0, steps, step, (margins, held, jnp.zeros_like(held)))
-    change = (new - held).reshape(steps, -1)
+    state = jnp.stack([margins, held, jnp.zeros_like(held)])
+    _, held, change = jax.lax.fori_loop(0, steps, step, state)
+    change = change.reshape(steps, -1)
     own, since = factors.last
     ahead, moved = jnp.split(jnp.concatenate([_rows(scale * own + since, change), change], axis=1).T @ x, 2)
     decay, taken = factors.end
-    newest = jnp.max(jnp.where(same, order, 0), axis=1)
-    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(new[newest]))
+    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(held))
 
 
 def _rows(factors, matrix):
