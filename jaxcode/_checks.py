@@ -33,12 +33,15 @@ def at_once() -> contextlib.AbstractContextManager:
 
 
 def on_host(array: Any) -> np.ndarray | jax.Array:
-    """The array in NumPy, unless it is being traced or one would have to wait for an accelerator."""
+    """A small array in NumPy, unless it is being traced or one would have to wait for an accelerator.
+
+    A copy: what is computed later must not see what the caller writes to the array meanwhile.
+    """
     if isinstance(array, Tracer):
         return array
     if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
         return array
-    return np.asarray(array)
+    return np.array(array)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -110,7 +113,10 @@ def check_weights(name: str, value: Any, count: int) -> None:
 
 def check_mask(name: str, value: Any, count: int) -> None:
     """A bool array with one entry per worker (or knot)."""
-    shape, dtype = np.shape(value), _dtype(value)
+    try:
+        shape, dtype = np.shape(value), _dtype(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; expected bool, one entry for each of the {count}") from None
     if shape != (count,):
         raise ValueError(f"{name} has shape {shape}; expected one entry for each of the {count}, shape ({count},)")
     if dtype != np.bool_:

@@ -94,8 +94,9 @@ def coded(
         x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
     ) -> tuple[PyTree[Array], Suspicion | None]:
         """Results for the batch x from the workers that returned, and whom of them the defence suspected."""
-        returned = np.ones(code.num_workers, bool) if returned is None else on_host(returned)
+        returned = np.ones(code.num_workers, bool) if returned is None else returned
         check_mask("returned", returned, code.num_workers)
+        returned = on_host(returned)
         if defence is not None:
             return run(params, x, None, returned)
         if nodes_are_known and isinstance(returned, np.ndarray):

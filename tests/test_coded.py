@@ -136,7 +136,11 @@ def test_new_masks_and_inputs_do_not_retrace():
     assert len(traces) == 2
 
 
-@pytest.mark.parametrize("code", [SPLINE, SplineCode.chebyshev(100, 300)], ids=["matrix", "blocks"])
+@pytest.mark.parametrize(
+    "code",
+    [SPLINE, SplineCode.chebyshev(100, 300), BerrutCode.chebyshev(K, N)],
+    ids=["matrix", "blocks", "compiled"],
+)
 def test_a_known_mask_may_come_first_inside_or_outside_of_jit(code):
     """What was prepared for a mask is kept, and must not be bound to the program that was being traced then."""
     predict, x, returned = coded(curve, code), jnp.asarray(normal(6, 2)), mask(code)
@@ -250,6 +254,8 @@ REFUSED = {
     "scalar-mask": (lambda: coded(curve, SPLINE)(X, True), r"returned has shape \(\)"),
     "integer-mask": (lambda: coded(curve, SPLINE)(X, np.ones(N, int)), "returned has dtype int.*expected bool"),
     "indices": (lambda: coded(curve, SPLINE)(X, [0, 1, 2]), r"returned has shape \(3,\)"),
+    "random-key": (lambda: coded(curve, SPLINE)(X, jax.random.key(0)), r"returned has shape \(\)"),
+    "ragged": (lambda: coded(curve, SPLINE)(X, [[True], True]), r"returned is \[\[True\], True\]; expected bool"),
     "no-inputs": (lambda: coded(curve, SPLINE)({}), r"x is \{\}; expected at least one array"),
     "empty-batch": (lambda: coded(curve, SPLINE)(X[:0]), r"x has leaves of shapes \[\(0, 2\)\].*at least 1"),
     "scalar-leaf": (lambda: coded(curve, SPLINE)((X, 1.0)), r"\[\(6, 2\), \(\)\].*leading axis"),

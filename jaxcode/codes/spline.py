@@ -147,7 +147,7 @@ class SplineCode(AbstractInterpolatingCode):
         True
         """
         results = self.decode(y, returned)
-        mask = jnp.asarray(returned)
+        mask = jnp.array(returned)
         exact = is_concrete(self.decoder_smoothing) and self.decoder_smoothing == 0
         smoothing = 0.0 if exact else mask.sum() * self.decoder_smoothing
 

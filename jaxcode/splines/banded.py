@@ -43,14 +43,14 @@ def banded_matrix(
     if len(live) < 2:
         matrix[:] = np.nan
         return matrix
+    knots, points, smoothing = in_units_of_span(knots, points, smoothing)
     t, w = knots[live], weights[live]
     gap = t[1:] - t[:-1]
-    same = SAME_PLACE * (knots[-1] - knots[0])
-    if gap.min() > same:
+    if gap.min() > SAME_PLACE:
         matrix[:, live] = fit_matrix(t, reading_matrix(t, points), w, smoothing)
         return matrix
     # Knots at one place count as one, whose value is their weighted mean.
-    first = np.concatenate([[True], gap > same]).nonzero()[0]
+    first = np.concatenate([[True], gap > SAME_PLACE]).nonzero()[0]
     total = np.add.reduceat(w, first)
     count = np.diff(first, append=len(t))
     share = w / np.repeat(total, count)
@@ -63,6 +63,16 @@ def banded_matrix(
     return matrix
 
 
+def in_units_of_span(
+    knots: Float[np.ndarray, "knots"], points: Float[np.ndarray, "points"], smoothing: float
+) -> tuple[Float[np.ndarray, "knots"], Float[np.ndarray, "points"], float]:
+    """The same spline in a unit in which LAPACK's choice of pivots keeps its digits: the knots' span is one."""
+    span = float(knots[-1] - knots[0])
+    if span == 0:
+        return knots, points, smoothing
+    return knots / span, points / span, smoothing / span / span / span
+
+
 def fit_matrix(
     sites: Float[np.ndarray, "sites"],
     reading: Float[np.ndarray, "readings unknowns"],
@@ -72,7 +82,7 @@ def fit_matrix(
     r"""From values at sites to what is read of the unknowns :math:`g_1, \gamma_1, g_2, \gamma_2, \ldots` of the fit.
 
     Args:
-        sites: Strictly ascending, two or more.
+        sites: Strictly ascending, two or more, of a span of about one.
         reading: How much of each unknown, two a site, every reading takes.
         weights: Positive.
         smoothing: :math:`\mu \ge 0`.

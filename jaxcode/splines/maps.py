@@ -40,11 +40,9 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
         return _traced_map(knots, points, smoothing, weights)
     knots, points, weights = np.asarray(knots, np.float64), np.asarray(points, np.float64), np.asarray(weights)
     smoothing = float(smoothing)  # pyright: ignore[reportArgumentType]
-    entries, reads = None, weights
+    entries, reads = None, weights > 0
     if weights.dtype == np.bool_:
         entries = downdated_matrix(knots, points, weights, smoothing)
-    else:
-        reads = weights > 0
     if entries is None:
         entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
     return Matrix(halve(entries), None if np.count_nonzero(reads) == n else reads)

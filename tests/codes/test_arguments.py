@@ -97,3 +97,14 @@ def test_masks_are_checked_wherever_they_go(unchecked, name):
     for reads_mask in (code.decoder_matrix, code.recovered):
         with pytest.raises(ValueError, match="returned has dtype int"):
             reads_mask(np.ones(code.num_workers, int))
+
+
+@each_family
+def test_the_callers_mask_is_the_callers(name):
+    """Compiled programs run later than they are called, on the array itself if it is well aligned."""
+    code = CODES[name]
+    returned = np.arange(code.num_workers) != 1
+    decoder = code.decoder_map(returned)
+    before = np.asarray(decoder.matrix())
+    returned[:] = ~returned
+    np.testing.assert_array_equal(decoder.matrix(), before)

@@ -12,6 +12,7 @@ from jaxcode.splines.banded import banded_matrix
 from jaxcode.splines.downdate import downdated_matrix
 
 from . import cases
+from .reference import exact_spline
 
 RNG = np.random.default_rng(5)
 LAYOUTS = {
@@ -87,7 +88,7 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
     used = 0
     for n in (3, 10, 30, 100):
         points = nodes.chebyshev_first(max(2, n // 5))
-        gaps = np.exp(rng.uniform(0, np.log(29), n - 1))
+        gaps = np.exp(rng.uniform(0, np.log(99), n - 1))
         knots = {
             "chebyshev": nodes.chebyshev_second(n),
             "even": np.linspace(-1, 1, n),
@@ -102,7 +103,8 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
                 if found is not None:
                     expected = banded_matrix(knots, points, mask * 1.0, smoothing)
                     scale = np.abs(expected).sum(axis=1).max()
-                    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * scale)
+                    bar = 1e-9 if layout == "drawn" else 2e-11
+                    np.testing.assert_allclose(found, expected, rtol=0, atol=bar * scale)
                     assert not found[:, ~mask].any()
                     used += 1
     assert used >= 40
@@ -117,9 +119,19 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
         (np.linspace(-1, 1, 200), slice(3, 4)),
         (np.repeat(np.linspace(-1, 1, 15), 2), slice(3, 4)),
         (np.linspace(-1, 1, 30) ** 5, slice(3, 4)),
+        (np.cumsum(1.5 ** np.abs(np.arange(30) - 15)), slice(3, 4)),
         (np.array([-1.0, 1.0]), slice(0, 1)),
     ],
-    ids=["none missing", "a long run", "half", "many knots", "knots at one place", "uneven knots", "all but one"],
+    ids=[
+        "none missing",
+        "a long run",
+        "half",
+        "many knots",
+        "knots at one place",
+        "uneven knots",
+        "knots closer and closer",
+        "all but one",
+    ],
 )
 def test_what_cannot_be_filled_in_well_is_not(knots, missing):
     mask = np.ones(len(knots), bool)
@@ -127,3 +139,19 @@ def test_what_cannot_be_filled_in_well_is_not(knots, missing):
     assert downdated_matrix(knots, POINTS, mask, 0.0) is None
     matrix = maps.spline_map(knots, POINTS, 0.0, mask).matrix()
     np.testing.assert_allclose(matrix, banded_matrix(knots, POINTS, mask * 1.0, 0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("span", [1e-9, 1e7, 1e12])
+@pytest.mark.parametrize("missing", [0, 3], ids=["all", "three missing"])
+def test_the_unit_of_knots_costs_no_digits(span, missing):
+    mask = np.arange(30) >= missing
+    for mu in (1e-6, 1.0, 100.0):
+        at = np.linspace(0, 1, 30), np.linspace(0.1, 0.9, 7)
+        expected = maps.spline_map(*at, mu, mask).matrix()
+        found = maps.spline_map(span * at[0], span * at[1], mu * span**3, mask).matrix()
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        values = RNG.normal(size=(30, 1))
+        with jax.enable_x64(True):
+            results = maps.spline_map(span * at[0], span * at[1], mu * span**3, mask).product(jnp.asarray(values))
+        truth = exact_spline(span * at[0][mask], values[mask], span * at[1], mu * span**3)
+        assert cases.worst_error(results, truth) < 1e-9
