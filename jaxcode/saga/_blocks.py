@@ -85,14 +85,15 @@ def walk_in_blocks(
 
 
 class _Factors(NamedTuple):
-    """What is the same in all blocks of so many steps.
+    r"""What is the same in all blocks of so many steps, with :math:`\rho = 1 - \gamma \lambda`.
 
     Attributes:
-        decay: What is left of w before each step.
-        taken: What has been taken off by then, of the part of the estimate that stays.
-        own: Of each step's slope, by a sample's product with it, on the margins of all steps.
-        since: The same of what that slope adds to the estimates of all steps between.
-        last: Both, on w after the last step.
+        decay: What is left of w before step t, :math:`\rho^t`.
+        taken: What has been taken off by then, of the part of the estimate that stays:
+            :math:`\gamma \sum_{i < t} \rho^i`.
+        own: Of the change of slope in step s, times q, what is taken off before step t: :math:`\gamma \rho^{t-1-s}`.
+        since: The same of what it adds to D: :math:`\gamma \theta \sum_{i < t-1-s} \rho^i`.
+        last: Both after the last step.
         end: decay and taken after the last step.
     """
 
@@ -145,8 +146,9 @@ def _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias)
     )
 
     def step(t, state):
-        of_sample = slope(state[0, t], jax.tree.map(lambda leaf: leaf[t], y))
-        change = jnp.where(here, of_sample - state[1, t], 0)
+        margins, held, _ = state
+        change = slope(margins[t], jax.tree.map(lambda leaf: leaf[t], y)) - held[t]
+        change = jnp.where(here, change, 0)
         return state + jnp.multiply.outer(effect[t], change)
 
     state = jnp.stack([margins, held, jnp.zeros_like(held)])

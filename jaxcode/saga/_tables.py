@@ -6,19 +6,24 @@ from jaxtyping import Array, Bool, Integer, PyTree
 
 
 def add(total: PyTree[Array], rest: PyTree[Array], change: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
-    """The sum total + rest + change, as its leading part and what is too small to be seen beside it.
+    """The sum total + rest + change, as its leading part and what is too small to be seen beside it."""
+    sums, lost = exact_sum(total, change)
+    return exact_sum(sums, jax.tree.map(jnp.add, rest, lost))
+
+
+def exact_sum(a: PyTree[Array], b: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+    """The sum of two numbers, rounded, and what rounding has left out.
 
     References:
-        Knuth, The Art of Computer Programming, volume 2, section 4.2.2 (the two numbers that a + b is exactly).
+        Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
     """
-    seen = jax.tree.map(lambda rest, change: rest + change, rest, change)
-    sums = jax.tree.map(lambda total, seen: total + seen, total, seen)
+    sums = jax.tree.map(jnp.add, a, b)
 
-    def lost(total, seen, sums):
-        of_seen = sums - total
-        return (total - (sums - of_seen)) + (seen - of_seen)
+    def lost(a, b, sums):
+        of_b = sums - a
+        return (a - (sums - of_b)) + (b - of_b)
 
-    return sums, jax.tree.map(lost, total, seen, sums)
+    return sums, jax.tree.map(lost, a, b, sums)
 
 
 def first_of_each(index: Integer[Array, "b"]) -> Bool[Array, "b"]:

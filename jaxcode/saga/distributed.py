@@ -14,7 +14,7 @@ from ._blocks import Walk, walk_in_blocks
 from ._tables import add, along, first_of_each
 from .gradients import gradients_of
 from .linear import LinearLoss
-from .method import AbstractMethod, Loss, check_method
+from .method import AbstractMethod, Loss, check_method, default_step
 
 # The weight of what a machine's sum has changed by since the last meeting, of how many samples it has and all have.
 _CORRECTIONS = {
@@ -138,7 +138,10 @@ class DistributedSaga(AbstractMethod):
     def _probabilities(self, params, samples, size):
         """Of a machine's samples to be drawn."""
         smooth = self._smoothness(params, samples)
-        wanted = jnp.where(jnp.arange(smooth.size) < size, smooth + size * self.ridge / 3, 0)
+        own = jnp.arange(smooth.size) < size
+        wanted = jnp.where(own, smooth + size * self.ridge / 3, 0)
+        # Alike where no sample has any length.
+        wanted = jnp.where(jnp.sum(wanted) > 0, wanted, own)
         return wanted / jnp.sum(wanted)
 
     def _default_step_size(self, params, shards):
@@ -146,7 +149,7 @@ class DistributedSaga(AbstractMethod):
             return super()._default_step_size(params, shards)
         p = jax.vmap(self._probabilities, (None, 0, 0))(params, shards.samples, shards.sizes)
         divided = self._smoothness(params, shards.samples) / (shards.sizes[:, None] * jnp.where(p > 0, p, jnp.inf))
-        return 1 / (3 * (jnp.max(divided) + self.ridge))
+        return default_step(jnp.max(divided) + self.ridge)
 
     def _draw(self, machine, key):
         """Samples for all steps, and by what their differences are multiplied in the step, (period, batch) each."""
@@ -206,8 +209,9 @@ class DistributedSaga(AbstractMethod):
             params = common.unravel(common.w)
             if not bias:
                 return ravel_pytree(matrix.T.reshape(params.shape))[0]
-            kernel = matrix[:, :-1].T.reshape(params["kernel"].shape)
-            return ravel_pytree({"kernel": kernel, "bias": matrix[:, -1].reshape(params["bias"].shape)})[0]
+            parts = {"kernel": matrix[:, :-1].T, "bias": matrix[:, -1]}
+            # In the mapping's own order, whichever that is.
+            return ravel_pytree(jax.tree.map_with_path(lambda path, p: parts[path[0].key].reshape(p.shape), params))[0]
 
         begin = Walk(matrix(common.w), matrix(jnp.zeros_like(common.w)), machine.own["table"])
         w, moved, table = walk_in_blocks(

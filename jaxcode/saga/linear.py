@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Integer, PyTree
+from jaxtyping import Array, Float, Integer, PyTree, Shaped
 
+from .._checks import is_concrete
 from .._pytree import pytree
 
 
@@ -18,7 +19,7 @@ class SparseRows:
     """Samples with few entries that are not zero, each row filled up with zeros to the length of the longest.
 
     Attributes:
-        indices: Columns of the entries, integers, shape (n, longest).
+        indices: Columns of the entries, integers, shape (n, longest); no column twice in a row, but for zeros.
         values: Entries, shape (n, longest).
         num_columns: d.
 
@@ -29,13 +30,16 @@ class SparseRows:
     """
 
     indices: Integer[Array | np.ndarray, "*rows longest"]
-    values: Float[Array | np.ndarray, "*rows longest"]
+    values: Shaped[Array | np.ndarray, "*rows longest"]
     num_columns: int
 
     @staticmethod
     def from_scipy(matrix: Any) -> "SparseRows":
-        """From any sparse matrix or array of SciPy."""
+        """From any sparse matrix or array of SciPy; entries at one place are added up."""
         rows = matrix.tocsr()
+        if not rows.has_canonical_format:
+            rows = rows.copy()
+            rows.sum_duplicates()
         counts = np.diff(rows.indptr)
         there = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
         indices, values = np.zeros(there.shape, np.int32), np.zeros(there.shape, rows.dtype)
@@ -98,3 +102,38 @@ def smoothness(curvature: float, params: PyTree[Array], x: Rows) -> Float[Array,
     """
     values = x.values if isinstance(x, SparseRows) else x
     return curvature * (jnp.sum(jnp.square(values), axis=-1) + isinstance(params, Mapping))
+
+
+def checked_samples(params: PyTree[Array], data: Any) -> tuple[Rows, Any]:
+    """Samples of a linear model, x in the dtype of its parameters: products of whole or half numbers would overflow.
+
+    Raises:
+        ValueError: If parameters or samples are not as `LinearLoss` has them, or do not fit each other.
+    """
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise ValueError(f"data is a {type(data).__name__}; expected a pair (x, y), as loss is a LinearLoss")
+    x, y = data
+    if isinstance(params, Mapping) and set(params) != {"kernel", "bias"}:
+        raise ValueError(f"params has {sorted(params)}; expected an array, or a 'kernel' and a 'bias'")
+    kernel, bias = (params["kernel"], params["bias"]) if isinstance(params, Mapping) else (params, None)
+    of_kernel = np.shape(kernel)
+    if len(of_kernel) not in (1, 2) or (bias is not None and np.shape(bias) != of_kernel[1:]):
+        shapes = of_kernel if bias is None else (of_kernel, np.shape(bias))
+        raise ValueError(f"params has shape {shapes}; expected (d,) or (d, classes), and a bias of () or (classes,)")
+    if isinstance(x, SparseRows):
+        shape = (*np.shape(x.values)[:-1], x.num_columns)
+        if not jnp.issubdtype(jnp.result_type(x.indices), jnp.integer):
+            raise ValueError(f"x.indices has dtype {jnp.result_type(x.indices)}; expected integers")
+        if is_concrete(x.indices) and np.size(x.indices):
+            least, most = int(x.indices.min()), int(x.indices.max())
+            if least < 0 or most >= x.num_columns:
+                raise ValueError(f"x.indices is from {least} to {most}; expected 0 to {x.num_columns - 1}, its columns")
+    else:
+        x = x if isinstance(x, np.ndarray | Array) else jnp.asarray(x)
+        shape = x.shape
+    if len(shape) != 2 or shape[1] != of_kernel[0]:
+        raise ValueError(f"x has shape {shape}; expected (n, {of_kernel[0]}), a column for each entry of params")
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    if isinstance(x, SparseRows):
+        return SparseRows(x.indices, x.values.astype(dtype), x.num_columns), y
+    return x.astype(dtype), y

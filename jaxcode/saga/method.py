@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_count, check_mask, is_concrete
 from ..stragglers import AbstractStragglers
-from .linear import LinearLoss, smoothness
+from .linear import LinearLoss, checked_samples, smoothness
 from .run import History, run
 from .shards import Shards, shard
 from .state import Common, Machine, State
@@ -35,12 +35,25 @@ def check_method(method: "AbstractMethod") -> None:
         value = getattr(method, name, None)
         if value is None or not is_concrete(value):
             continue
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {value!r}; expected a number, {least}") from None
         if not (number >= 0 and np.isfinite(number)) or (name == "step_size" and number == 0):
             raise ValueError(f"{name} is {value!r}; expected a number, {least}")
+        # Of no dtype of its own, which might be wider than the parameters'.
+        object.__setattr__(method, name, number)
     if method.shard_sizes is not None:
+        if not isinstance(method.shard_sizes, Iterable):
+            raise ValueError(f"shard_sizes is {method.shard_sizes!r}; expected a number of samples for each machine")
         # Part of the structure of a pytree, which must be hashable.
-        object.__setattr__(method, "shard_sizes", tuple(method.shard_sizes))
+        sizes = tuple(check_count(f"shard_sizes[{k}]", size) for k, size in enumerate(method.shard_sizes))
+        object.__setattr__(method, "shard_sizes", sizes)
+    prox = getattr(method, "prox", None)
+    if prox is not None and not callable(prox):
+        raise ValueError(f"prox is {prox!r}; expected a function of parameters and a step's length")
+    if method.mesh is not None and not isinstance(method.mesh, Mesh):
+        raise ValueError(f"mesh is {method.mesh!r}; expected one of jax.make_mesh, or None")
     if method.mesh is not None and method.num_machines % method.mesh.devices.shape[0]:
         raise ValueError(
             f"num_machines is {method.num_machines}, which {method.mesh.devices.shape[0]} devices of mesh's first axis "
@@ -144,14 +157,15 @@ class AbstractMethod(abc.ABC):
             evaluate: What to record of params, any pytree of numbers; the objective, of all samples, if not given.
             callbacks: Called with the state and the record; where one returns a true value, the run ends.
             checkpoint: A folder. If it holds a checkpoint, the run goes on from there up to the same last round, bit
-                for bit as if it had not been interrupted; new ones are left there. Samples are not stored.
+                for bit as if it had not been interrupted, or stays where the checkpoint is if that is farther; new ones
+                are left there. Samples are not stored.
             progress: Whether to show a bar on standard error.
 
         Returns:
             The last state, and what was recorded.
 
         Raises:
-            ValueError: If a number is none, or the checkpoint is of another problem.
+            ValueError: If a number is none, or the checkpoint is of another method, other settings or other samples.
         """
         return run(
             self,
@@ -180,13 +194,18 @@ class AbstractMethod(abc.ABC):
 
     def _prepare(self, params, data):
         """Parameters, samples on machines and step size."""
-        shards = shard(data, self.num_machines, self.shard_sizes)
         params = jax.tree.map(jnp.asarray, params)
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers")
+        if isinstance(self.loss, LinearLoss):
+            data = checked_samples(params, data)
+        shards = shard(data, self.num_machines, self.shard_sizes)
         step_size = self._default_step_size(params, shards) if self.step_size is None else self.step_size
         return params, shards, jnp.asarray(step_size, ravel_pytree(params)[0].dtype)
 
     def _default_step_size(self, params, shards):
-        return 1 / (3 * (jnp.max(self._smoothness(params, shards.samples)) + self.ridge))
+        return default_step(jnp.max(self._smoothness(params, shards.samples)) + self.ridge)
 
     def _smoothness(self, params, samples):
         """L_i of samples (..., d)."""
@@ -209,6 +228,11 @@ class AbstractMethod(abc.ABC):
             return NamedSharding(mesh, PartitionSpec(*[mesh.axis_names[0]] * by_machine))
 
         return jax.device_put(state, jax.tree.map_with_path(place, state))
+
+
+def default_step(smoothness: Float[Array, ""]) -> Float[Array, ""]:
+    """1 / (3 L); 1 where nothing depends on it."""
+    return 1 / (3 * jnp.where(smoothness > 0, smoothness, 1 / 3))
 
 
 # What follows takes samples and does not return them: XLA would copy them.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,8 +23,8 @@ class History:
 
     Attributes:
         rounds: How many rounds there had been.
-        epochs: How many gradients of samples had been computed, in units of n.
-        floats: How many numbers each machine had sent.
+        epochs: How many gradients of samples had been computed, in units of n, if no machine missed a round.
+        floats: How many numbers each machine had sent, if it missed none.
         seconds: Since the run began.
         values: What `evaluate` said, leaves (entries, ...); the objective if not given.
     """
@@ -68,7 +69,7 @@ def run(
     evaluate = evaluate or (lambda params: method.objective(params, state))
     began, first = time.monotonic(), int(state.round)
     with (
-        _checkpoints(checkpoint) as (restore, save),
+        _checkpoints(checkpoint, method) as (restore, save),
         tqdm(total=num_rounds, desc="rounds", disable=not progress, file=sys.stderr) as bar,
     ):
         state = place(restore(gather(state)))
@@ -109,7 +110,7 @@ def _shown(values):
 
 
 @contextlib.contextmanager
-def _checkpoints(folder):
+def _checkpoints(folder, method):
     """How the newest checkpoint is taken up, if there is one, and how one more is left."""
     if folder is None:
         yield (lambda state: state), (lambda state: None)
@@ -125,24 +126,44 @@ def _checkpoints(folder):
             if newest is None:
                 return state
             leaves, structure = jax.tree.flatten(state.moving())
+            now = _named(leaves, method, state)
             like = {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-                for name, leaf in _named(leaves).items()
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in now.items()
             }
             there = manager.item_metadata(newest)
             sizes = {name: tuple(entry.shape) for name, entry in dict(there).items()}
             if sizes != {name: leaf.shape for name, leaf in like.items()}:
                 raise ValueError(f"checkpoint {folder} is of another method or other samples: its arrays are {sizes}")
             found = manager.restore(newest, args=ocp.args.StandardRestore(like))
+            if not np.array_equal(found["settings"], now["settings"]):
+                raise ValueError(f"checkpoint {folder} is of another method or other settings than {method!r}")
+            if not np.allclose(found["samples"], now["samples"], rtol=1e-3, atol=1e-3 * np.max(now["samples"])):
+                raise ValueError(f"checkpoint {folder} is of other samples, or of the same in another order")
             leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
             return dataclasses.replace(state, **jax.tree.unflatten(structure, leaves))
 
         def save(state):
-            manager.save(int(state.round), args=ocp.args.StandardSave(_named(jax.tree.leaves(state.moving()))))
+            arrays = _named(jax.tree.leaves(state.moving()), method, state)
+            manager.save(int(state.round), args=ocp.args.StandardSave(arrays))
 
         yield restore, save
 
 
-def _named(leaves):
-    """Those that are not empty, which cannot be stored."""
-    return {str(i): jnp.asarray(leaf) for i, leaf in enumerate(leaves) if np.size(leaf)}
+def _named(leaves, method, state):
+    """What to store: leaves that are not empty, which cannot be; and numbers by which another problem is told."""
+    named = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(leaves) if np.size(leaf)}
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in ("loss", "prox", "mesh")]
+    settings = repr((type(method).__name__, {name: getattr(method, name) for name in fields}))
+    named["settings"] = jnp.asarray([zlib.crc32(settings.encode())], jnp.uint32)
+    return named | {"samples": _digest(state.data.samples)}
+
+
+@jax.jit
+def _digest(samples):
+    """Sums that other samples, or the same in another order, would hardly have."""
+
+    def of_leaf(leaf):
+        flat = leaf.reshape(-1).astype(jnp.float32)
+        return [jnp.sum(jnp.abs(flat)), jnp.vdot(flat, jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))]
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, samples)))

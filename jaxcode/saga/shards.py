@@ -36,6 +36,8 @@ def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> 
     """
     count = batch_size("data", data)
     alike = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
+    if sizes is None and num_machines > count:
+        raise ValueError(f"num_machines is {num_machines} for {count} samples; expected at most as many")
     sizes = list(alike if sizes is None else sizes)
     if len(sizes) != num_machines or sum(sizes) != count or min(sizes) < 1:
         raise ValueError(

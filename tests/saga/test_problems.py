@@ -1,10 +1,13 @@
 """What can be minimised: other losses, parameters and samples than the simplest; and what is said of the rest."""
 
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+from flax.core import FrozenDict
 from sklearn.linear_model import ElasticNet, LogisticRegression
 
 from jaxcode import saga
@@ -13,6 +16,7 @@ from jaxcode.saga import DistributedSaga, SparseRows
 from . import problems
 
 KEY = jax.random.key(1)
+COLUMNS = np.arange(20)[:, None] % 4
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +117,63 @@ def test_sums_of_machines_do_not_drift_in_a_million_updates():
         assert np.abs(np.asarray(state.told, np.float64) - exact).max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, bool, np.float16, np.float64])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_samples_of_any_dtype_are_those_of_the_parameters(dtype, sparse):
+    """Pixels, counts and flags, whose own products would overflow."""
+    x = np.random.default_rng(5).integers(0, 2 if dtype is bool else 256, (40, 6)).astype(dtype)
+    y = np.where(np.arange(40) % 3 == 0, 1, -1)
+    method = DistributedSaga(saga.logistic, 2, 33, 0.1)
+
+    def found(dtype):
+        rows = x.astype(dtype)
+        if sparse:
+            rows = SparseRows(np.tile(np.arange(6), (40, 1)), rows, 6)
+        return after(method, jnp.zeros(6, jnp.float32), (rows, y), 5)
+
+    narrow = found(dtype)
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_array_equal(narrow, found(np.float32))
+
+
+def test_numbers_of_a_wider_dtype_do_not_widen_parameters():
+    x, y = problems.classes(40, 3)
+    params = jnp.zeros(3, jnp.bfloat16)
+    for batch_size in (1, 2):
+        method = DistributedSaga(saga.logistic, 2, 8, np.float64(0.1), step_size=np.float64(0.2), batch_size=batch_size)
+        assert after(method, params, (x, y), 3).dtype == jnp.bfloat16
+    method = saga.FederatedAveraging(saga.logistic, 2, 8, np.float64(0.1), decay=np.float64(0.2))
+    assert after(method, params, (x, y), 3).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mapping", [dict, OrderedDict, FrozenDict])
+def test_parameters_keep_their_order(mapping):
+    x, y = problems.classes(40, 3)
+    params = mapping([("kernel", jnp.arange(3.0)), ("bias", jnp.ones(()))])
+    linear, plain = (
+        after(DistributedSaga(loss, 2, 8, 0.1, step_size=0.2), params, (x, y), 3)
+        for loss in (saga.logistic, lambda params, sample: saga.logistic(params, sample))
+    )
+    assert type(linear) is mapping
+    for name in params:
+        np.testing.assert_allclose(linear[name], plain[name], rtol=1e-10)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "lipschitz"])
+def test_a_machine_that_has_nothing_but_zeros(sampling):
+    x, y = problems.classes(40, 3)
+    for data in ((np.where(np.arange(40)[:, None] < 20, 0, x), y), (0 * x, y)):
+        found = after(DistributedSaga(saga.logistic, 2, 8, sampling=sampling), jnp.zeros(3), data, 5)
+        assert np.isfinite(found).all()
+
+
+def test_entries_at_one_place_are_added_up():
+    x = scipy.sparse.csr_array((np.ones(20), np.zeros(20, int), [0, 20]), shape=(1, 2))
+    rows = SparseRows.from_scipy(x)
+    np.testing.assert_array_equal(rows.values, [[20.0]])
+    assert x.nnz == 20
+
+
 def test_the_objective_is_that_of_all_samples():
     x, y = problems.classes(50, 4)
     method = DistributedSaga(saga.logistic, 7, 5, 0.1)
@@ -139,7 +200,19 @@ def test_what_makes_no_sense_is_refused(unchecked):
         (lambda: saga.Scaffold(saga.logistic, 2, 5, decay=-1.0), "decay is"),
         (lambda: DistributedSaga(unknown, 2, 5).init(jnp.zeros(3), (x, y)), "step_size is None"),
         (lambda: good.init(jnp.zeros(3), (x, y[:5])), "of the same length"),
-        (lambda: DistributedSaga(saga.logistic, 21, 5).init(jnp.zeros(3), (x, y)), "21 machines and 20 samples"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, np.ones(2)), "ridge is array"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, prox=3.0), r"prox is 3\.0; expected a function"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, mesh=3), "mesh is 3; expected"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, shard_sizes=10), "shard_sizes is 10"),
+        (lambda: DistributedSaga(saga.logistic, 2, 5, shard_sizes=[10.5, 9.5]), r"shard_sizes\[0\] is 10\.5"),
+        (lambda: DistributedSaga(saga.logistic, 21, 5).init(jnp.zeros(3), (x, y)), "num_machines is 21 for 20 samples"),
+        (lambda: good.init(jnp.zeros(3, int), (x, y)), "params has dtype int"),
+        (lambda: good.init(jnp.zeros(4), (x, y)), r"x has shape \(20, 3\); expected \(n, 4\)"),
+        (lambda: good.init(jnp.zeros(3), {"x": x, "y": y}), "data is a dict; expected a pair"),
+        (lambda: good.init({"kernel": jnp.zeros(3)}, (x, y)), r"params has \['kernel'\]; expected"),
+        (lambda: good.init({"kernel": jnp.zeros(3), "bias": jnp.zeros(2)}, (x, y)), r"params has shape \(\(3,\), \(2"),
+        (lambda: good.init(jnp.zeros(3), (SparseRows(COLUMNS, np.ones((20, 1)), 3), y)), "x.indices is from 0 to 3"),
+        (lambda: good.init(jnp.zeros(3), (SparseRows(COLUMNS + 0.5, np.ones((20, 1)), 3), y)), "x.indices has dtype"),
         (lambda: DistributedSaga(saga.logistic, 2, 5, shard_sizes=(3, 4)).init(jnp.zeros(3), (x, y)), "together all"),
         (lambda: good.round(state, KEY, jnp.ones(3, bool)), "returned has shape"),
         (lambda: good.run(state, KEY, -1), "num_rounds is -1"),

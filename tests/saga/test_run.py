@@ -88,6 +88,15 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
     other = DistributedSaga(saga.logistic, 4, 16, RIDGE)
     with pytest.raises(ValueError, match="checkpoint"):
         other.run(begin(other), KEY, 2, checkpoint=tmp_path, progress=False)
+    for settings in ({"step_size": 0.01}, {"correction": "own"}, {"period": 17}):
+        other = dataclasses.replace(METHOD, **settings)
+        with pytest.raises(ValueError, match="other settings than DistributedSaga"):
+            other.run(begin(other), KEY, 2, checkpoint=tmp_path, progress=False)
+    x, y = DATA
+    for data in ((x, -y), (x[::-1], y), (x, y[::-1])):
+        state = METHOD.init(jnp.zeros(6), data)
+        with pytest.raises(ValueError, match="other samples"):
+            METHOD.run(state, KEY, 2, checkpoint=tmp_path, progress=False)
 
 
 def test_what_is_recorded_can_be_chosen_and_everybody_is_called_back(capsys):
