@@ -30,8 +30,8 @@ MOST_PREPARED = 128
 # Digits are lost as neighbours missing in a row grow in number, and where gaps between knots differ much. Within these
 # bounds the matrix is right to 1e-9 of its largest row, and to 2e-11 for Chebyshev, systematic and even nodes.
 LONGEST_RUN = 6
+WIDEST_TO_NEXT = 5.0
 WIDEST_TO_NARROWEST = 100.0
-SMALLEST_PIVOT = 1e-2
 # Of one at a knot, what the curve leaves of it there; less is left by too few digits.
 LEAST_RESIDUAL = 1e-3
 
@@ -41,13 +41,11 @@ class _Whole(NamedTuple):
 
     Attributes:
         matrix: D, in units of scale, shape (p, n).
-        transposed: The same in rows, shape (n, p).
         residuals: C, scaled such that its diagonal is one, whatever its unit was, shape (n, n).
         scale: The root of what its diagonal was, shape (n,).
     """
 
     matrix: np.ndarray
-    transposed: np.ndarray
     residuals: np.ndarray
     scale: np.ndarray
 
@@ -79,8 +77,9 @@ def downdated_matrix(
     if whole is None:
         return None
     rows = whole.residuals[missing]
-    factor, fill, failed = dposv(rows[:, missing], whole.transposed[missing])
-    if failed or np.count_nonzero(factor.diagonal() < SMALLEST_PIVOT):
+    # Transposed, they are in LAPACK's order as they are.
+    _, fill, failed = dposv(rows[:, missing].T, whole.matrix[:, missing].T, overwrite_a=1, overwrite_b=1)
+    if failed:
         return None
     return (whole.matrix - fill.T @ rows) * (whole.scale * returned)
 
@@ -90,7 +89,8 @@ def _prepared(knots: bytes, points: bytes, smoothing: float) -> _Whole | None:
     """None where knots lie too unevenly, or the curve leaves nothing of some data."""
     t, p, smoothing = in_units_of_span(np.frombuffer(knots, np.float64), np.frombuffer(points, np.float64), smoothing)
     n, gap = len(t), np.diff(t)
-    if not gap.max() <= WIDEST_TO_NARROWEST * gap.min():
+    wider, narrower = np.maximum(gap[1:], gap[:-1]), np.minimum(gap[1:], gap[:-1])
+    if (wider > WIDEST_TO_NEXT * narrower).any() or not gap.max() <= WIDEST_TO_NARROWEST * gap.min():
         return None
     unknowns = np.eye(2 * n)
     reading = np.concatenate([reading_matrix(t, p), unknowns[::2], unknowns[1::2]])
@@ -104,5 +104,4 @@ def _prepared(knots: bytes, points: bytes, smoothing: float) -> _Whole | None:
     scale = np.sqrt(residuals.diagonal())
     # Symmetric but for rounding.
     residuals = (residuals + residuals.T) / (2 * scale * scale[:, None])
-    matrix = matrix / scale
-    return _Whole(matrix, np.ascontiguousarray(matrix.T), residuals, scale)
+    return _Whole(matrix / scale, residuals, scale)

@@ -88,7 +88,8 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
     used = 0
     for n in (3, 10, 30, 100):
         points = nodes.chebyshev_first(max(2, n // 5))
-        gaps = np.exp(rng.uniform(0, np.log(99), n - 1))
+        # Each up to 4.8 times as wide as the next, and up to 97 times as wide as any.
+        gaps = np.exp(np.clip(np.cumsum(rng.uniform(-1.57, 1.57, n - 1)), -2.29, 2.29))
         knots = {
             "chebyshev": nodes.chebyshev_second(n),
             "even": np.linspace(-1, 1, n),
@@ -119,6 +120,7 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
         (np.linspace(-1, 1, 200), slice(3, 4)),
         (np.repeat(np.linspace(-1, 1, 15), 2), slice(3, 4)),
         (np.linspace(-1, 1, 30) ** 5, slice(3, 4)),
+        (np.delete(np.linspace(-1, 1, 40), np.s_[3:12]), slice(3, 4)),
         (np.cumsum(1.5 ** np.abs(np.arange(30) - 15)), slice(3, 4)),
         (np.array([-1.0, 1.0]), slice(0, 1)),
     ],
@@ -129,6 +131,7 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
         "many knots",
         "knots at one place",
         "uneven knots",
+        "a wide gap",
         "knots closer and closer",
         "all but one",
     ],
