@@ -2,8 +2,9 @@
 
 A step of SAGA on a linear model adds a multiple of the sample to the parameters, and what the next steps need of these
 are their samples' margins only. Those follow from the margins before the first step and the samples' products with each
-other: a block of steps is two products of matrices and a loop over a few numbers. The same steps as one by one, but for
-rounding.
+other: a block of steps is two products of matrices and a loop over a few numbers. Margins of sparse samples cost next
+to nothing, and a block of steps is one after the other, without touching the large table. The same steps either way,
+but for rounding.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Integer
 from ._tables import along
 from .linear import SparseRows
 
-# Steps in a block. Their products with each other grow with its square, what it costs to begin one does not.
-_BLOCK = 32
+# Steps in a block. What it costs to begin one does not grow with them; products with each other do, with their square.
+_STEPS_WITH_DENSE_ROWS = 32
+_STEPS_WITH_SPARSE_ROWS = 64
 
 
 class Walk(NamedTuple):
@@ -70,18 +72,60 @@ def walk_in_blocks(
     Returns:
         Where it is then.
     """
-    whole, rest = divmod(index.size, _BLOCK)
+    x, y = samples
+    sparse = isinstance(x, SparseRows)
+    size = _STEPS_WITH_SPARSE_ROWS if sparse else _STEPS_WITH_DENSE_ROWS
+    whole, rest = divmod(index.size, size)
 
-    def go(steps):
-        factors = _factors(steps, weight, ridge, step_size, mean.dtype)
-        return lambda at, chosen, scale: _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias)
+    def block(steps):
+        factors = None if sparse else _factors(steps, weight, ridge, step_size, mean.dtype)
+
+        def go(at, chosen, scale):
+            rows, targets = jax.tree.map(lambda leaf: leaf[chosen], (x, y))
+            both = at, rows, targets, chosen, scale, slope, mean, weight
+            if factors is None:
+                return _sparse_block(*both, ridge, step_size, here=here, bias=bias)
+            return _dense_block(*both, factors, here=here, bias=bias)
+
+        return go
 
     at = begin
     if whole:
-        blocks, scales = (part[: whole * _BLOCK].reshape(whole, _BLOCK) for part in (index, scale))
-        one = go(_BLOCK)
+        blocks, scales = (part[: whole * size].reshape(whole, size) for part in (index, scale))
+        one = block(size)
         at = jax.lax.fori_loop(0, whole, lambda b, at: one(at, blocks[b], scales[b]), at)
-    return go(rest)(at, index[whole * _BLOCK :], scale[whole * _BLOCK :]) if rest else at
+    return block(rest)(at, index[whole * size :], scale[whole * size :]) if rest else at
+
+
+def _sparse_block(at, rows, targets, chosen, scale, slope, mean, weight, ridge, step_size, *, here, bias):
+    """One step after the other: margins take a few products each."""
+    steps, shape = chosen.size, at.table.shape[1:]
+    x = jnp.zeros((steps, rows.num_columns + bias), rows.values.dtype)
+    x = x.at[jnp.arange(steps)[:, None], rows.indices].add(rows.values)
+    if bias:
+        x = x.at[:, -1].set(1)
+    # Of w and D together: what is left of each, what D does to w, what is always added, and the share of the change.
+    one, zero = jnp.ones_like(step_size), jnp.zeros_like(step_size)
+    left, of_moved = (
+        jnp.stack(two)[:, None, None] for two in ((1 - step_size * ridge, one), (-step_size * weight, zero))
+    )
+    always = jnp.stack([-step_size * mean, jnp.zeros_like(mean)])
+
+    def step(t, carry):
+        both, held = carry
+        w, moved = both
+        margins = jnp.sum(w[:, rows.indices[t]] * rows.values[t], axis=1)
+        if bias:
+            margins = margins + w[:, -1]
+        change = slope(margins.reshape(shape), jax.tree.map(lambda leaf: leaf[t], targets)) - held[t]
+        change = jnp.where(here, change, 0)
+        share = jnp.stack([-step_size * scale[t], one])[:, None, None]
+        both = left * both + of_moved * moved + always + share * (change.reshape(-1, 1) * x[t])
+        # Whoever is drawn again finds what was just written.
+        return both, held + jnp.where(along(chosen == chosen[t], held), change, 0)
+
+    (w, moved), held = jax.lax.fori_loop(0, steps, step, (jnp.stack([at.w, at.moved]), at.table[chosen]))
+    return Walk(w, moved, at.table.at[chosen].set(held))
 
 
 class _Factors(NamedTuple):
@@ -123,12 +167,9 @@ def _factors(steps, weight, ridge, step_size, dtype):
     )
 
 
-def _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias):
-    x, y = jax.tree.map(lambda leaf: leaf[chosen], samples)
+def _dense_block(at, x, targets, chosen, scale, slope, mean, weight, factors, *, here, bias):
+    """All steps' margins from products of matrices."""
     steps = chosen.size
-    if isinstance(x, SparseRows):
-        rows = jnp.arange(steps)[:, None]
-        x = jnp.zeros((steps, x.num_columns), x.values.dtype).at[rows, x.indices].add(x.values)
     if bias:
         x = jnp.concatenate([x, jnp.ones((steps, 1), x.dtype)], axis=1)
     stays, held = mean + weight * at.moved, at.table[chosen]
@@ -147,7 +188,7 @@ def _block(at, chosen, scale, factors, slope, samples, mean, weight, here, bias)
 
     def step(t, state):
         margins, held, _ = state
-        change = slope(margins[t], jax.tree.map(lambda leaf: leaf[t], y)) - held[t]
+        change = slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)) - held[t]
         change = jnp.where(here, change, 0)
         return state + jnp.multiply.outer(effect[t], change)
 

@@ -78,7 +78,15 @@ class LinearLoss:
         return self.of_margin(margin(params, x), y)
 
 
-logistic = LinearLoss(lambda margin, y: jax.nn.softplus(-y * margin), curvature=0.25)
+@jax.custom_jvp
+def _softplus(x):
+    return jax.nn.softplus(x)
+
+
+# Where only the slope is asked for, no logarithm is taken.
+_softplus.defjvps(lambda tangent, _, x: tangent * jax.nn.sigmoid(x))
+
+logistic = LinearLoss(lambda margin, y: _softplus(-y * margin), curvature=0.25)
 """Of two classes, y = -1 or 1."""
 
 multinomial = LinearLoss(optax.losses.softmax_cross_entropy_with_integer_labels, curvature=0.5)
