@@ -86,7 +86,13 @@ def _softplus(x):
 # Where only the slope is asked for, no logarithm is taken.
 _softplus.defjvps(lambda tangent, _, x: tangent * jax.nn.sigmoid(x))
 
-logistic = LinearLoss(lambda margin, y: _softplus(-y * margin), curvature=0.25)
+
+def _logistic(margin, y):
+    # Not a lambda, which would take the derivative above with it to other processes, where it cannot go.
+    return _softplus(-y * margin)
+
+
+logistic = LinearLoss(_logistic, curvature=0.25)
 """Of two classes, y = -1 or 1."""
 
 multinomial = LinearLoss(optax.losses.softmax_cross_entropy_with_integer_labels, curvature=0.5)

@@ -174,6 +174,14 @@ def test_entries_at_one_place_are_added_up():
     assert x.nnz == 20
 
 
+@pytest.mark.parametrize("loss", [saga.logistic, saga.multinomial, saga.squared])
+def test_losses_go_to_other_processes(loss):
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    again = cloudpickle.loads(cloudpickle.dumps(loss))
+    margin, y = (jnp.arange(3.0), 1) if loss is saga.multinomial else (0.3, 1.0)
+    np.testing.assert_array_equal(jax.grad(again.of_margin)(margin, y), jax.grad(loss.of_margin)(margin, y))
+
+
 def test_the_objective_is_that_of_all_samples():
     x, y = problems.classes(50, 4)
     method = DistributedSaga(saga.logistic, 7, 5, 0.1)
