@@ -4,14 +4,16 @@ Under `jit` a value may not be known while the program is being traced; shapes a
 what is known and says what was given, what was expected and what to do.
 """
 
-import contextlib
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+Prepared = TypeVar("Prepared")
 
 
 def is_concrete(tree: Any) -> bool:
@@ -21,15 +23,18 @@ def is_concrete(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-# Part of the program that is being traced, if one is; else a call of what is compiled, which takes microseconds.
-_probe = jax.jit(lambda: 0.0)
-
-
-def at_once() -> contextlib.AbstractContextManager:
-    """Where what is known now is computed now, although a program may be being traced."""
-    # Only then: inside, even the constants of a program that is being traced are compiled one by one.
-    tracing = isinstance(_probe(), Tracer)
-    return jax.ensure_compile_time_eval() if tracing else contextlib.nullcontext()
+def at_once(prepare: Callable[[], Prepared]) -> Prepared:
+    """What follows from what is known now, computed now, although a program may be being traced."""
+    try:
+        found = prepare()
+        if is_concrete(found):
+            return found
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        pass
+    # It became part of that program. Not so from the start: inside, even the constants of what is compiled are compiled
+    # one by one.
+    with jax.ensure_compile_time_eval():
+        return prepare()
 
 
 def on_host(array: Any) -> np.ndarray | jax.Array:

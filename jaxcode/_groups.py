@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ._checks import batch_size, is_concrete
+from ._checks import at_once, batch_size
 from ._float64 import x64_is_on
 from ._maps import AbstractMap, apply_to_groups
 from ._pytree import pytree
@@ -102,13 +102,7 @@ def known_decoders(code: AbstractLinearCode) -> Callable[[np.ndarray], AbstractM
 
     @functools.lru_cache(maxsize=64)
     def decoder(mask: bytes, _x64: bool) -> AbstractMap:
-        returned = np.frombuffer(mask, bool)
-        found = code.decoder_map(returned)
-        if not is_concrete(found):
-            # It became part of a program that is being traced, which must not be kept.
-            with jax.ensure_compile_time_eval():
-                found = code.decoder_map(returned)
-        return found
+        return at_once(lambda: code.decoder_map(np.frombuffer(mask, bool)))
 
     return lambda returned: decoder(returned.tobytes(), x64_is_on())
 

@@ -8,6 +8,9 @@ from flax import linen
 from scipy.interpolate import CubicSpline
 
 from jaxcode import BerrutCode, ReplicationCode, SplineCode, UncodedCode, coded
+from jaxcode._float64 import halve
+from jaxcode._maps import Matrix
+from jaxcode.codes.abstract import AbstractLinearCode
 
 K, N = 5, 12
 SPLINE = SplineCode.systematic(K, N, decoder_smoothing=1e-3)
@@ -149,6 +152,29 @@ def test_a_known_mask_may_come_first_inside_or_outside_of_jit(code):
     made_inside = []
     jax.jit(lambda x: made_inside.append(coded(curve, code)) or x)(x)
     np.testing.assert_allclose(made_inside[0](x, returned), inside, rtol=1e-5, atol=1e-5)
+
+
+class Converted(AbstractLinearCode):
+    """A code of one's own, whose maps go through JAX and back to NumPy."""
+
+    num_data, num_workers = K, N
+
+    def encoder_map(self):
+        return SPLINE.encoder_map()
+
+    def decoder_map(self, returned):
+        return Matrix(halve(np.asarray(2 * jnp.asarray(SPLINE.decoder_matrix(returned)), np.float64)))
+
+    def recovered(self, returned):
+        return SPLINE.recovered(returned)
+
+
+def test_a_code_of_ones_own_may_convert_what_it_knows():
+    x, returned = jnp.asarray(normal(6, 2)), mask(SPLINE)
+    predict = coded(curve, Converted())
+    inside = jax.jit(lambda x: predict(x, returned))(x)
+    np.testing.assert_allclose(inside, 2 * coded(curve, SPLINE)(x, returned), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(predict(x, returned), inside, rtol=1e-5, atol=1e-5)
 
 
 def test_one_predict_serves_both_precisions():

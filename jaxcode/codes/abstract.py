@@ -130,8 +130,7 @@ class AbstractInterpolatingCode(AbstractLinearCode):
         if not is_concrete(self):
             return self.encoding_curve()
         # With known nodes it is a constant of the traced program.
-        with at_once():
-            return self.encoding_curve()
+        return at_once(self.encoding_curve)
 
     def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
         check_mask("returned", returned, self.num_workers)

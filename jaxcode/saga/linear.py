@@ -104,7 +104,7 @@ squared = LinearLoss(lambda margin, y: 0.5 * jnp.square(margin - y), curvature=1
 
 def margin(params: PyTree[Array], x: Rows) -> Array:
     """The product of one sample and the parameters, shape () or (classes,)."""
-    kernel, bias = (params["kernel"], params["bias"]) if isinstance(params, Mapping) else (params, None)
+    kernel, bias = _kernel_and_bias(params)
     product = jnp.tensordot(x.values, kernel[x.indices], 1) if isinstance(x, SparseRows) else x @ kernel
     return product if bias is None else product + bias
 
@@ -129,7 +129,7 @@ def checked_samples(params: PyTree[Array], data: Any) -> tuple[Rows, Any]:
     x, y = data
     if isinstance(params, Mapping) and set(params) != {"kernel", "bias"}:
         raise ValueError(f"params has {sorted(params)}; expected an array, or a 'kernel' and a 'bias'")
-    kernel, bias = (params["kernel"], params["bias"]) if isinstance(params, Mapping) else (params, None)
+    kernel, bias = _kernel_and_bias(params)
     of_kernel = np.shape(kernel)
     if len(of_kernel) not in (1, 2) or (bias is not None and np.shape(bias) != of_kernel[1:]):
         shapes = of_kernel if bias is None else (of_kernel, np.shape(bias))
@@ -151,3 +151,7 @@ def checked_samples(params: PyTree[Array], data: Any) -> tuple[Rows, Any]:
     if isinstance(x, SparseRows):
         return SparseRows(x.indices, x.values.astype(dtype), x.num_columns), y
     return x.astype(dtype), y
+
+
+def _kernel_and_bias(params):
+    return (params["kernel"], params["bias"]) if isinstance(params, Mapping) else (params, None)

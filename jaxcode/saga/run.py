@@ -69,7 +69,7 @@ def run(
     evaluate = evaluate or (lambda params: method.objective(params, state))
     began, first = time.monotonic(), int(state.round)
     with (
-        _checkpoints(checkpoint, method) as (restore, save),
+        _checkpoints(checkpoint, method, state.data.samples) as (restore, save),
         tqdm(total=num_rounds, desc="rounds", disable=not progress, file=sys.stderr) as bar,
     ):
         state = place(restore(gather(state)))
@@ -110,13 +110,14 @@ def _shown(values):
 
 
 @contextlib.contextmanager
-def _checkpoints(folder, method):
+def _checkpoints(folder, method, samples):
     """How the newest checkpoint is taken up, if there is one, and how one more is left."""
     if folder is None:
         yield (lambda state: state), (lambda state: None)
         return
     import orbax.checkpoint as ocp
 
+    problem = _problem(method, samples)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(Path(folder).absolute(), options=options, item_handlers=handler) as manager:
@@ -126,36 +127,39 @@ def _checkpoints(folder, method):
             if newest is None:
                 return state
             leaves, structure = jax.tree.flatten(state.moving())
-            now = _named(leaves, method, state)
             like = {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in now.items()
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+                for name, leaf in (_named(leaves) | problem).items()
             }
             there = manager.item_metadata(newest)
             sizes = {name: tuple(entry.shape) for name, entry in dict(there).items()}
             if sizes != {name: leaf.shape for name, leaf in like.items()}:
                 raise ValueError(f"checkpoint {folder} is of another method or other samples: its arrays are {sizes}")
             found = manager.restore(newest, args=ocp.args.StandardRestore(like))
-            if not np.array_equal(found["settings"], now["settings"]):
+            if not np.array_equal(found["settings"], problem["settings"]):
                 raise ValueError(f"checkpoint {folder} is of another method or other settings than {method!r}")
-            if not np.array_equal(found["samples"], now["samples"]):
+            if not np.array_equal(found["samples"], problem["samples"]):
                 raise ValueError(f"checkpoint {folder} is of other samples, or of the same in another order")
             leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
             return dataclasses.replace(state, **jax.tree.unflatten(structure, leaves))
 
         def save(state):
-            arrays = _named(jax.tree.leaves(state.moving()), method, state)
+            arrays = _named(jax.tree.leaves(state.moving())) | problem
             manager.save(int(state.round), args=ocp.args.StandardSave(arrays))
 
         yield restore, save
 
 
-def _named(leaves, method, state):
-    """What to store: leaves that are not empty, which cannot be; and numbers by which another problem is told."""
-    named = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(leaves) if np.size(leaf)}
+def _named(leaves):
+    """Those that are not empty, which cannot be stored."""
+    return {str(i): jnp.asarray(leaf) for i, leaf in enumerate(leaves) if np.size(leaf)}
+
+
+def _problem(method, samples):
+    """Numbers by which another problem is told, stored beside every state."""
     fields = [field.name for field in dataclasses.fields(method) if field.name not in ("loss", "prox", "mesh")]
     settings = repr((type(method).__name__, {name: getattr(method, name) for name in fields}))
-    named["settings"] = jnp.asarray([zlib.crc32(settings.encode())], jnp.uint32)
-    return named | {"samples": _digest(state.data.samples)}
+    return {"settings": jnp.asarray([zlib.crc32(settings.encode())], jnp.uint32), "samples": _digest(samples)}
 
 
 @jax.jit
