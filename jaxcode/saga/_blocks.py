@@ -5,6 +5,11 @@ are their samples' margins only. Those follow from the margins before the first 
 other: a block of steps is two products of matrices and a loop over a few numbers. Margins of sparse samples cost next
 to nothing, and a block of steps is one after the other, without touching the large table. The same steps either way,
 but for rounding.
+
+On a CPU a step is so short that what counts is how many kernels XLA makes of it (above eight, they go through its
+scheduler and take twice as long: loops are not unrolled), and that none of them copies. A quotient it works out once, a
+difference for each use: so a step's change of slope is divided by one, and what only this quotient reads elsewhere is
+changed in place.
 """
 
 from collections.abc import Callable
@@ -20,6 +25,8 @@ from .linear import SparseRows
 # Steps in a block. What it costs to begin one does not grow with them; products with each other do, with their square.
 _STEPS_WITH_DENSE_ROWS = 32
 _STEPS_WITH_SPARSE_ROWS = 64
+# Steps whose sparse rows are fetched at once, a multiple of the above.
+_STEPS_FETCHED = 1024
 
 
 class Walk(NamedTuple):
@@ -66,66 +73,77 @@ def walk_in_blocks(
         weight: :math:`\theta`.
         ridge: :math:`\lambda`.
         step_size: :math:`\gamma`.
-        here: Whether the table is to change at all; if not, w is not to be used.
+        here: Whether the table is to change at all; if not, w and D are not to be used.
         bias: Whether the last column of w is that of ones beside the samples.
 
     Returns:
         Where it is then.
     """
-    x, y = samples
-    sparse = isinstance(x, SparseRows)
-    size = _STEPS_WITH_SPARSE_ROWS if sparse else _STEPS_WITH_DENSE_ROWS
-    whole, rest = divmod(index.size, size)
+    x, _ = samples
 
-    def block(steps):
-        factors = None if sparse else _factors(steps, weight, ridge, step_size, mean.dtype)
+    def changed(new, old):
+        # Divided by one, or what XLA cannot know to be one.
+        return jnp.where(here, new - old, 0) / jnp.where(here, jnp.ones_like(step_size), 2)
 
-        def go(at, chosen, scale):
-            rows, targets = jax.tree.map(lambda leaf: leaf[chosen], (x, y))
-            both = at, rows, targets, chosen, scale, slope, mean, weight
-            if factors is None:
-                return _sparse_block(*both, ridge, step_size, here=here, bias=bias)
-            return _dense_block(*both, factors, here=here, bias=bias)
+    if not isinstance(x, SparseRows):
 
-        return go
+        def dense(at, index, scale):
+            factors = _factors(index.size, weight, ridge, step_size, mean.dtype)
+            return _dense_block(at, _chosen(samples, index), index, scale, slope, mean, weight, factors, changed, bias)
 
-    at = begin
+        return _in_pieces(dense, begin, (index, scale), _STEPS_WITH_DENSE_ROWS)
+
+    def sparse(at, chosen, index, scale):
+        return _sparse_block(at, chosen, index, scale, slope, mean, weight, ridge, step_size, changed, bias)
+
+    def fetch(at, index, scale):
+        return _in_pieces(sparse, at, (_chosen(samples, index), index, scale), _STEPS_WITH_SPARSE_ROWS)
+
+    return _in_pieces(fetch, begin, (index, scale), _STEPS_FETCHED)
+
+
+def _in_pieces(go, at, along, size):
+    """Goes on with so many of what it needs at once, and with the rest."""
+    whole, rest = divmod(jax.tree.leaves(along)[0].shape[0], size)
+
+    def cut(first, size):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), along)
+
     if whole:
-        blocks, scales = (part[: whole * size].reshape(whole, size) for part in (index, scale))
-        one = block(size)
-        at = jax.lax.fori_loop(0, whole, lambda b, at: one(at, blocks[b], scales[b]), at)
-    return block(rest)(at, index[whole * size :], scale[whole * size :]) if rest else at
+        at = jax.lax.fori_loop(0, whole, lambda piece, at: go(at, *cut(piece * size, size)), at)
+    return go(at, *cut(whole * size, rest)) if rest else at
 
 
-def _sparse_block(at, rows, targets, chosen, scale, slope, mean, weight, ridge, step_size, *, here, bias):
+def _chosen(samples, index):
+    return jax.tree.map(lambda leaf: leaf[index], samples)
+
+
+def _sparse_block(at, samples, index, scale, slope, mean, weight, ridge, step_size, changed, bias):
     """One step after the other: margins take a few products each."""
-    steps, shape = chosen.size, at.table.shape[1:]
+    rows, targets = samples
+    steps = index.size
     x = jnp.zeros((steps, rows.num_columns + bias), rows.values.dtype)
     x = x.at[jnp.arange(steps)[:, None], rows.indices].add(rows.values)
     if bias:
         x = x.at[:, -1].set(1)
-    # Of w and D together: what is left of each, what D does to w, what is always added, and the share of the change.
-    one, zero = jnp.ones_like(step_size), jnp.zeros_like(step_size)
-    left, of_moved = (
-        jnp.stack(two)[:, None, None] for two in ((1 - step_size * ridge, one), (-step_size * weight, zero))
-    )
-    always = jnp.stack([-step_size * mean, jnp.zeros_like(mean)])
+    left, always = 1 - step_size * ridge, -step_size * mean
 
     def step(t, carry):
-        both, held = carry
-        w, moved = both
+        w, moved, held = carry
         margins = jnp.sum(w[:, rows.indices[t]] * rows.values[t], axis=1)
         if bias:
             margins = margins + w[:, -1]
-        change = slope(margins.reshape(shape), jax.tree.map(lambda leaf: leaf[t], targets)) - held[t]
-        change = jnp.where(here, change, 0)
-        share = jnp.stack([-step_size * scale[t], one])[:, None, None]
-        both = left * both + of_moved * moved + always + share * (change.reshape(-1, 1) * x[t])
+        old, target = jax.tree.map(lambda leaf: leaf[t], (held, targets))
+        change = changed(slope(margins.reshape(old.shape), target), old)
+        toward = change.reshape(-1, 1) * x[t]
+        moved = moved + toward
+        # Of D as it is by now: as it was before, it would have to be copied.
+        w = left * w + always - (step_size * weight) * moved + (step_size * (weight - scale[t])) * toward
         # Whoever is drawn again finds what was just written.
-        return both, held + jnp.where(along(chosen == chosen[t], held), change, 0)
+        return w, moved, held + jnp.where(along(index == index[t], held), change, 0)
 
-    (w, moved), held = jax.lax.fori_loop(0, steps, step, (jnp.stack([at.w, at.moved]), at.table[chosen]))
-    return Walk(w, moved, at.table.at[chosen].set(held))
+    w, moved, held = jax.lax.fori_loop(0, steps, step, (at.w, at.moved, at.table[index]))
+    return Walk(w, moved, at.table.at[index].set(held))
 
 
 class _Factors(NamedTuple):
@@ -167,12 +185,13 @@ def _factors(steps, weight, ridge, step_size, dtype):
     )
 
 
-def _dense_block(at, x, targets, chosen, scale, slope, mean, weight, factors, *, here, bias):
+def _dense_block(at, samples, index, scale, slope, mean, weight, factors, changed, bias):
     """All steps' margins from products of matrices."""
-    steps = chosen.size
+    x, targets = samples
+    steps = index.size
     if bias:
         x = jnp.concatenate([x, jnp.ones((steps, 1), x.dtype)], axis=1)
-    stays, held = mean + weight * at.moved, at.table[chosen]
+    stays, held = mean + weight * at.moved, at.table[index]
     of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(jnp.concatenate([at.w, stays]) @ x.T, 2))
     margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
     # What a step's change of slope does: to the margins of those after it, to what the table holds for every step with
@@ -180,7 +199,7 @@ def _dense_block(at, x, targets, chosen, scale, slope, mean, weight, factors, *,
     effect = jnp.stack(
         [
             -(scale[:, None] * factors.own + factors.since) * (x @ x.T),
-            (chosen[:, None] == chosen).astype(x.dtype),
+            (index[:, None] == index).astype(x.dtype),
             jnp.eye(steps, dtype=x.dtype),
         ],
         axis=1,
@@ -188,8 +207,7 @@ def _dense_block(at, x, targets, chosen, scale, slope, mean, weight, factors, *,
 
     def step(t, state):
         margins, held, _ = state
-        change = slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)) - held[t]
-        change = jnp.where(here, change, 0)
+        change = changed(slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)), held[t])
         return state + jnp.multiply.outer(effect[t], change)
 
     state = jnp.stack([margins, held, jnp.zeros_like(held)])
@@ -198,7 +216,7 @@ def _dense_block(at, x, targets, chosen, scale, slope, mean, weight, factors, *,
     own, since = factors.last
     ahead, moved = jnp.split(jnp.concatenate([_rows(scale * own + since, change), change], axis=1).T @ x, 2)
     decay, taken = factors.end
-    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[chosen].set(held))
+    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[index].set(held))
 
 
 def _rows(factors, matrix):

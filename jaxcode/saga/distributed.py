@@ -155,8 +155,9 @@ class DistributedSaga(AbstractMethod):
         """Samples for all steps, and by what their differences are multiplied in the step, (period, batch) each."""
         shape = self.period, self.batch_size
         if self.sampling == "uniform":
-            index = jax.random.randint(key, shape, 0, machine.size)
-            return index, jnp.ones(shape, machine.told.dtype)
+            # No sample is drawn more often than another by a larger share than m / 2^32.
+            index = jax.random.bits(key, shape, jnp.uint32) % machine.size.astype(jnp.uint32)
+            return index.astype(jnp.int32), jnp.ones(shape, machine.told.dtype)
         up_to = machine.own["up_to"]
         place = jax.random.uniform(key, shape, up_to.dtype) * up_to[-1]
         index = jnp.minimum(jnp.searchsorted(up_to, place, side="right"), machine.size - 1)
@@ -172,6 +173,8 @@ class DistributedSaga(AbstractMethod):
         walk = self._in_blocks if in_blocks else self._one_by_one
         w, moved, table = walk(common, machine, index, scale, mean, weight)
         told, rest = add(machine.told, machine.own["rest"], moved)
+        # Who is not here may have worked on garbage; tables are left alone by the steps themselves.
+        rest = jnp.where(machine.share > 0, rest, machine.own["rest"])
         return w - common.w, {**machine.own, "table": table, "rest": rest}, told
 
     def _one_by_one(self, common, machine, index, scale, mean, weight):

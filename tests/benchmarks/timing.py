@@ -138,11 +138,24 @@ def progress(items, what: str):
     return tqdm(items, desc=what, leave=False, disable=None)
 
 
-def run_script(measure: Callable[[Report], None], description: str) -> int:
-    """What each script does when it is run: measures, prints, and writes JSON with `--json`."""
+def run_script(measure: Callable[[Report], None], description: str, cores: int | None = None) -> int:
+    """What each script does when it is run: measures, prints, and writes JSON with `--json`.
+
+    With `--cores`, and by default with so many as `cores` says, all contenders are bound to some of the machine's cores.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--cores", type=int, help=f"how many of the machine's cores to use (Linux); {cores or 'all'}")
     options = parser.parse_args()
+    if not hasattr(os, "sched_setaffinity"):
+        if options.cores is not None:
+            parser.error("--cores needs Linux")
+    elif wanted := options.cores if options.cores is not None else cores:
+        available = sorted(os.sched_getaffinity(0))
+        if not 1 <= wanted <= len(available):
+            parser.error(f"--cores is {wanted}; this machine offers {len(available)}")
+        # Threads are made with the first computation.
+        os.sched_setaffinity(0, available[:wanted])
     report = Report(description.splitlines()[0].split(":")[0])
     measure(report)
     return report.finish(options.json)

@@ -41,7 +41,7 @@ def plain_logistic(w, sample):
 def drawn(key, period, x, ridge, sampling):
     """Samples of a machine, and what their probabilities are multiples of even ones."""
     if sampling == "uniform":
-        return np.asarray(jax.random.randint(key, (period, 1), 0, len(x)))[:, 0], np.ones(len(x))
+        return np.asarray(jax.random.bits(key, (period, 1), jnp.uint32))[:, 0] % len(x), np.ones(len(x))
     p = 0.25 * np.sum(x**2, axis=1) + len(x) * ridge / 3
     p /= p.sum()
     return np.searchsorted(np.cumsum(p), np.asarray(jax.random.uniform(key, (period, 1)))[:, 0], "right"), len(x) * p
@@ -117,8 +117,8 @@ def test_one_machine_is_the_optax_transformation_step_by_step():
     gradients = jax.vmap(jax.grad(plain_logistic), (None, 0))(w, (jnp.asarray(x), jnp.asarray(y)))
     saga_state = state[0]._replace(table=gradients, total=gradients.sum(0))
     state = (saga_state, *state[1:])
-    index = jax.random.randint(jax.random.fold_in(jax.random.fold_in(KEY, 0), 0), (30, 1), 0, 40)[:, 0]
-    for j in np.asarray(index):
+    index, _ = drawn(jax.random.fold_in(jax.random.fold_in(KEY, 0), 0), 30, x, 0, "uniform")
+    for j in index:
         gradient = jax.grad(plain_logistic)(w, (x[j], y[j]))
         updates, state = transformation.update(gradient, state, w, index=int(j))
         w = w + updates

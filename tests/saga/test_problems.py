@@ -1,5 +1,6 @@
 """What can be minimised: other losses, parameters and samples than the simplest; and what is said of the rest."""
 
+import dataclasses
 from collections import OrderedDict
 
 import jax
@@ -44,8 +45,21 @@ def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
     np.testing.assert_allclose(found["bias"], known.coef_[:, 4], atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch_size", "period"), [(1, 40), (4, 7)])
-def test_sparse_rows_are_dense_rows(batch_size, period):
+@pytest.mark.parametrize(
+    ("batch_size", "period", "count", "settings"),
+    [
+        (1, 40, 12, {}),
+        # Whole blocks and the rest of one, of dense and of sparse rows, fetched at once and not.
+        (1, 4200, 2, {}),
+        # Nothing is left of what was before, and less than nothing.
+        (1, 100, 3, {"ridge": 4.0, "step_size": 0.25}),
+        (1, 100, 3, {"ridge": 4.0, "step_size": 0.35}),
+        (1, 100, 3, {"ridge": 0.0, "correction": "frozen"}),
+        (1, 100, 3, {"sampling": "lipschitz"}),
+        (4, 7, 12, {}),
+    ],
+)
+def test_sparse_rows_are_dense_rows(batch_size, period, count, settings):
     rng = np.random.default_rng(2)
     x = scipy.sparse.random_array((90, 12), density=0.2, rng=rng, format="csr")
     y = np.sign(rng.normal(size=90))
@@ -54,10 +68,17 @@ def test_sparse_rows_are_dense_rows(batch_size, period):
     np.put_along_axis(rows, sparse.indices, 0, axis=1)
     np.add.at(rows, (np.arange(90)[:, None], sparse.indices), sparse.values)
     np.testing.assert_array_equal(rows, dense)
-    for params in (jnp.zeros(12), {"kernel": jnp.zeros(12), "bias": jnp.zeros(())}):
-        method = DistributedSaga(saga.logistic, 3, period, 0.1, batch_size=batch_size)
-        found = [after(method, params, (part, y), 12) for part in (sparse, dense)]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
+    method = DistributedSaga(saga.logistic, 3, period, batch_size=batch_size, **{"ridge": 0.1, **settings})
+    # A loss that is not known to be of a linear model goes step by step, by gradients.
+    plain = dataclasses.replace(method, loss=lambda w, sample: saga.logistic(w, sample), sampling="uniform")
+    with_bias = {"kernel": jnp.zeros(12), "bias": jnp.zeros(())}
+    for params in (with_bias,) if settings else (with_bias, jnp.zeros(12)):
+        found = [after(method, params, (part, y), count) for part in (sparse, dense)]
+        if method.sampling == "uniform":
+            step_size = method.init(params, (dense, y)).step_size
+            found.append(after(dataclasses.replace(plain, step_size=step_size), params, (dense, y), count))
+        for other in found[1:]:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found[0], other)
 
 
 def test_the_l1_term_is_taken_by_its_proximal_operator():

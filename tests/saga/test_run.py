@@ -143,7 +143,9 @@ def test_a_machine_that_misses_rounds_keeps_its_table_and_what_it_told_counts():
     # Garbage in the work of those who are away harms nobody.
     poisoned = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
     broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=poisoned))
-    np.testing.assert_array_equal(METHOD.round(broken, KEY, away).params, METHOD.round(state, KEY, away).params)
+    harmed = METHOD.round(broken, KEY, away)
+    np.testing.assert_array_equal(harmed.params, METHOD.round(state, KEY, away).params)
+    same(jax.tree.map(lambda leaf: leaf[2], harmed.own), jax.tree.map(lambda leaf: leaf[2], state.own))
     nobody = METHOD.round(state, KEY, jnp.zeros(8, bool))
     np.testing.assert_array_equal(nobody.params, state.params)
     same(nobody.own, state.own)
