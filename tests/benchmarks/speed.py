@@ -1,7 +1,7 @@
 """Every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
 
-Runs the scripts beside it one after the other, each in a process of its own bound to some cores, so that every contender
-has as many threads. Writes their figures to `speed.json` and a plot of cost against size to `speed.png`.
+Runs the scripts beside it one after the other, each in a process of its own bound to the same cores, so that every
+contender has as many threads. Writes their figures to `speed.json` and a plot of cost against size to `speed.png`.
 Exits with 1 where a bar is missed by more than noise: by the better quartile of the rounds.
 """
 

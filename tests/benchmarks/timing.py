@@ -141,7 +141,7 @@ def progress(items, what: str):
 def run_script(measure: Callable[[Report], None], description: str, cores: int | None = None) -> int:
     """What each script does when it is run: measures, prints, and writes JSON with `--json`.
 
-    With `--cores`, and by default with so many as `cores` says, all contenders are bound to some of the machine's cores.
+    With `--cores`, by default as many as `cores` says, all contenders are bound to some of the machine's cores.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
