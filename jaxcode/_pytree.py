@@ -48,6 +48,7 @@ def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]
 
 def _getter(names):
     """The tuple of an object's fields, as fast as can be: every call of a jitted function takes its arguments apart."""
-    if len(names) < 2:
-        return lambda obj: tuple(getattr(obj, name) for name in names)
-    return operator.attrgetter(*names)
+    if not names:
+        return lambda obj: ()
+    get = operator.attrgetter(*names)
+    return get if len(names) > 1 else lambda obj: (get(obj),)

@@ -40,12 +40,12 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
         return _traced_map(knots, points, smoothing, weights)
     knots, points, weights = np.asarray(knots, np.float64), np.asarray(points, np.float64), np.asarray(weights)
     smoothing = float(smoothing)  # pyright: ignore[reportArgumentType]
-    entries, reads = None, weights > 0
-    if weights.dtype == np.bool_:
+    if weights.dtype == bool:
         entries = downdated_matrix(knots, points, weights, smoothing)
-    if entries is None:
-        entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
-    return Matrix(halve(entries), None if np.count_nonzero(reads) == n else reads)
+        if entries is not None:
+            return Matrix(halve(entries), weights)
+    entries, reads = banded_matrix(knots, points, weights.astype(np.float64), smoothing), weights > 0
+    return Matrix(halve(entries), None if reads.all() else reads)
 
 
 def _traced_map(knots, points, smoothing, weights):
