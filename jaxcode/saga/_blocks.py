@@ -25,7 +25,10 @@ from .linear import SparseRows
 # Steps in a block. What it costs to begin one does not grow with them; products with each other do, with their square.
 _STEPS_WITH_DENSE_ROWS = 32
 _STEPS_WITH_SPARSE_ROWS = 64
-# Steps whose sparse rows are fetched at once, a multiple of the above.
+# With more columns for each entry of a row, a block goes over those that it has entries in; beginning one costs more.
+_MOST_COLUMNS_PER_ENTRY = 64
+_STEPS_WITH_WIDE_ROWS = 32
+# Steps whose sparse rows are fetched at once, a multiple of those in a block.
 _STEPS_FETCHED = 1024
 
 
@@ -93,11 +96,14 @@ def walk_in_blocks(
 
         return _in_pieces(dense, begin, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
+    wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
+    block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
+
     def sparse(at, chosen, index, scale):
-        return _sparse_block(at, chosen, index, scale, slope, mean, weight, ridge, step_size, changed, bias)
+        return block(at, chosen, index, scale, slope, mean, weight, ridge, step_size, changed, bias)
 
     def fetch(at, index, scale):
-        return _in_pieces(sparse, at, (_chosen(samples, index), index, scale), _STEPS_WITH_SPARSE_ROWS)
+        return _in_pieces(sparse, at, (_chosen(samples, index), index, scale), steps)
 
     return _in_pieces(fetch, begin, (index, scale), _STEPS_FETCHED)
 
@@ -144,6 +150,25 @@ def _sparse_block(at, samples, index, scale, slope, mean, weight, ridge, step_si
 
     w, moved, held = jax.lax.fori_loop(0, steps, step, (at.w, at.moved, at.table[index]))
     return Walk(w, moved, at.table.at[index].set(held))
+
+
+def _wide_block(at, samples, index, scale, slope, mean, weight, ridge, step_size, changed, bias):
+    """One step after the other, on the columns that these samples have entries in; the others go all steps at once."""
+    rows, targets = samples
+    columns = rows.indices.ravel()
+    if bias:
+        columns = jnp.append(columns, rows.num_columns)
+    # One place for each column, whichever of those it is at.
+    place = jnp.zeros(at.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))[columns]
+    narrow = SparseRows(place[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
+    begin = Walk(at.w[:, columns], at.moved[:, columns], at.table)
+    end = _sparse_block(
+        begin, (narrow, targets), index, scale, slope, mean[:, columns], weight, ridge, step_size, changed, bias
+    )
+    decay, taken = _factors(index.size, weight, ridge, step_size, mean.dtype).end
+    w = decay * at.w - taken * (mean + weight * at.moved)
+    w, moved = (leaf.at[:, columns].set(ours[:, place]) for leaf, ours in ((w, end.w), (at.moved, end.moved)))
+    return Walk(w, moved, end.table)
 
 
 class _Factors(NamedTuple):

@@ -81,6 +81,19 @@ def test_sparse_rows_are_dense_rows(batch_size, period, count, settings):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found[0], other)
 
 
+@pytest.mark.parametrize("settings", [{}, {"ridge": 4.0, "step_size": 0.25}, {"correction": "frozen"}])
+def test_few_entries_in_many_columns(settings):
+    rng = np.random.default_rng(3)
+    x = scipy.sparse.random_array((90, 600), density=0.004, rng=rng, format="csr")
+    sparse, dense = SparseRows.from_scipy(x), x.toarray()
+    assert sparse.num_columns > 64 * sparse.indices.shape[1]
+    method = DistributedSaga(saga.multinomial, 3, 100, **{"ridge": 0.1, **settings})
+    params = {"kernel": jnp.asarray(rng.normal(size=(600, 4))), "bias": jnp.zeros(4)}
+    labels = rng.integers(0, 4, 90)
+    found, known = (after(method, params, (part, labels), 3) for part in (sparse, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, known)
+
+
 def test_the_l1_term_is_taken_by_its_proximal_operator():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 10))
