@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 # Most of the tests' time is the compiler's, which unoptimised takes a quarter less of it, and by the older of its two
 # ways to emit loops, where it still knows that, less than half.
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items):
     """First what waits for other processes, beside which there is time for all else."""
     waiting = ("test_ray", "test_serve")
     items.sort(key=lambda item: item.path.stem not in waiting)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Drops compiled programs before they are too many: each is mapped to memory, and Linux allows 65,530 mappings."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
