@@ -83,16 +83,11 @@ def walk_in_blocks(
         Where it is then.
     """
     x, _ = samples
-
-    def changed(new, old):
-        # Divided by one, or what XLA cannot know to be one.
-        return jnp.where(here, new - old, 0) / jnp.where(here, jnp.ones_like(step_size), 2)
-
+    rule = _Rule(slope, mean, weight, ridge, step_size, here, bias)
     if not isinstance(x, SparseRows):
 
         def dense(at, index, scale):
-            factors = _factors(index.size, weight, ridge, step_size, mean.dtype)
-            return _dense_block(at, _chosen(samples, index), index, scale, slope, mean, weight, factors, changed, bias)
+            return _dense_block(at, _chosen(samples, index), index, scale, rule)
 
         return _in_pieces(dense, begin, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
@@ -100,12 +95,28 @@ def walk_in_blocks(
     block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
 
     def sparse(at, chosen, index, scale):
-        return block(at, chosen, index, scale, slope, mean, weight, ridge, step_size, changed, bias)
+        return block(at, chosen, index, scale, rule)
 
     def fetch(at, index, scale):
         return _in_pieces(sparse, at, (_chosen(samples, index), index, scale), steps)
 
     return _in_pieces(fetch, begin, (index, scale), _STEPS_FETCHED)
+
+
+class _Rule(NamedTuple):
+    """What is the same in all steps: as `walk_in_blocks` is given it."""
+
+    slope: Callable[[Array, Any], Array]
+    mean: Array
+    weight: Array
+    ridge: Array
+    step_size: Array
+    here: Array
+    bias: bool
+
+    def changed(self, new, old):
+        # Divided by one, or what XLA cannot know to be one.
+        return jnp.where(self.here, new - old, 0) / jnp.where(self.here, jnp.ones_like(self.step_size), 2)
 
 
 def _in_pieces(go, at, along, size):
@@ -124,27 +135,27 @@ def _chosen(samples, index):
     return jax.tree.map(lambda leaf: leaf[index], samples)
 
 
-def _sparse_block(at, samples, index, scale, slope, mean, weight, ridge, step_size, changed, bias):
+def _sparse_block(at, samples, index, scale, rule):
     """One step after the other: margins take a few products each."""
     rows, targets = samples
-    steps = index.size
-    x = jnp.zeros((steps, rows.num_columns + bias), rows.values.dtype)
+    steps, step_size = index.size, rule.step_size
+    x = jnp.zeros((steps, rows.num_columns + rule.bias), rows.values.dtype)
     x = x.at[jnp.arange(steps)[:, None], rows.indices].add(rows.values)
-    if bias:
+    if rule.bias:
         x = x.at[:, -1].set(1)
-    left, always = 1 - step_size * ridge, -step_size * mean
+    left, always = 1 - step_size * rule.ridge, -step_size * rule.mean
 
     def step(t, carry):
         w, moved, held = carry
         margins = jnp.sum(w[:, rows.indices[t]] * rows.values[t], axis=1)
-        if bias:
+        if rule.bias:
             margins = margins + w[:, -1]
         old, target = jax.tree.map(lambda leaf: leaf[t], (held, targets))
-        change = changed(slope(margins.reshape(old.shape), target), old)
+        change = rule.changed(rule.slope(margins.reshape(old.shape), target), old)
         toward = change.reshape(-1, 1) * x[t]
         moved = moved + toward
         # Of D as it is by now: as it was before, it would have to be copied.
-        w = left * w + always - (step_size * weight) * moved + (step_size * (weight - scale[t])) * toward
+        w = left * w + always - (step_size * rule.weight) * moved + (step_size * (rule.weight - scale[t])) * toward
         # Whoever is drawn again finds what was just written.
         return w, moved, held + jnp.where(along(index == index[t], held), change, 0)
 
@@ -152,21 +163,19 @@ def _sparse_block(at, samples, index, scale, slope, mean, weight, ridge, step_si
     return Walk(w, moved, at.table.at[index].set(held))
 
 
-def _wide_block(at, samples, index, scale, slope, mean, weight, ridge, step_size, changed, bias):
+def _wide_block(at, samples, index, scale, rule):
     """One step after the other, on the columns that these samples have entries in; the others go all steps at once."""
     rows, targets = samples
     columns = rows.indices.ravel()
-    if bias:
+    if rule.bias:
         columns = jnp.append(columns, rows.num_columns)
     # One place for each column, whichever of those it is at.
     place = jnp.zeros(at.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))[columns]
     narrow = SparseRows(place[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
     begin = Walk(at.w[:, columns], at.moved[:, columns], at.table)
-    end = _sparse_block(
-        begin, (narrow, targets), index, scale, slope, mean[:, columns], weight, ridge, step_size, changed, bias
-    )
-    decay, taken = _factors(index.size, weight, ridge, step_size, mean.dtype).end
-    w = decay * at.w - taken * (mean + weight * at.moved)
+    end = _sparse_block(begin, (narrow, targets), index, scale, rule._replace(mean=rule.mean[:, columns]))
+    decay, taken = _factors(index.size, rule).end
+    w = decay * at.w - taken * (rule.mean + rule.weight * at.moved)
     w, moved = (leaf.at[:, columns].set(ours[:, place]) for leaf, ours in ((w, end.w), (at.moved, end.moved)))
     return Walk(w, moved, end.table)
 
@@ -192,13 +201,14 @@ class _Factors(NamedTuple):
     end: tuple[Array, Array]
 
 
-def _factors(steps, weight, ridge, step_size, dtype):
-    decay = (1 - step_size * ridge) ** jnp.arange(steps + 1, dtype=dtype)
+def _factors(steps, rule):
+    step_size, dtype = rule.step_size, rule.mean.dtype
+    decay = (1 - step_size * rule.ridge) ** jnp.arange(steps + 1, dtype=dtype)
     sums = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(decay)])
     order = jnp.arange(steps)
     between = order - 1 - order[:, None]
     # Of a slope after so many steps.
-    own, since = step_size * decay, step_size * weight * sums
+    own, since = step_size * decay, step_size * rule.weight * sums
     last = steps - 1 - order
     return _Factors(
         decay[:steps],
@@ -210,13 +220,14 @@ def _factors(steps, weight, ridge, step_size, dtype):
     )
 
 
-def _dense_block(at, samples, index, scale, slope, mean, weight, factors, changed, bias):
+def _dense_block(at, samples, index, scale, rule):
     """All steps' margins from products of matrices."""
     x, targets = samples
     steps = index.size
-    if bias:
+    factors = _factors(steps, rule)
+    if rule.bias:
         x = jnp.concatenate([x, jnp.ones((steps, 1), x.dtype)], axis=1)
-    stays, held = mean + weight * at.moved, at.table[index]
+    stays, held = rule.mean + rule.weight * at.moved, at.table[index]
     of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(jnp.concatenate([at.w, stays]) @ x.T, 2))
     margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
     # What a step's change of slope does: to the margins of those after it, to what the table holds for every step with
@@ -232,7 +243,7 @@ def _dense_block(at, samples, index, scale, slope, mean, weight, factors, change
 
     def step(t, state):
         margins, held, _ = state
-        change = changed(slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)), held[t])
+        change = rule.changed(rule.slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)), held[t])
         return state + jnp.multiply.outer(effect[t], change)
 
     state = jnp.stack([margins, held, jnp.zeros_like(held)])

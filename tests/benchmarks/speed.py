@@ -1,8 +1,9 @@
 """Every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
 
-Runs the scripts beside it one after the other, each in a process of its own bound to the same cores, so that every
-contender has as many threads. Writes their figures to `speed.json` and a plot of cost against size to `speed.png`.
-Exits with 1 where a bar is missed by more than noise: by the better quartile of the rounds.
+Runs the scripts beside it one after the other, each in a process of its own, whose contenders all have the same cores:
+every one of the machine's but in `training`, or as many as `--cores` says. Writes their figures to `speed.json` and a
+plot of cost against size to `speed.png`. Exits with 1 where a bar is missed by more than noise: by the better quartile
+of the rounds.
 """
 
 import argparse
@@ -17,7 +18,7 @@ SCRIPTS = ("decoder", "wide", "pipeline", "training")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scripts", nargs="*", default=SCRIPTS, help=f"which of {', '.join(SCRIPTS)}; all by default")
-    parser.add_argument("--cores", type=int, help="how many of the machine's cores to use (Linux)")
+    parser.add_argument("--cores", type=int, help="use so many of the machine's cores (Linux)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for speed.json and speed.png")
     options = parser.parse_args(argv)
     if unknown := set(options.scripts) - set(SCRIPTS):
