@@ -5,36 +5,19 @@ what is known and says what was given, what was expected and what to do.
 """
 
 import operator
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Prepared = TypeVar("Prepared")
-
 
 def is_concrete(tree: Any) -> bool:
     """Whether every leaf's value is known now, not only when the traced program runs."""
-    if isinstance(tree, np.ndarray | float):
+    if isinstance(tree, (np.ndarray, float)):
         return True
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def at_once(prepare: Callable[[], Prepared]) -> Prepared:
-    """What follows from what is known now, computed now, although a program may be being traced."""
-    try:
-        found = prepare()
-        if is_concrete(found):
-            return found
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        pass
-    # It became part of that program. Not so from the start: inside, even the constants of what is compiled are compiled
-    # one by one.
-    with jax.ensure_compile_time_eval():
-        return prepare()
 
 
 def on_host(array: Any) -> np.ndarray | jax.Array:
@@ -42,6 +25,8 @@ def on_host(array: Any) -> np.ndarray | jax.Array:
 
     A copy: what is computed later must not see what the caller writes to the array meanwhile.
     """
+    if isinstance(array, np.ndarray):
+        return array.copy()
     if isinstance(array, Tracer):
         return array
     if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
@@ -118,6 +103,8 @@ def check_weights(name: str, value: Any, count: int) -> None:
 
 def check_mask(name: str, value: Any, count: int) -> None:
     """A bool array with one entry per worker (or knot)."""
+    if isinstance(value, np.ndarray) and value.shape == (count,) and value.dtype == np.bool_:
+        return
     try:
         shape, dtype = np.shape(value), _dtype(value)
     except ValueError:

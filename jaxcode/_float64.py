@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 class Halves(NamedTuple):
     """Float64 numbers that stay so where JAX's x64 mode is off and jitted functions round their arguments.
 
     Attributes:
-        high: The numbers, in float32 with x64 off, else float64.
-        low: What rounding took from them, float32; None with x64 on.
+        high: The numbers; with x64 off JAX holds them in float32.
+        low: What rounding took from them, float32; None where they are float64.
     """
 
     high: Array | np.ndarray
@@ -35,13 +35,25 @@ def x64_is_on() -> bool:
 
 
 def halve(numbers: Array | np.ndarray) -> Halves:
-    """Takes float64 numbers apart; NumPy arrays to NumPy arrays."""
-    if x64_is_on():
+    """Takes float64 numbers apart where JAX would round them; NumPy holds them whole."""
+    if isinstance(numbers, np.ndarray) or x64_is_on():
         return Halves(numbers, None)
-    if isinstance(numbers, np.ndarray):
-        return _in_two(numbers)
     with jax.enable_x64(True):
         return _in_two_compiled(numbers)
+
+
+def as_arguments(tree: PyTree[Any]) -> PyTree[Any]:
+    """A tree of `Halves` as jitted functions may be given it with all digits: what NumPy holds whole is taken apart."""
+
+    def on_node(node):
+        return _in_two(node.high) if is_halves(node) and isinstance(node.high, np.ndarray) else node
+
+    return tree if x64_is_on() else jax.tree.map(on_node, tree, is_leaf=is_halves)
+
+
+def is_halves(node: Any) -> bool:
+    """For walking trees no deeper than `Halves`."""
+    return isinstance(node, Halves)
 
 
 def _in_two(numbers):

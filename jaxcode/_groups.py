@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ._checks import at_once, batch_size
+from ._checks import batch_size
 from ._float64 import x64_is_on
-from ._maps import AbstractMap, apply_to_groups
+from ._maps import AbstractMap, apply_to_groups, at_once
 from ._pytree import pytree
 from .codes.abstract import AbstractLinearCode
 from .ordering import Ordering
@@ -84,7 +84,7 @@ def decode_groups(
     if defence is not None:
         suspicion = defence(code, answers, returned)
         decoder = code.decoder_map(suspicion.returned)
-    results = apply_to_groups("f's result", decoder, answers, cut.num_groups, at_once=spread)
+    results = apply_to_groups("f's result", decoder, answers, cut.num_groups, whole=spread)
     return in_the_callers_order(output.to_results(results), cut), suspicion
 
 

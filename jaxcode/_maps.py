@@ -1,16 +1,17 @@
 """Linear maps from rows of data to rows of results, the same for every feature: few rows, many features."""
 
 import abc
-import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from ._float64 import Halves
+from ._checks import is_concrete
+from ._float64 import Halves, as_arguments
 from ._pytree import pytree
 
 Rows = Inexact[Array, "*groups rows features"]
@@ -38,6 +39,10 @@ class AbstractMap(abc.ABC):
     gives: Mask
 
     @abc.abstractmethod
+    def on_host(self) -> bool:
+        """Whether NumPy holds all of it, so that it is known now, whatever program is being traced."""
+
+    @abc.abstractmethod
     def product(self, rows: Rows) -> Results:
         """The results, in float64 or float32; those that there are not are finite but mean nothing."""
 
@@ -59,7 +64,8 @@ class Matrix(AbstractMap):
     """A matrix.
 
     Attributes:
-        entries: Shape (p, n), with zero columns where rows are not read.
+        entries: Shape (p, n); NaN where there are no results, else finite. Those in columns of rows that are not read
+            mean nothing.
         reads: As in `AbstractMap`.
         gives: As in `AbstractMap`.
     """
@@ -68,28 +74,38 @@ class Matrix(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
+    def on_host(self) -> bool:
+        return _in_numpy(self.entries.high, self.reads, self.gives)
+
     def product(self, rows: Rows) -> Results:
         if self.reads is not None:
             rows = jnp.where(self.reads[:, None], rows, jnp.zeros((), rows.dtype))
-        if rows.dtype == jnp.float64:
-            return dot(self.entries.whole(), rows)
-        # Narrow data meet a matrix as narrow: rounding it errs no more than rounding the data did.
-        return dot(jnp.asarray(self.entries.high).astype(rows.dtype), rows)
+        return dot(self._entries(rows.dtype), rows)
 
     def quick_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
-        results = dataclasses.replace(self, reads=None).product(rows)
+        results = dot(self._hidden(self._entries(rows.dtype)), rows)
         # Finite values are multiplied by zero; others make every result of their feature NaN.
         return results, True if self.reads is None else jnp.all(jnp.isfinite(results[..., 0, :]))
 
     def amplification(self) -> Float[Array, ""] | float:
-        high = self.entries.high
-        if isinstance(high, np.ndarray):
-            return float(np.abs(high).sum(axis=1).max())
-        return jnp.max(jnp.sum(jnp.abs(jnp.asarray(high)), axis=1))
+        high, reads = self.entries.high, True if self.reads is None else self.reads
+        if self.on_host():
+            return float(np.abs(high).sum(axis=1, where=reads).max())
+        return jnp.max(jnp.sum(jnp.abs(jnp.asarray(high)), axis=1, where=reads))
 
     def matrix(self) -> Float[Array, "results rows"]:
-        entries = jnp.asarray(self.entries.high)
+        entries = self._hidden(jnp.asarray(self.entries.high))
         return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
+
+    def _entries(self, dtype):
+        if dtype == jnp.float64:
+            return self.entries.whole()
+        # Narrow data meet a matrix as narrow: rounding it errs no more than rounding the data did.
+        return jnp.asarray(self.entries.high).astype(dtype)
+
+    def _hidden(self, entries):
+        """With zeros in columns of rows that are not read, but for NaN."""
+        return entries if self.reads is None else entries * jnp.asarray(self.reads)
 
 
 @pytree("num_rows", eq=False)
@@ -108,6 +124,9 @@ class Selection(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
+    def on_host(self) -> bool:
+        return _in_numpy(self.index, self.reads, self.gives)
+
     def product(self, rows: Rows) -> Results:
         return jnp.take(rows, jnp.asarray(self.index), axis=-2)
 
@@ -123,6 +142,24 @@ class Selection(AbstractMap):
         return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
 
 
+def _in_numpy(*arrays):
+    return all(array is None or isinstance(array, np.ndarray) for array in arrays)
+
+
+def at_once(prepare: Callable[[], AbstractMap]) -> AbstractMap:
+    """A map that follows from what is known now, computed now, although a program may be being traced."""
+    try:
+        found = prepare()
+        if found.on_host() or is_concrete(found):
+            return found
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        pass
+    # It became part of that program. Not so from the start: inside, even the constants of what is compiled are compiled
+    # one by one.
+    with jax.ensure_compile_time_eval():
+        return prepare()
+
+
 def apply(linear: AbstractMap, rows: Rows, *, precisely: bool = True) -> Results:
     """The results in the data's dtype.
 
@@ -136,8 +173,9 @@ def apply(linear: AbstractMap, rows: Rows, *, precisely: bool = True) -> Results
             This finds them and computes them again in double precision.
     """
     precisely = precisely and rows.dtype == jnp.float32
-    if precisely and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linear)):
+    if precisely and linear.on_host():
         precisely = bool(linear.amplification() > _MAX_AMPLIFICATION)
+    linear = as_arguments(linear)
     if not rows.size or (not precisely and (rows.size <= _FEW or (linear.reads is None and linear.gives is None))):
         return _plainly(linear, rows)
     return _watchfully(precisely, linear, rows)
@@ -235,12 +273,12 @@ def apply_to_tree(name: str, linear: AbstractMap, tree: PyTree[Array], num_rows:
 
 
 def apply_to_groups(
-    name: str, linear: AbstractMap, tree: PyTree[Array], groups: int, *, at_once: bool = False
+    name: str, linear: AbstractMap, tree: PyTree[Array], groups: int, *, whole: bool = False
 ) -> PyTree[Array]:
     """Applies a map to groups of rows that lie one after the other: leaves (groups n, ...) to (groups p, ...).
 
-    Float32 products that cancel stay as they are: a model's answers are not that precise. All features at once, even
-    if there are many, where data lie on several devices.
+    Float32 products that cancel stay as they are: a model's answers are not that precise. The whole at once, even if
+    there are many features, where data lie on several devices.
 
     Raises:
         ValueError: If a leaf's dtype is not real.
@@ -249,7 +287,7 @@ def apply_to_groups(
     def on_leaf(path, leaf):
         leaf = _real(name + jax.tree_util.keystr(path), leaf)
         rows = leaf.reshape(groups, leaf.shape[0] // groups, math.prod(leaf.shape[1:]))
-        results = _plainly(linear, rows) if at_once else apply(linear, rows, precisely=False)
+        results = _plainly(linear, rows) if whole else apply(linear, rows, precisely=False)
         return results.reshape(groups * results.shape[1], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(on_leaf, tree)

@@ -80,6 +80,7 @@ def coded(
     fn, params = as_pure_function(f)
     encoder, known = code.encoder_map(), known_decoders(code)
     on_devices = vmap() if workers is None else workers
+    everyone = np.ones(code.num_workers, bool)
     nodes_are_known = is_concrete(code)
 
     @jax.jit
@@ -94,7 +95,7 @@ def coded(
         x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
     ) -> tuple[PyTree[Array], Suspicion | None]:
         """Results for the batch x from the workers that returned, and whom of them the defence suspected."""
-        returned = np.ones(code.num_workers, bool) if returned is None else returned
+        returned = everyone if returned is None else returned
         check_mask("returned", returned, code.num_workers)
         returned = on_host(returned)
         if defence is not None:

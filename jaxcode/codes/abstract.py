@@ -7,9 +7,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import at_once, check_ascending, check_mask, check_vector, is_concrete, on_host
+from .._checks import check_ascending, check_mask, check_vector, is_concrete, on_host
 from .._float64 import halve
-from .._maps import AbstractMap, Matrix, apply_to_tree
+from .._maps import AbstractMap, Matrix, apply_to_tree, at_once
 
 
 class AbstractCode(abc.ABC):
@@ -79,7 +79,7 @@ class AbstractLinearCode(AbstractCode):
         """The map from answers to results.
 
         With known nodes and a mask in the host's memory it is prepared there, with nothing to compile, and may be an
-        argument of jitted functions.
+        argument of jitted functions; with x64 off they round it to float32, as they do all arguments.
         """
 
     def encode(self, x: PyTree[Array]) -> PyTree[Array]:

@@ -105,7 +105,7 @@ class SplineCode(AbstractInterpolatingCode):
 
     def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
         # The mean square over |F| answers, times |F|, is the solver's sum of squares.
-        count = np.count_nonzero(returned) if isinstance(returned, np.ndarray) else returned.sum()
+        count = int(np.count_nonzero(returned)) if isinstance(returned, np.ndarray) else returned.sum()
         smoothing = count * self.decoder_smoothing
         return spline_map(self.worker_nodes, self.data_nodes, smoothing, returned)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.linalg.blas import dgemm  # pyright: ignore[reportAttributeAccessIssue]
 from scipy.linalg.lapack import dposv  # pyright: ignore[reportAttributeAccessIssue]
 
 from .banded import fit_matrix, in_units_of_span, reading_matrix
@@ -40,14 +41,12 @@ class _Whole(NamedTuple):
     """The spline with all data.
 
     Attributes:
-        matrix: D, in units of scale, shape (p, n).
-        residuals: C, scaled such that its diagonal is one, whatever its unit was, shape (n, n).
-        scale: The root of what its diagonal was, shape (n,).
+        matrix: D, shape (p, n).
+        residuals: C, in any unit, shape (n, n).
     """
 
     matrix: np.ndarray
     residuals: np.ndarray
-    scale: np.ndarray
 
 
 def downdated_matrix(
@@ -67,8 +66,8 @@ def downdated_matrix(
         smoothing: :math:`\mu \ge 0`.
 
     Returns:
-        The matrix, float64, zero in columns of knots without data; None where that would cost digits or time: with many
-        neighbours missing, half of the data or none, very many knots, or uneven ones.
+        The matrix, float64, zero but for rounding in columns of knots without data; None where that would cost digits
+        or time: with many neighbours missing, half of the data or none, very many knots, or uneven ones.
     """
     n, missing = len(knots), (~returned).nonzero()[0]
     if n > MOST_KNOTS or not 0 < 2 * len(missing) < n or bytes(LONGEST_RUN + 1) in returned.tobytes():
@@ -76,16 +75,12 @@ def downdated_matrix(
     whole = _prepared(knots.tobytes(), points.tobytes(), smoothing)
     if whole is None:
         return None
-    # A call with a fresh mask waits for this: indices are cheaper as takes, and nothing is allocated twice.
+    # A call with a fresh mask waits for this, for each of these few steps about as long as for any other. Transposed,
+    # arrays are in LAPACK's order as they are.
     rows = whole.residuals.take(missing, axis=0)
-    # Transposed, they are in LAPACK's order as they are.
-    _, fill, failed = dposv(rows.take(missing, 1).T, whole.matrix.take(missing, 1).T, overwrite_a=1, overwrite_b=1)
-    if failed:
-        return None
-    matrix = fill.T.dot(rows)
-    np.subtract(whole.matrix, matrix, out=matrix)
-    matrix *= whole.scale * returned
-    return matrix
+    among, to_points = rows.take(missing, axis=1), whole.matrix.take(missing, axis=1)
+    _, fill, failed = dposv(among.T, to_points.T, overwrite_a=1, overwrite_b=1)
+    return None if failed else dgemm(-1.0, rows.T, fill, 1.0, whole.matrix.T).T
 
 
 @functools.lru_cache(maxsize=MOST_PREPARED)
@@ -105,7 +100,5 @@ def _prepared(knots: bytes, points: bytes, smoothing: float) -> _Whole | None:
         residuals = np.diff(np.diff(bends, axis=0) / gap[:, None], axis=0, prepend=0, append=0)
     if not residuals.diagonal().min() > 0:
         return None
-    scale = np.sqrt(residuals.diagonal())
     # Symmetric but for rounding.
-    residuals = (residuals + residuals.T) / (2 * scale * scale[:, None])
-    return _Whole(matrix / scale, residuals, scale)
+    return _Whole(matrix, (residuals + residuals.T) / 2)

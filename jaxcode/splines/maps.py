@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .._checks import is_concrete
-from .._float64 import Halves, halve, in_float64
+from .._float64 import Halves, halve, in_float64, is_halves
 from .._maps import AbstractMap, Mask, Matrix, Results, Rows, apply_plainly, dot
 from .._pytree import pytree
 from .banded import banded_matrix
@@ -105,13 +105,16 @@ class BlockMap(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
+    def on_host(self) -> bool:
+        return False
+
     def product(self, rows: Rows) -> Results:
         if rows.ndim > 2:
             return jax.vmap(self.product)(rows)
         if rows.dtype == jnp.float64:
-            blocks = jax.tree.map(Halves.whole, self.blocks, is_leaf=_is_halves)
+            blocks = jax.tree.map(Halves.whole, self.blocks, is_leaf=is_halves)
         else:
-            blocks = jax.tree.map(lambda h: jnp.asarray(h.high, jnp.float32), self.blocks, is_leaf=_is_halves)
+            blocks = jax.tree.map(lambda h: jnp.asarray(h.high, jnp.float32), self.blocks, is_leaf=is_halves)
         first_row, first_point = (jnp.asarray(a) for a in (self.sequence.first_row, self.sequence.first_point))
         features, points, wide = rows.shape[1], self.sequence.points, blocks.forward.dtype
 
@@ -147,7 +150,7 @@ class BlockMap(AbstractMap):
 
     def amplification(self) -> Float[Array, ""]:
         """By the block's own data, and by the filters' states from data beyond as large as unit noise makes them."""
-        forward, backward = (jnp.asarray(h.high) for h in jax.tree.leaves(self.blocks, is_leaf=_is_halves))
+        forward, backward = (jnp.asarray(h.high) for h in jax.tree.leaves(self.blocks, is_leaf=is_halves))
         data, points = self.sequence.rows, self.sequence.points
 
         def spread(moves, reverse):
@@ -170,7 +173,3 @@ class BlockMap(AbstractMap):
         with jax.enable_x64(True):
             entries = apply_plainly(self, jnp.eye(self.num_rows, dtype=jnp.float64))
         return entries.astype(jnp.result_type(float))
-
-
-def _is_halves(node):
-    return isinstance(node, Halves)

@@ -19,13 +19,19 @@ from tqdm import tqdm
 _SHORTEST = 2e-3
 
 
-def race(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, rounds: int = 7) -> dict[str, np.ndarray]:
+def race(
+    contenders: Mapping[str, Callable[[], Any]],
+    seconds: float = 6.0,
+    rounds: int = 7,
+    between: Callable[[], Any] | None = None,
+) -> dict[str, np.ndarray]:
     """Times contenders in rounds, each in another order, so that what else the machine does meets them alike.
 
     Args:
         contenders: Functions of nothing; each is run twice beforehand, and waited for until its result is ready.
         seconds: Go on with rounds until so much time has passed.
         rounds: At least so many rounds.
+        between: What is done before each call and not timed. Nothing if not given: they follow each other at once.
 
     Returns:
         For each contender its seconds in every round.
@@ -33,22 +39,30 @@ def race(contenders: Mapping[str, Callable[[], Any]], seconds: float = 6.0, roun
     repeats = {}
     for name, run in contenders.items():
         jax.block_until_ready(run())
-        repeats[name] = max(1, round(_SHORTEST / max(_time(run, 1), 1e-7)))
+        repeats[name] = max(1, round(_SHORTEST / max(_time(run, 1, between), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names, rng, end = list(contenders), random.Random(0), time.perf_counter() + seconds
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
         # What ran before leaves its mark on caches and on free memory.
         rng.shuffle(names)
         for name in names:
-            times[name].append(_time(contenders[name], repeats[name]))
+            times[name].append(_time(contenders[name], repeats[name], between))
     return {name: np.asarray(times[name]) for name in contenders}
 
 
-def _time(run, repeats):
-    start = time.perf_counter()
+def _time(run, repeats, between):
+    if between is None:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            jax.block_until_ready(run())
+        return (time.perf_counter() - start) / repeats
+    total = 0.0
     for _ in range(repeats):
+        between()
+        start = time.perf_counter()
         jax.block_until_ready(run())
-    return (time.perf_counter() - start) / repeats
+        total += time.perf_counter() - start
+    return total / repeats
 
 
 @dataclasses.dataclass(frozen=True)

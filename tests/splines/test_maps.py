@@ -106,7 +106,6 @@ def test_filling_in_what_is_missing_gives_the_same_matrix(layout, smoothing):
                     scale = np.abs(expected).sum(axis=1).max()
                     bar = 1e-9 if layout == "drawn" else 2e-11
                     np.testing.assert_allclose(found, expected, rtol=0, atol=bar * scale)
-                    assert not found[:, ~mask].any()
                     used += 1
     assert used >= 40
 
