@@ -18,7 +18,7 @@ from .two_filter import Blocks, Moves, blocks_by_filters, find_moves, matrix_by_
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
 # `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
 MOST_IN_ONE_MATRIX = 384
-ENTRIES_IN_A_BLOCK = 32
+ENTRIES_IN_A_BLOCK = 48
 
 
 def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weights: ArrayLike) -> AbstractMap:
