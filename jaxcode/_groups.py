@@ -102,7 +102,7 @@ def known_decoders(code: AbstractLinearCode) -> Callable[[np.ndarray], AbstractM
 
     @functools.lru_cache(maxsize=64)
     def decoder(mask: bytes, _x64: bool) -> AbstractMap:
-        return at_once(lambda: code.decoder_map(np.frombuffer(mask, bool)))
+        return at_once(code.decoder_map, np.frombuffer(mask, bool))
 
     return lambda returned: decoder(returned.tobytes(), x64_is_on())
 

@@ -75,7 +75,7 @@ class Matrix(AbstractMap):
     gives: Mask = None
 
     def on_host(self) -> bool:
-        return _in_numpy(self.entries.high, self.reads, self.gives)
+        return _in_numpy(self.entries.high) and _in_numpy(self.reads) and _in_numpy(self.gives)
 
     def product(self, rows: Rows) -> Results:
         if self.reads is not None:
@@ -125,7 +125,7 @@ class Selection(AbstractMap):
     gives: Mask = None
 
     def on_host(self) -> bool:
-        return _in_numpy(self.index, self.reads, self.gives)
+        return _in_numpy(self.index) and _in_numpy(self.reads) and _in_numpy(self.gives)
 
     def product(self, rows: Rows) -> Results:
         return jnp.take(rows, jnp.asarray(self.index), axis=-2)
@@ -142,14 +142,14 @@ class Selection(AbstractMap):
         return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
 
 
-def _in_numpy(*arrays):
-    return all(array is None or isinstance(array, np.ndarray) for array in arrays)
+def _in_numpy(array):
+    return array is None or isinstance(array, np.ndarray)
 
 
-def at_once(prepare: Callable[[], AbstractMap]) -> AbstractMap:
+def at_once(prepare: Callable[..., AbstractMap], *known: np.ndarray) -> AbstractMap:
     """A map that follows from what is known now, computed now, although a program may be being traced."""
     try:
-        found = prepare()
+        found = prepare(*known)
         if found.on_host() or is_concrete(found):
             return found
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
@@ -157,7 +157,7 @@ def at_once(prepare: Callable[[], AbstractMap]) -> AbstractMap:
     # It became part of that program. Not so from the start: inside, even the constants of what is compiled are compiled
     # one by one.
     with jax.ensure_compile_time_eval():
-        return prepare()
+        return prepare(*known)
 
 
 def apply(linear: AbstractMap, rows: Rows, *, precisely: bool = True) -> Results:

@@ -80,15 +80,15 @@ def coded(
     fn, params = as_pure_function(f)
     encoder, known = code.encoder_map(), known_decoders(code)
     on_devices = vmap() if workers is None else workers
-    everyone = np.ones(code.num_workers, bool)
+    num_workers, everyone = code.num_workers, np.ones(code.num_workers, bool)
     nodes_are_known = is_concrete(code)
 
     @jax.jit
     def run(params, x, decoder, returned):
         # All workers' coded inputs as one batch.
         sent, cut = encode_groups(encoder, code.num_data, order, on_devices.place(x))
-        answers = on_devices.answer(fn, params, sent, code.num_workers)
-        check_answers(answers, cut.num_groups * code.num_workers)
+        answers = on_devices.answer(fn, params, sent, num_workers)
+        check_answers(answers, cut.num_groups * num_workers)
         return decode_groups(code, decoder, answers, returned, cut, output, defence, spread=on_devices.spread)
 
     def inspect(
@@ -96,10 +96,11 @@ def coded(
     ) -> tuple[PyTree[Array], Suspicion | None]:
         """Results for the batch x from the workers that returned, and whom of them the defence suspected."""
         returned = everyone if returned is None else returned
-        check_mask("returned", returned, code.num_workers)
-        returned = on_host(returned)
+        check_mask("returned", returned, num_workers)
         if defence is not None:
-            return run(params, x, None, returned)
+            return run(params, x, None, on_host(returned))
+        if not isinstance(returned, np.ndarray):
+            returned = on_host(returned)
         if nodes_are_known and isinstance(returned, np.ndarray):
             decoder = known(returned)
         else:
