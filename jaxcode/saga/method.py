@@ -126,7 +126,11 @@ class AbstractMethod(abc.ABC):
 
         Returns:
             Where this one ended.
+
+        Raises:
+            ValueError: If the state is of another number of machines, or returned is not bool (K,).
         """
+        self._check_machines(state)
         if returned is None:
             returned = jnp.ones(self.num_machines, bool)
         check_mask("returned", returned, self.num_machines)
@@ -165,8 +169,10 @@ class AbstractMethod(abc.ABC):
             The last state, and what was recorded.
 
         Raises:
-            ValueError: If a number is none, or the checkpoint is of another method, other settings or other samples.
+            ValueError: If a number is none, the state is of another method or number of machines, or the checkpoint is
+                of another method, other settings or other samples.
         """
+        self._check_state(state)
         return run(
             self,
             state,
@@ -191,6 +197,24 @@ class AbstractMethod(abc.ABC):
     def samples_per_round(self) -> int:
         """How many gradients of samples all machines compute in a round."""
         return self.num_machines * self.period * self.batch_size
+
+    def _check_machines(self, state):
+        machines = state.told.shape[0]
+        if machines != self.num_machines:
+            raise ValueError(
+                f"state is of {machines} machines, but num_machines is {self.num_machines}; expected a state that began "
+                "with this method's init"
+            )
+
+    def _check_state(self, state):
+        self._check_machines(state)
+        expected = jax.eval_shape(begin, self, state.params, state.data, state.step_size)["own"]
+        found, wanted = (jax.tree.map(np.shape, own) for own in (state.own, expected))
+        if found != wanted:
+            raise ValueError(
+                f"state has machines keep arrays of shapes {found}, but {type(self).__name__} has them keep {wanted}; "
+                "expected a state that began with this method's init"
+            )
 
     def _prepare(self, params, data):
         """Parameters, samples on machines and step size."""

@@ -171,6 +171,17 @@ def test_machines_on_devices_do_the_same_with_one_sum_a_round(method, devices):
     )
 
 
+@each_method
+def test_a_state_of_another_method_is_refused(method):
+    fewer = begin(dataclasses.replace(method, num_machines=4))
+    for go in (lambda: method.round(fewer, KEY), lambda: method.run(fewer, KEY, 1, progress=False)):
+        with pytest.raises(ValueError, match="state is of 4 machines, but num_machines is 8"):
+            go()
+    by_length = begin(dataclasses.replace(METHOD, sampling="lipschitz"))
+    with pytest.raises(ValueError, match=rf"but {type(method).__name__} has them keep .*; expected a state that"):
+        method.run(by_length, KEY, 1, progress=False)
+
+
 def test_machines_that_devices_cannot_share_are_refused():
     with pytest.raises(ValueError, match="num_machines is 8, which 3 devices"):
         DistributedSaga(saga.logistic, 8, 16, mesh=Mesh(np.array(jax.devices()[:3]), ("machines",)))
