@@ -202,8 +202,8 @@ class AbstractMethod(abc.ABC):
         machines = state.told.shape[0]
         if machines != self.num_machines:
             raise ValueError(
-                f"state is of {machines} machines, but num_machines is {self.num_machines}; expected a state that began "
-                "with this method's init"
+                f"state is of {machines} machines, but num_machines is {self.num_machines}; expected a state that "
+                "began with this method's init"
             )
 
     def _check_state(self, state):
