@@ -21,7 +21,9 @@ MOST_IN_ONE_MATRIX = 384
 ENTRIES_IN_A_BLOCK = 48
 
 
-def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weights: ArrayLike) -> AbstractMap:
+def spline_map(
+    knots: Array | np.ndarray, points: Array | np.ndarray, smoothing: ArrayLike, weights: Array | np.ndarray
+) -> AbstractMap:
     r"""The smoothing spline through data at knots, read at points.
 
     What is known now is prepared on the host, which compiles nothing; what is not, by the traced program.
@@ -35,8 +37,8 @@ def spline_map(knots: ArrayLike, points: ArrayLike, smoothing: ArrayLike, weight
     Returns:
         The map. Its results are NaN with data at fewer than two knots.
     """
-    n, p = np.shape(knots)[0], np.shape(points)[0]
-    if n + p > MOST_IN_ONE_MATRIX or not all(map(is_concrete, (knots, points, smoothing, weights))):
+    n, p = knots.shape[0], points.shape[0]
+    if n + p > MOST_IN_ONE_MATRIX or not all(map(is_concrete, (weights, knots, points, smoothing))):
         return _traced_map(knots, points, smoothing, weights)
     knots, points, weights = np.asarray(knots, np.float64), np.asarray(points, np.float64), np.asarray(weights)
     smoothing = float(smoothing)  # pyright: ignore[reportArgumentType]
