@@ -26,7 +26,7 @@ _FEW = 2**20
 # Numbers of which a product is computed again at a time, so that it needs little memory.
 _AT_ONCE = 2**18
 # What a map that NumPy holds is made of: its numbers, and which rows are read and results given, all if None.
-_ON_HOST = np.ndarray, np.ndarray | None, np.ndarray | None
+_IN_NUMPY = np.ndarray, np.ndarray | None, np.ndarray | None
 
 
 class AbstractMap(abc.ABC):
@@ -41,7 +41,7 @@ class AbstractMap(abc.ABC):
     gives: Mask
 
     @abc.abstractmethod
-    def on_host(self) -> bool:
+    def in_numpy(self) -> bool:
         """Whether NumPy holds all of it, so that it is known now, whatever program is being traced."""
 
     @abc.abstractmethod
@@ -76,8 +76,8 @@ class Matrix(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
-    def on_host(self) -> bool:
-        return all(map(isinstance, (self.entries.high, self.reads, self.gives), _ON_HOST))
+    def in_numpy(self) -> bool:
+        return all(map(isinstance, (self.entries.high, self.reads, self.gives), _IN_NUMPY))
 
     def product(self, rows: Rows) -> Results:
         if self.reads is not None:
@@ -91,7 +91,7 @@ class Matrix(AbstractMap):
 
     def amplification(self) -> Float[Array, ""] | float:
         high, reads = self.entries.high, True if self.reads is None else self.reads
-        if self.on_host():
+        if self.in_numpy():
             return float(np.abs(high).sum(axis=1, where=reads).max())
         return jnp.max(jnp.sum(jnp.abs(jnp.asarray(high)), axis=1, where=reads))
 
@@ -126,8 +126,8 @@ class Selection(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
-    def on_host(self) -> bool:
-        return all(map(isinstance, (self.index, self.reads, self.gives), _ON_HOST))
+    def in_numpy(self) -> bool:
+        return all(map(isinstance, (self.index, self.reads, self.gives), _IN_NUMPY))
 
     def product(self, rows: Rows) -> Results:
         return jnp.take(rows, jnp.asarray(self.index), axis=-2)
@@ -148,7 +148,7 @@ def at_once(prepare: Callable[..., AbstractMap], *known: np.ndarray) -> Abstract
     """A map that follows from what is known now, computed now, although a program may be being traced."""
     try:
         found = prepare(*known)
-        if found.on_host() or is_concrete(found):
+        if found.in_numpy() or is_concrete(found):
             return found
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
         pass
@@ -171,7 +171,7 @@ def apply(linear: AbstractMap, rows: Rows, *, precisely: bool = True) -> Results
             This finds them and computes them again in double precision.
     """
     precisely = precisely and rows.dtype == jnp.float32
-    if precisely and linear.on_host():
+    if precisely and linear.in_numpy():
         precisely = bool(linear.amplification() > _MAX_AMPLIFICATION)
     linear = as_arguments(linear)
     if not rows.size or (not precisely and (rows.size <= _FEW or (linear.reads is None and linear.gives is None))):

@@ -107,7 +107,7 @@ class BlockMap(AbstractMap):
     reads: Mask = None
     gives: Mask = None
 
-    def on_host(self) -> bool:
+    def in_numpy(self) -> bool:
         return False
 
     def product(self, rows: Rows) -> Results:
