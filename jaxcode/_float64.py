@@ -46,7 +46,8 @@ def as_arguments(tree: PyTree[Any]) -> PyTree[Any]:
     """A tree of `Halves` as jitted functions may be given it with all digits: what NumPy holds whole is taken apart."""
 
     def on_node(node):
-        return _in_two(node.high) if is_halves(node) and isinstance(node.high, np.ndarray) else node
+        whole = is_halves(node) and node.low is None and isinstance(node.high, np.ndarray)
+        return _in_two(node.high) if whole else node
 
     return tree if x64_is_on() else jax.tree.map(on_node, tree, is_leaf=is_halves)
 

@@ -121,7 +121,7 @@ def test_trailing_axes_of_length_zero(form):
 def test_halves_keep_all_digits_through_jit(x64):
     numbers = np.random.default_rng(0).normal(size=5) * 10.0 ** np.arange(-2, 3)
     with jax.enable_x64(x64):
-        halves = jax.jit(lambda h: h)(as_arguments(halve(numbers)))
+        halves = jax.jit(lambda h: h)(as_arguments(as_arguments(halve(numbers))))
         assert isinstance(halves, Halves)
         assert halves.high.dtype == (jnp.float64 if x64 else jnp.float32)
         whole = jax.jit(lambda h: h.whole())(halves)

@@ -143,8 +143,7 @@ def test_sigterm_answers_what_is_under_way_and_leaves_nothing(front):
     for status, _, body in answers:
         assert status == 200, body
     # A replica of which Ray Serve believes that it still works on something is ended after twice the time limit.
-    until(lambda: process.poll() is not None, 120)
-    assert process.returncode == 0, log.read_text()
+    assert process.wait(120) == 0, log.read_text()
     with pytest.raises(OSError, match="refused"):
         ask(front, "GET", "/healthz")
     # Processes that were told to end may take a moment to do so.

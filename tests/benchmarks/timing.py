@@ -51,14 +51,10 @@ def race(
 
 
 def _time(run, repeats, between):
-    if between is None:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            jax.block_until_ready(run())
-        return (time.perf_counter() - start) / repeats
     total = 0.0
     for _ in range(repeats):
-        between()
+        if between is not None:
+            between()
         start = time.perf_counter()
         jax.block_until_ready(run())
         total += time.perf_counter() - start
