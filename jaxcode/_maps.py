@@ -25,8 +25,6 @@ _MAX_AMPLIFICATION = 16.0
 _FEW = 2**20
 # Numbers of which a product is computed again at a time, so that it needs little memory.
 _AT_ONCE = 2**18
-# What a map that NumPy holds is made of: its numbers, and which rows are read and results given, all if None.
-_IN_NUMPY = np.ndarray, np.ndarray | None, np.ndarray | None
 
 
 class AbstractMap(abc.ABC):
@@ -77,7 +75,7 @@ class Matrix(AbstractMap):
     gives: Mask = None
 
     def in_numpy(self) -> bool:
-        return all(map(isinstance, (self.entries.high, self.reads, self.gives), _IN_NUMPY))
+        return _in_numpy(self.entries.high) and _in_numpy(self.reads) and _in_numpy(self.gives)
 
     def product(self, rows: Rows) -> Results:
         if self.reads is not None:
@@ -127,7 +125,7 @@ class Selection(AbstractMap):
     gives: Mask = None
 
     def in_numpy(self) -> bool:
-        return all(map(isinstance, (self.index, self.reads, self.gives), _IN_NUMPY))
+        return _in_numpy(self.index) and _in_numpy(self.reads) and _in_numpy(self.gives)
 
     def product(self, rows: Rows) -> Results:
         return jnp.take(rows, jnp.asarray(self.index), axis=-2)
@@ -142,6 +140,10 @@ class Selection(AbstractMap):
         chosen = jnp.asarray(self.index)[:, None] == jnp.arange(self.num_rows)
         entries = chosen.astype(jnp.result_type(float))
         return entries if self.gives is None else jnp.where(self.gives[:, None], entries, jnp.nan)
+
+
+def _in_numpy(array):
+    return array is None or isinstance(array, np.ndarray)
 
 
 def at_once(prepare: Callable[..., AbstractMap], *known: np.ndarray) -> AbstractMap:

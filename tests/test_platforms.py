@@ -15,12 +15,12 @@ SPLINE = CODES["spline-smoothed"]
 MANY = SplineCode.chebyshev(200, 600)
 
 
-def floats(*shape, dtype=jnp.float32):
+def shaped(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def mask(code):
-    return floats(code.num_workers, dtype=bool)
+    return shaped(code.num_workers, dtype=bool)
 
 
 def slopes(code, y, returned):
@@ -41,14 +41,14 @@ def many_rounds(x, y, key):
 
 
 CASES = {
-    name: (functools.partial(slopes, CODES[name]), [floats(CODES[name].num_workers, 3), mask(CODES[name])])
+    name: (functools.partial(slopes, CODES[name]), [shaped(CODES[name].num_workers, 3), mask(CODES[name])])
     for name in PROGRAMS
 } | {
-    "many workers": (functools.partial(slopes, MANY), [floats(600, 3), mask(MANY)]),
-    "error bars": (SPLINE.decode_with_error, [floats(12, 3), mask(SPLINE)]),
-    "a coded call": (in_one, [floats(9, 3, dtype=jnp.bfloat16), mask(SPLINE)]),
-    "saga": (many_rounds, [floats(64, 3), floats(64), jax.eval_shape(lambda: jax.random.key(0))]),
-    "error locator": (functools.partial(robust.error_locator, SPLINE, num_liars=1), [floats(12, 3), mask(SPLINE)]),
+    "many workers": (functools.partial(slopes, MANY), [shaped(600, 3), mask(MANY)]),
+    "error bars": (SPLINE.decode_with_error, [shaped(12, 3), mask(SPLINE)]),
+    "a coded call": (in_one, [shaped(9, 3, dtype=jnp.bfloat16), mask(SPLINE)]),
+    "saga": (many_rounds, [shaped(64, 3), shaped(64), jax.eval_shape(lambda: jax.random.key(0))]),
+    "error locator": (functools.partial(robust.error_locator, SPLINE, num_liars=1), [shaped(12, 3), mask(SPLINE)]),
 }
 
 
@@ -64,4 +64,4 @@ def test_lowers_for_accelerators(name, platform):
 
 def test_what_only_cpus_compute_is_refused():
     with pytest.raises(NotImplementedError, match="schur"):
-        lower(jax.lax.linalg.schur, [floats(3, 3)], "tpu")
+        lower(jax.lax.linalg.schur, [shaped(3, 3)], "tpu")

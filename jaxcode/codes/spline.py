@@ -104,9 +104,8 @@ class SplineCode(AbstractInterpolatingCode):
         return spline_map(self.data_nodes, self.worker_nodes, smoothing, np.ones(self.num_data))
 
     def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
-        # The mean square over |F| answers, times |F|, is the solver's sum of squares. Bytes count fastest, and only
-        # that of False is sure.
-        count = returned.size - returned.tobytes().count(0) if isinstance(returned, np.ndarray) else returned.sum()
+        # The mean square over |F| answers, times |F|, is the solver's sum of squares.
+        count = np.count_nonzero(returned) if isinstance(returned, np.ndarray) else returned.sum()
         smoothing = count * self.decoder_smoothing
         return spline_map(self.worker_nodes, self.data_nodes, smoothing, returned)
 
