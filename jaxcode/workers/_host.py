@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from .._checks import batch_size
+from ..checks import batch_size
 from .compute import answer_shapes, shapes_of
 from .dispatch import AbstractWorker, Dispatcher
 from .request import Request

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._checks import batch_size
 from ._groups import decode_groups, encode_groups, fill_up, in_the_callers_order, known_decoders
+from .checks import batch_size
 from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 from .codes.spline import SplineCode
 from .ordering import Ordering

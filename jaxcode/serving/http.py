@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from . import ordering, outputs, stop
-from ._checks import batch_size
+from .checks import batch_size
 from .codes import ReplicationCode, SplineCode
 from .serving import CodedServer
 from .workers import NotEnoughAnswers, PoolClosed, RayPool
