@@ -33,7 +33,7 @@ def as_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
             return jax.device_put(np.asarray(leaf))
         except (TypeError, ValueError):
             where = name + jax.tree_util.keystr(path)
-            raise ValueError(f"{where} is {leaf!r}; expected an array of numbers") from None
+            raise ValueError(f"{where} is {leaf!r}; expected numbers: give arrays") from None
 
     return jax.tree_util.tree_map_with_path(convert, tree)
 

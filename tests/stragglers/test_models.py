@@ -315,7 +315,7 @@ def test_bad_samples_are_named(bad):
 
 @pytest.mark.parametrize("bad", [0.1, np.ones((2, 1)), jnp.ones((1, 2)), "fast", None, [0.1, "fast"], [[0.1], 0.2]])
 def test_samples_have_one_axis_of_numbers(unchecked, bad):
-    with pytest.raises(ValueError, match="samples (is|has shape) .*; expected"):
+    with pytest.raises(ValueError, match=r"samples (is|has shape) .*; expected"):
         sg.Empirical(bad)
 
 
