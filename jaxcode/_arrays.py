@@ -61,6 +61,12 @@ def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
     return jax.tree.map(replicate, tree)
 
 
+def sharded_like(x: Array, other: Array) -> Array:
+    """Shards an array along the explicit axes along which another of its shape is sharded."""
+    sharding = jax.typeof(other).sharding
+    return x if all(axes is None for axes in sharding.spec) else jax.sharding.reshard(x, sharding)
+
+
 def as_float(value: ArrayLike | Sequence[float]) -> Array:
     """Converts real numbers to JAX's default floating dtype, with an explicit transfer."""
     return value.astype(float) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.float64))

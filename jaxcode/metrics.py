@@ -161,8 +161,8 @@ def agreement(estimates: Float[ArrayLike, "..."], targets: Float[ArrayLike, "...
     return _agreement(*_checked_pair(estimates, targets))
 
 
-# Each is compiled as one function. Evaluated eagerly, its constants would be implicit transfers, and a NaN in a row that
-# does not count an error under `jax.debug_nans`.
+# Each is compiled as one function. Evaluated eagerly, its constants would be implicit transfers, and a NaN in a masked
+# row would be an error under `jax.debug_nans`.
 
 
 @jax.jit

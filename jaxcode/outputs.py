@@ -9,6 +9,7 @@ from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from ._arrays import as_arrays
@@ -29,23 +30,23 @@ class OutputSpace:
     """
 
     name: str
-    of_answers: Callable[[PyTree[Array]], PyTree[Array]]
-    to_results: Callable[[PyTree[Array]], PyTree[Array]]
+    of_answers: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    to_results: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
 
 
-def _identity(tree: PyTree[Array]) -> PyTree[Array]:
+def _identity(tree: PyTree[ArrayLike]) -> PyTree[ArrayLike]:
     return tree
 
 
-def _softmax(tree: PyTree[Array]) -> PyTree[Array]:
+def _softmax(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     return _softmax_of_arrays(_checked("outputs", tree))
 
 
-def _log(tree: PyTree[Array]) -> PyTree[Array]:
+def _log(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     return _log_of_answers(_checked("answers", tree))
 
 
-def _log_of_decoded(tree: PyTree[Array]) -> PyTree[Array]:
+def _log_of_decoded(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     return _log_of_results(_checked("results", tree))
 
 
