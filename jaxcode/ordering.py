@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -110,7 +111,8 @@ def greedy(
             raise ValueError(
                 f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
             )
-    return _greedy(unsharded(jax.tree.map(jax.lax.stop_gradient, features)), size, min(num_data, size), metric)
+    features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
+    return _in_automatic_axes(lambda tree: _greedy(tree, size, min(num_data, size), metric))(features)
 
 
 @final
@@ -333,7 +335,8 @@ def _nearest_neighbours(distances):
         visited = visited.at[current].set(jnp.inf)
         return (jnp.argmin(distances[current] + visited).astype(jnp.int32), visited), current
 
-    start = jnp.int32(len(distances) - 1), jnp.zeros(len(distances), distances.dtype)
+    # Made from the distances, so that in `shard_map` the loop starts with values of one shard, as it goes on.
+    start = jnp.full_like(distances[0, 0], len(distances) - 1, dtype=jnp.int32), jnp.zeros_like(distances[0])
     return jax.lax.scan(step, start, length=len(distances))[1]
 
 
@@ -350,7 +353,7 @@ def _shortened(tour, distances):
         return distances[tour, jnp.roll(tour, -1)]
 
     def try_step(i, carry):
-        tour, steps, _ = carry
+        tour, steps, changed = carry
         # Steps a -> b and c -> d become a -> c and b -> d, and the stretch between them is reversed.
         a, b = tour[i], tour[jnp.where(i + 1 == size, 0, i + 1)]
         saving = steps[i] + steps - distances[a][tour] - jnp.roll(distances[b][tour], -1)
@@ -360,19 +363,19 @@ def _shortened(tour, distances):
             j = jnp.argmax(saving).astype(jnp.int32)
             first, last = jnp.minimum(i, j) + 1, jnp.maximum(i, j)
             reversed_tour = tour[jnp.where((index >= first) & (index <= last), first + last - index, index)]
-            return reversed_tour, lengths(reversed_tour), jnp.bool_(True)
+            return reversed_tour, lengths(reversed_tour), jnp.ones_like(changed)
 
         # Most steps have no move that helps, and the search is far cheaper than the reversal.
         return jax.lax.cond(jnp.max(saving) > tolerance, reverse, lambda: carry)
 
     def one_pass(carry):
-        tour, steps, _, passes = carry
-        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.bool_(False))), passes + 1
+        tour, steps, changed, passes = carry
+        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.zeros_like(changed))), passes + 1
 
     def unfinished(carry):
         return carry[2] & (carry[3] < MOST_PASSES)
 
-    start = tour, lengths(tour), jnp.bool_(True), jnp.int32(0)
+    start = tour, lengths(tour), jnp.ones_like(tour[0], dtype=bool), jnp.int32(0)
     return jax.lax.while_loop(unfinished, one_pass, start)[0]
 
 
@@ -391,6 +394,18 @@ def _rotated(path, features, num_data, metric):
     starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)[None]
     between = jnp.sum(steps[(starts - 1) % size], axis=1)
     return jnp.roll(path, -jnp.argmax(between))
+
+
+def _in_automatic_axes(f):
+    """Makes the explicit axes of the current mesh automatic inside f, whose result is replicated.
+
+    Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+    return jax.sharding.auto_axes(f, axes=explicit, out_sharding=PartitionSpec()) if explicit else f
 
 
 def _check_function(name, value, expected):
