@@ -396,7 +396,7 @@ def _rotated(path, features, num_data, metric):
     return jnp.roll(path, -jnp.argmax(between))
 
 
-def _in_automatic_axes(f):
+def _in_automatic_axes(f: Callable[..., Array]) -> Callable[..., Array]:
     """Makes the explicit axes of the current mesh automatic inside f, whose result is replicated.
 
     Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
@@ -405,7 +405,9 @@ def _in_automatic_axes(f):
     explicit = tuple(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
     )
-    return jax.sharding.auto_axes(f, axes=explicit, out_sharding=PartitionSpec()) if explicit else f
+    if not explicit:
+        return f
+    return jax.sharding.auto_axes(axes=explicit, out_sharding=PartitionSpec())(f)
 
 
 def _check_function(name, value, expected):
