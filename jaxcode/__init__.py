@@ -8,6 +8,7 @@ from . import metrics as metrics
 from . import nodes as nodes
 from . import ordering as ordering
 from . import outputs as outputs
+from . import pools as pools
 from . import robust as robust
 from . import saga as saga
 from . import splines as splines

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from ._float64 import x64_is_on
 from ._maps import AbstractMap, apply_to_groups, at_once
 from ._pytree import pytree
 from .codes.abstract import AbstractLinearCode
+from .functions import check_answers as check_answers
 from .ordering import Ordering
 from .outputs import OutputSpace
 from .robust import Defence, Suspicion
@@ -112,24 +112,6 @@ def fill_up(leaf: Array | np.ndarray, num_data: int) -> Array | np.ndarray:
     missing = -leaf.shape[0] % num_data
     xp = np if isinstance(leaf, np.ndarray) else jnp
     return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
-
-
-def check_answers(answers: PyTree[Any], size: int) -> None:
-    """Real numbers with the batch as leading axis.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(answers):
-        name = "f's result" + jax.tree_util.keystr(path)
-        if leaf.ndim < 1 or leaf.shape[0] != size:
-            raise ValueError(
-                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
-            )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {leaf.dtype}; expected real numbers, which can be decoded (logits, not classes)"
-            )
 
 
 def _checked_order(order, size):

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import PyTree
 
@@ -57,6 +59,31 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
             f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
         )
     return functools.partial(_without_params, f), ()
+
+
+def check_answers(answers: PyTree[Any], size: int) -> None:
+    """Checks that a model's answers are real numbers with the batch as leading axis.
+
+    Args:
+        answers: Leaves (size, ...), arrays or `jax.ShapeDtypeStruct`s.
+        size: Length of the batch.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(answers)
+    if not leaves:
+        raise ValueError(f"f's result is {answers!r}, which has no arrays; expected at least one, leaves (batch, ...)")
+    for path, leaf in leaves:
+        name = "f's result" + jax.tree_util.keystr(path)
+        if leaf.ndim < 1 or leaf.shape[0] != size:
+            raise ValueError(
+                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {leaf.dtype}; expected real numbers, which can be decoded (logits, not classes)"
+            )
 
 
 def _without_params(f, _, batch):

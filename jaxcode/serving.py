@@ -20,10 +20,10 @@ from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 from .codes.spline import SplineCode
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
+from .pools.pool import AbstractPool
+from .pools.responses import Fault, NotEnoughAnswers
 from .robust import Defence, Suspicion
 from .stop import AbstractStop, answers
-from .workers.pool import AbstractPool
-from .workers.responses import Fault, NotEnoughAnswers
 
 log = logging.getLogger("jaxcode.serving")
 log.addHandler(logging.NullHandler())
@@ -83,7 +83,7 @@ class CodedServer:
         ValueError: If stop can never be reached, or a number or the code is not what it should be.
 
     >>> from jaxcode import SplineCode, stop
-    >>> from jaxcode.workers import ThreadPool
+    >>> from jaxcode.pools import ThreadPool
     >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)
     >>> with ThreadPool(jnp.sin, num_workers=12) as pool:
     ...     server = CodedServer(code, pool, stop.answers(9))
