@@ -2,67 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, PyTree
-
-
-class Halves(NamedTuple):
-    """Float64 numbers that stay so where JAX's x64 mode is off and jitted functions round their arguments.
-
-    Attributes:
-        high: The numbers; with x64 off JAX holds them in float32.
-        low: What rounding took from them, float32; None where they are float64.
-    """
-
-    high: Array | np.ndarray
-    low: Array | np.ndarray | None
-
-    def whole(self) -> Float[Array, "..."]:
-        """The numbers in float64."""
-        with jax.enable_x64(True):
-            high = jnp.asarray(self.high).astype(jnp.float64)
-            return high if self.low is None else high + jnp.asarray(self.low).astype(jnp.float64)
 
 
 def x64_is_on() -> bool:
-    """Whether JAX's x64 mode is on here."""
+    """Whether JAX's x64 mode is on in this thread."""
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def halve(numbers: Array | np.ndarray) -> Halves:
-    """Takes float64 numbers apart where JAX would round them; NumPy holds them whole."""
-    if isinstance(numbers, np.ndarray) or x64_is_on():
-        return Halves(numbers, None)
-    with jax.enable_x64(True):
-        return _in_two_compiled(numbers)
-
-
-def as_arguments(tree: PyTree[Any]) -> PyTree[Any]:
-    """A tree of `Halves` as jitted functions may be given it with all digits: what NumPy holds whole is taken apart."""
-
-    def on_node(node):
-        whole = is_halves(node) and node.low is None and isinstance(node.high, np.ndarray)
-        return _in_two(node.high) if whole else node
-
-    return tree if x64_is_on() else jax.tree.map(on_node, tree, is_leaf=is_halves)
-
-
-def is_halves(node: Any) -> bool:
-    """For walking trees no deeper than `Halves`."""
-    return isinstance(node, Halves)
-
-
-def _in_two(numbers):
-    high = numbers.astype(np.float32)
-    return Halves(high, (numbers - high).astype(np.float32))
-
-
-_in_two_compiled = jax.jit(_in_two, inline=True)
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +65,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def fixed_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
+def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's value, computed in float64 whether JAX's x64 mode is on or off, as a constant to derivatives.
 
     Args:

@@ -1,36 +1,43 @@
-"""What workers compute: a callable, an nnx module or a linen module with its variables, as one pure function."""
+"""Pure functions of parameters and a batch, made from callables, nnx modules and linen modules."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
+
+__all__ = ["NO_DERIVATIVES", "Params", "PureFunction", "as_pure_function", "check_answers"]
 
 Params = PyTree
 PureFunction = Callable[[Params, PyTree], PyTree]
 
-# What is raised where derivatives are asked of a model of whole numbers, or of one that calls the host.
+# The exceptions that JAX raises for the derivative of a model of integers, or of one that calls the host.
 NO_DERIVATIVES = (TypeError, ValueError, NotImplementedError)
 
 
 def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> tuple[PureFunction, Params]:
-    """Separates what a model computes from its parameters, in evaluation mode.
+    """Separates the function that a model computes from its parameters, in evaluation mode.
 
-    Dropout is off and batch normalisation uses its running averages: an nnx module is copied and the copy put in
-    evaluation mode (`module.eval()`), the one given stays as it is; of a linen module no collection is mutable, and
-    where its own settings ask for training behaviour (`deterministic=False`, `use_running_average=False`) they must
-    be set in the module.
+    Dropout is off and batch normalisation uses its running averages. An nnx module is copied and the copy is put in
+    evaluation mode (`module.eval()`); the given one is not changed. Of a linen module no collection is mutable; where
+    its fields ask for training behaviour (`deterministic=False`, `use_running_average=False`), set them in the module.
 
     Args:
         f: A callable of a batch; an `nnx.Module`, called with a batch; or a pair (linen module, its variables). The
-            leading axis of what it is given and of what it returns is the batch.
+            leading axis of its input and of its output is the batch.
 
     Returns:
-        A pure function `fn(params, batch)`, which can be sent to other processes, and params, a pytree. A callable's
-            params are empty: what it closes over stays inside it.
+        A pure function `fn(params, batch)` and params, a pytree. The function can be sent to other processes. It is
+            hashable, and equal to the function of every model with the same structure (the same nnx graph, an equal
+            linen module, the same callable), whatever the parameters: as a static argument of `jax.jit` it is traced
+            once for all of them. Where a model's structure is not hashable, functions are equal if they were made from
+            the same linen module or callable. The params of a callable are `()`: the arrays that it closes over are
+            constants of the trace, as under `jax.jit`.
 
     Raises:
         ValueError: If f is none of these, or is a class or a linen module without variables.
@@ -40,7 +47,10 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
     6
     """
     if isinstance(f, nnx.Module):
-        return _from_nnx(f)
+        module = nnx.clone(f)
+        module.eval()
+        graphdef, state = nnx.split(module)
+        return _NnxApply(_Static(graphdef)), state
     if isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], linen.Module):
         module, variables = f
         if not isinstance(variables, Mapping):
@@ -48,7 +58,7 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
                 f"f is (linen module, {type(variables).__name__}); expected the variables that module.init returned, "
                 "a mapping such as {'params': ...}"
             )
-        return module.apply, variables
+        return _LinenApply(_Static(module)), variables
     if isinstance(f, linen.Module):
         raise ValueError(
             f"f is a linen {type(f).__name__} without variables; expected the pair (module, variables), "
@@ -58,44 +68,116 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
         raise ValueError(
             f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
         )
-    return functools.partial(_without_params, f), ()
+    return _PlainApply(_Static(f)), ()
 
 
-def check_answers(answers: PyTree[Any], size: int) -> None:
-    """Checks that a model's answers are real numbers with the batch as leading axis.
+def check_answers(answers: PyTree[Any], size: int, allow_integers: bool = False) -> None:
+    """Checks that a model's answers have real entries and the batch as their leading axis.
 
     Args:
-        answers: Leaves (size, ...), arrays or `jax.ShapeDtypeStruct`s.
-        size: Length of the batch.
+        answers: What the model returned, or its shapes and dtypes, leaves (B, ...).
+        size: B, how many inputs the model was given.
+        allow_integers: Whether integer and bool leaves pass: a code that mixes no answers returns them as they are.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If there are no leaves, a leaf is no array with B rows, or its dtype cannot be decoded.
+
+    >>> check_answers({"logits": jnp.ones((3, 10))}, size=3)
     """
     leaves = jax.tree_util.tree_leaves_with_path(answers)
     if not leaves:
-        raise ValueError(f"f's result is {answers!r}, which has no arrays; expected at least one, leaves (batch, ...)")
+        raise ValueError(f"f's result is {answers!r}; expected at least one array: have f return its answers")
     for path, leaf in leaves:
         name = "f's result" + jax.tree_util.keystr(path)
-        if leaf.ndim < 1 or leaf.shape[0] != size:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis"
+                f"{name} is {leaf!r}; expected an array with the batch of {size} as its leading axis: return one row "
+                "for each input"
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if len(leaf.shape) < 1 or leaf.shape[0] != size:
             raise ValueError(
-                f"{name} has dtype {leaf.dtype}; expected real numbers, which can be decoded (logits, not classes)"
+                f"{name} has shape {leaf.shape} for a batch of {size}; expected the batch as its leading axis: return "
+                "one row for each input"
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        if not (jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == np.bool_):
+            raise ValueError(
+                f"{name} has dtype {leaf.dtype}; expected real numbers: return real and imaginary parts, "
+                "or other features, as floating-point arrays"
+            )
+        if not allow_integers:
+            raise ValueError(
+                f"{name} has dtype {leaf.dtype}; expected floating-point numbers, which a code can mix: return "
+                "logits, not classes"
             )
 
 
-def _without_params(f, _, batch):
-    return f(batch)
+@final
+class _Static:
+    """Holds an object that is compared by value if it is hashable and by identity if it is not.
+
+    The hash is computed once: the graph of a large nnx module takes a millisecond, and `jax.jit` asks for the hash of
+    a static argument at each call.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    @functools.cached_property
+    def _key(self) -> tuple[bool, int]:
+        """Whether the value is hashable, and its hash or its id."""
+        try:
+            return True, hash(self.value)
+        except TypeError:
+            return False, id(self.value)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Static):
+            return NotImplemented
+        if self is other or self.value is other.value:
+            return True
+        return self._key == other._key and self._key[0] and bool(self.value == other.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __reduce__(self):
+        # Neither the hash of a string nor an id is the same in another process.
+        return _Static, (self.value,)
 
 
-def _from_nnx(module: nnx.Module) -> tuple[PureFunction, Params]:
-    evaluating = nnx.clone(module)
-    evaluating.eval()
-    graph, state = nnx.split(evaluating)
-    return functools.partial(_merged, graph), state
+@final
+@dataclasses.dataclass(frozen=True)
+class _NnxApply:
+    """Runs the nnx module of a graph, with the state as parameters."""
+
+    graphdef: _Static
+
+    def __call__(self, state: PyTree, batch: PyTree) -> PyTree:
+        return nnx.merge(self.graphdef.value, state)(batch)
 
 
-def _merged(graph, state, batch):
-    return nnx.merge(graph, state)(batch)
+@final
+@dataclasses.dataclass(frozen=True)
+class _LinenApply:
+    """Runs a linen module, with its variables as parameters."""
+
+    module: _Static
+
+    def __call__(self, variables: Mapping[str, Any], batch: PyTree) -> PyTree:
+        return self.module.value.apply(variables, batch)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _PlainApply:
+    """Runs a callable that has no parameters."""
+
+    f: _Static
+
+    def __call__(self, params: tuple[()], batch: PyTree) -> PyTree:
+        return self.f.value(batch)

@@ -17,7 +17,7 @@ from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ._checks import batch_size, check_count
+from .checks import batch_size, check_count
 from .functions import as_pure_function
 
 # From a batch, leaves (B, ...), and K to a permutation of the batch: entry i names the input that comes i-th.

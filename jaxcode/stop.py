@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ._checks import check_count
+from .checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,31 @@
-"""What workers are sent and how their answers become results: one file per family of codes."""
+"""Which pieces of work are sent to workers, and how their answers become results.
+
+A code takes K inputs to N coded inputs and decodes K results from the answers that came. `InterpolatingCode` is nodes
+x encoder x decoder; the named codes of the literature are constructors of it. `AbstractCode` says how to write another.
+"""
 
 from .abstract import AbstractCode as AbstractCode
-from .abstract import AbstractLinearCode as AbstractLinearCode
-from .barycentric import BerrutCode as BerrutCode
-from .barycentric import FloaterHormannCode as FloaterHormannCode
-from .bspline import BSplineCode as BSplineCode
-from .lagrange import LagrangeCode as LagrangeCode
+from .interpolating import InterpolatingCode as InterpolatingCode
+from .named import BerrutCode as BerrutCode
+from .named import BSplineCode as BSplineCode
+from .named import FloaterHormannCode as FloaterHormannCode
+from .named import LagrangeCode as LagrangeCode
+from .named import SplineCode as SplineCode
+from .plan import Plan as Plan
+from .plan import Prior as Prior
 from .replication import ReplicationCode as ReplicationCode
 from .replication import UncodedCode as UncodedCode
-from .spline import SplineCode as SplineCode
+
+__all__ = [
+    "AbstractCode",
+    "BSplineCode",
+    "BerrutCode",
+    "FloaterHormannCode",
+    "InterpolatingCode",
+    "LagrangeCode",
+    "Plan",
+    "Prior",
+    "ReplicationCode",
+    "SplineCode",
+    "UncodedCode",
+]

@@ -1,163 +1,174 @@
-"""What every code does, and what the codes that interpolate share."""
+"""The interface of codes."""
 
 import abc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_ascending, check_mask, check_vector, is_concrete, on_host
-from .._float64 import halve
-from .._maps import AbstractMap, Matrix, apply_to_tree, at_once
+from ..linops import AbstractLinop, apply_to_tree
+from ..nodes import Nodes
+from .plan import Plan
 
 
 class AbstractCode(abc.ABC):
-    """How K inputs become N coded inputs, and the answers of those workers that returned become K results.
+    """Takes K inputs to N coded inputs, and the answers of the workers that returned to K results.
+
+    Both are linear: a code prepares two operators (`jaxcode.linops`), and everything else, `jaxcode.coded`, servers and
+    tuning, works with those. To write a code, make a class that is a frozen dataclass and a pytree, declare the
+    attributes below and implement the four methods. This one is complete: it fills a lost input with the answer to the
+    nearest input that was answered.
+
+    .. code-block:: python
+
+        import jax.numpy as jnp
+
+        import jaxcode as jc
+        from jaxcode import checks, linops
+
+
+        @jc.pytree("num_data", "num_workers")
+        class NearestCode(jc.AbstractCode):
+            '''Has worker n compute input n K // N; an input's result is the answer nearest to it.'''
+
+            num_data: int
+            num_workers: int
+            nodes = None
+            predicts_error = False
+
+            def encoder_linop(self, plan=None):
+                return linops.Gather(self._computed(), self.num_data)
+
+            def decoder_linop(self, returned, plan=None):
+                checks.check_mask("returned", returned, self.num_workers)
+                distance = abs(jnp.arange(self.num_data)[:, None] - self._computed()[None])
+                nearest = jnp.argmin(jnp.where(returned[None], distance, self.num_data), axis=1)
+                return linops.Gather(nearest, self.num_workers, defined=self.recovered(returned))
+
+            def recovered(self, returned, plan=None):
+                checks.check_mask("returned", returned, self.num_workers)
+                return jnp.broadcast_to(jnp.any(returned), (self.num_data,))
+
+            def exact(self, returned, plan=None):
+                checks.check_mask("returned", returned, self.num_workers)
+                own = self._computed()[None] == jnp.arange(self.num_data)[:, None]
+                return jnp.any(own & returned[None], axis=1)
+
+            def _computed(self):
+                return jnp.arange(self.num_workers) * self.num_data // self.num_workers
 
     Attributes:
         num_data: K, how many inputs are encoded together.
         num_workers: N, how many coded inputs they become.
+        nodes: Where inputs and workers sit on a curve, for codes that draw one; None for others.
+        predicts_error: Whether there is a method `decode_with_error(y, returned, plan=None)` that gives results and
+            their standard errors.
     """
 
     num_data: int
     num_workers: int
+    nodes: Nodes | None
+    predicts_error: bool
 
     @abc.abstractmethod
-    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
-        """Encodes inputs.
+    def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
+        """Prepares the operator from inputs to coded inputs.
 
         Args:
-            x: Leaves of shape (K, ...), real. A code that mixes inputs turns integers into float32.
-
-        Returns:
-            The coded inputs, leaves of shape (N, ...) in the dtype of the inputs.
-
-        Raises:
-            ValueError: If a leaf's leading axis is not K.
+            plan: As for `encode`.
         """
 
     @abc.abstractmethod
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
-        """Decodes the answers that came.
+    def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
+        """Prepares the operator from answers to results.
+
+        With static nodes and a static mask it is prepared on the host, with nothing to compile.
 
         Args:
-            y: Leaves of shape (N, ...), real. Rows of workers that did not return are not read, whatever they hold.
-            returned: Which workers returned, bool, shape (N,).
-
-        Returns:
-            The results, leaves of shape (K, ...) in the dtype of the answers; NaN for an input that is not `recovered`.
-
-        Raises:
-            ValueError: If a leaf's leading axis is not N or its dtype cannot be decoded, or returned is not bool (N,).
+            returned: As for `decode`.
+            plan: As for `encode`.
         """
 
     @abc.abstractmethod
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
-        """Which inputs have a result, given which workers returned.
+    def recovered(
+        self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> Bool[Array | np.ndarray, "data"]:
+        """Says which inputs have a result, given which workers returned.
 
         Args:
             returned: bool, shape (N,).
+            plan: As for `encode`.
 
         Returns:
-            bool, shape (K,); of NumPy's where the host knows who returned, with nothing to compute elsewhere.
+            bool, shape (K,); a NumPy array where the mask is static.
 
         Raises:
             ValueError: If returned is not bool (N,).
         """
 
-
-class AbstractLinearCode(AbstractCode):
-    """A code whose encoder and decoder are linear."""
-
     @abc.abstractmethod
-    def encoder_map(self) -> AbstractMap:
-        """The map from inputs to coded inputs."""
+    def exact(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> Bool[Array | np.ndarray, "data"]:
+        """Says which results are f's own, because the input itself was computed and its answer is passed on.
 
-    @abc.abstractmethod
-    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
-        """The map from answers to results.
-
-        With known nodes and a mask in the host's memory it is prepared there, with nothing to compile, and may be an
-        argument of jitted functions; with x64 off they round it to float32, as they do all arguments.
+        Arguments, returns and errors as for `recovered`.
         """
 
-    def encode(self, x: PyTree[Array]) -> PyTree[Array]:
-        return apply_to_tree("x", self.encoder_map(), x, self.num_data)
+    def encode(self, x: PyTree[Array], plan: Plan | None = None) -> PyTree[Array]:
+        """Encodes inputs.
 
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> PyTree[Array]:
-        return apply_to_tree("y", self.decoder_map(returned), y, self.num_workers)
+        Args:
+            x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32); of any
+                dtype where it does not.
+            plan: What was decided about these inputs; None for nothing.
 
-    def encoder_matrix(self) -> Float[Array, "workers data"]:
-        """The matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""
-        return self.encoder_map().matrix()
+        Returns:
+            The coded inputs, leaves of shape (N, ...) in the dtype of the inputs.
 
-    def decoder_matrix(self, returned: Bool[ArrayLike, "workers"]) -> Float[Array, "data workers"]:
-        """The matrix, shape (K, N), that takes answers to results; float64 with x64 on, else float32.
+        Raises:
+            ValueError: If a leaf's leading axis is not K, or its dtype cannot be mixed.
+        """
+        return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
+
+    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> PyTree[Array]:
+        """Decodes the answers that came.
+
+        Args:
+            y: Leaves of shape (N, ...), with dtypes as for `encode`. Rows of workers that did not return are not read,
+                whatever they hold.
+            returned: Which workers returned, bool, shape (N,).
+            plan: The plan with which the inputs were encoded.
+
+        Returns:
+            The results, leaves of shape (K, ...) in the dtype of the answers. An input that is not `recovered` is NaN
+            (the lowest number of an integer dtype, the highest of an unsigned one), or its prior mean.
+
+        Raises:
+            ValueError: If a leaf's leading axis is not N, its dtype cannot be mixed, or returned is not bool (N,).
+        """
+        linop = self.decoder_linop(returned, plan)
+        if plan is None or plan.prior is None:
+            return apply_to_tree("y", linop, y, self.num_workers)
+        residuals = jax.tree.map(lambda answer, mean: answer - mean, y, plan.prior.workers)
+        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
+        recovered = jnp.asarray(self.recovered(returned, plan))
+
+        def add_mean(residual, mean):
+            known = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
+            return jnp.where(known, residual, jnp.zeros((), residual.dtype)) + mean
+
+        return jax.tree.map(add_mean, decoded, plan.prior.data)
+
+    def encoder_matrix(self, plan: Plan | None = None) -> Float[Array, "workers data"]:
+        """Forms the matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""
+        return self.encoder_linop(plan).matrix()
+
+    def decoder_matrix(
+        self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> Float[Array, "data workers"]:
+        """Forms the matrix, shape (K, N), that takes answers to results; float64 with x64 on, else float32.
 
         Columns of workers that did not return are zero, rows of inputs that are not recovered are NaN.
         """
-        return self.decoder_map(returned).matrix()
-
-
-class AbstractInterpolatingCode(AbstractLinearCode):
-    """A code that draws a curve through the inputs at their nodes, and another through the answers at theirs.
-
-    The encoder reads the first curve at the worker nodes, the decoder the second at the data nodes. Two answers are
-    enough to decode every input; with fewer, all results are NaN.
-    """
-
-    data_nodes: np.ndarray | Array
-    worker_nodes: np.ndarray | Array
-
-    @property
-    def num_data(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.data_nodes.shape[-1]
-
-    @property
-    def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.worker_nodes.shape[-1]
-
-    @abc.abstractmethod
-    def encoding_curve(self) -> AbstractMap:
-        """The curve through inputs, read at the worker nodes."""
-
-    @abc.abstractmethod
-    def decoding_curve(self, returned: Bool[Array | np.ndarray, "workers"]) -> AbstractMap:
-        """The curve through the answers that came, read at the data nodes."""
-
-    def encoder_map(self) -> AbstractMap:
-        if not is_concrete(self):
-            return self.encoding_curve()
-        # With known nodes it is a constant of the traced program.
-        return at_once(self.encoding_curve)
-
-    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
-        check_mask("returned", returned, self.num_workers)
-        return self.decoding_curve(on_host(returned))
-
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
-        check_mask("returned", returned, self.num_workers)
-        returned = on_host(returned)
-        xp = np if isinstance(returned, np.ndarray) else jnp
-        return xp.broadcast_to(returned.sum() >= 2, (self.num_data,))
-
-
-def curve_matrix(
-    entries: Float[Array, "results rows"], returned: Bool[Array | np.ndarray, "rows"] | None = None
-) -> AbstractMap:
-    """A curve that is given as a float64 matrix with zero columns where workers did not return."""
-    if returned is None:
-        return Matrix(halve(entries))
-    returned = jnp.asarray(returned)
-    return Matrix(halve(entries), returned, jnp.broadcast_to(jnp.sum(returned) >= 2, entries.shape[:1]))
-
-
-def as_nodes(code: AbstractInterpolatingCode, *, workers_may_share: bool) -> None:
-    """Checks a code's nodes and stores those that are known as float64 NumPy arrays, which x64 mode does not round."""
-    for name, strictly in (("data_nodes", True), ("worker_nodes", not workers_may_share)):
-        nodes = getattr(code, name)
-        check_vector(name, nodes)
-        check_ascending(name, nodes, strictly=strictly)
-        if is_concrete(nodes):
-            object.__setattr__(code, name, np.asarray(nodes, np.float64))
+        return self.decoder_linop(returned, plan).matrix()

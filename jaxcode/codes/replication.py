@@ -1,19 +1,26 @@
-"""What users do today: send every input to several workers, or to one."""
+"""Replication: every input is computed by some workers as it is."""
+
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
-from .._checks import check_count, check_mask, on_host
-from .._maps import AbstractMap, Selection
 from .._pytree import pytree
-from .abstract import AbstractLinearCode
+from ..checks import check_count, check_mask, static_value
+from ..linops import AbstractLinop, Gather
+from .abstract import AbstractCode
+from .plan import Plan
 
 
-@pytree("num_data", "num_workers", eq=False)
-class ReplicationCode(AbstractLinearCode):
-    """Worker n computes input n mod K; the first copy that returned is the result, an input nobody returned is lost.
+@final
+@pytree("num_data", "num_workers")
+class ReplicationCode(AbstractCode):
+    """Has worker n compute input n mod K; the first copy that returned is the result.
+
+    An input of which no copy returned is lost. Nothing is mixed, so inputs and answers may have any dtype and keep it.
+    A plan may assign inputs to workers in another way.
 
     Attributes:
         num_data: K >= 1.
@@ -31,31 +38,69 @@ class ReplicationCode(AbstractLinearCode):
 
     num_data: int
     num_workers: int
+    nodes: ClassVar[None] = None
+    predicts_error: ClassVar[bool] = False
 
     def __post_init__(self):
         num_data = check_count("num_data", self.num_data)
         if check_count("num_workers", self.num_workers) < num_data:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
 
-    def encoder_map(self) -> AbstractMap:
-        return Selection(assignment(self), self.num_data)
+    def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
+        return Gather(self.assignment(plan), self.num_data)
 
-    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
-        copies = _copies(self, returned)
-        xp = np if isinstance(copies, np.ndarray) else jnp
-        # The first copy that returned.
-        row = xp.argmax(copies, axis=0).astype(np.int32) * self.num_data + np.arange(self.num_data, dtype=np.int32)
-        return Selection(row, self.num_workers, gives=xp.any(copies, axis=0))
+    def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
+        first = self._first_copies(returned, plan)
+        # Out of range where no copy returned.
+        index = first.clip(0, self.num_workers - 1)
+        return Gather(index, self.num_workers, defined=first < self.num_workers)
 
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
-        return _copies(self, returned).max(axis=0)
+    def recovered(
+        self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> Bool[Array | np.ndarray, "data"]:
+        return self._first_copies(returned, plan) < self.num_workers
+
+    def exact(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> Bool[Array | np.ndarray, "data"]:
+        return self.recovered(returned, plan)
+
+    def assignment(self, plan: Plan | None = None) -> Int[Array | np.ndarray, "workers"]:
+        """Returns which input each worker computes, int32 (N,).
+
+        Raises:
+            ValueError: If a plan's assignment is not whole numbers (N,) from 0 to K - 1.
+        """
+        if plan is None or plan.assignment is None:
+            return np.arange(self.num_workers, dtype=np.int32) % self.num_data
+        given = plan.assignment
+        if np.shape(given) != (self.num_workers,) or not jnp.issubdtype(given.dtype, jnp.integer):
+            raise ValueError(
+                f"plan.assignment has shape {np.shape(given)} and dtype {given.dtype}; expected the number of an input "
+                f"for each worker, whole numbers of shape ({self.num_workers},)"
+            )
+        static = static_value(given)
+        if static is None:
+            return given.astype(jnp.int32)
+        if static.min() < 0 or static.max() >= self.num_data:
+            raise ValueError(f"plan.assignment is {static}; expected numbers of inputs, from 0 to {self.num_data - 1}")
+        return static.astype(np.int32)
+
+    def _first_copies(self, returned, plan):
+        """Returns the first worker that returned each input, int32 (K,); N where none did."""
+        check_mask("returned", returned, self.num_workers)
+        assignment, mask = self.assignment(plan), static_value(returned)
+        if isinstance(assignment, np.ndarray) and mask is not None:
+            first = np.full(self.num_data, self.num_workers, np.int32)
+            np.minimum.at(first, assignment[mask], np.flatnonzero(mask).astype(np.int32))
+            return first
+        worker = jnp.arange(self.num_workers, dtype=jnp.int32)
+        present = jnp.where(jnp.asarray(returned), worker, self.num_workers)
+        return jnp.full(self.num_data, self.num_workers, jnp.int32).at[jnp.asarray(assignment)].min(present)
 
 
-@pytree("num_data", eq=False)
-class UncodedCode(AbstractLinearCode):
-    """One worker for each input, every one of them needed.
+def UncodedCode(num_data: int) -> ReplicationCode:
+    """Has one worker compute each input, so that every one of them is needed.
 
-    Attributes:
+    Args:
         num_data: K >= 1, and N.
 
     Raises:
@@ -64,38 +109,4 @@ class UncodedCode(AbstractLinearCode):
     >>> UncodedCode(num_data=2).decode(jnp.array([1.0, 2.0]), jnp.array([False, True]))
     Array([nan,  2.], dtype=float32)
     """
-
-    num_data: int
-
-    def __post_init__(self):
-        check_count("num_data", self.num_data)
-
-    @property
-    def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.num_data
-
-    def encoder_map(self) -> AbstractMap:
-        return Selection(np.arange(self.num_data, dtype=np.int32), self.num_data)
-
-    def decoder_map(self, returned: Bool[ArrayLike, "workers"]) -> AbstractMap:
-        check_mask("returned", returned, self.num_workers)
-        return Selection(np.arange(self.num_data, dtype=np.int32), self.num_data, gives=on_host(returned))
-
-    def recovered(self, returned: Bool[ArrayLike, "workers"]) -> Bool[Array | np.ndarray, "data"]:
-        check_mask("returned", returned, self.num_workers)
-        return on_host(returned)
-
-
-def assignment(code: ReplicationCode) -> np.ndarray:
-    """Which input each worker computes."""
-    return np.arange(code.num_workers, dtype=np.int32) % code.num_data
-
-
-def _copies(code: ReplicationCode, returned) -> Bool[Array | np.ndarray, "copies data"]:
-    """Which copies of which input returned; a copy that no worker was given did not."""
-    check_mask("returned", returned, code.num_workers)
-    returned = on_host(returned)
-    rounds = -(-code.num_workers // code.num_data)
-    padding = rounds * code.num_data - code.num_workers
-    xp = np if isinstance(returned, np.ndarray) else jnp
-    return xp.pad(returned, (0, padding)).reshape(rounds, code.num_data)
+    return ReplicationCode(num_data, num_data)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, PyTree
 from tqdm import tqdm
 
-from .._checks import batch_size
+from ..checks import batch_size
 from ..functions import PureFunction
 from ..stop import AbstractStop
 from .compute import answer_shapes, shapes_key, shapes_of, x64_enabled

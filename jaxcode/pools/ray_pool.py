@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
-from .._checks import check_count
+from ..checks import check_count
 from ..functions import as_pure_function
 from .compute import Around, Compute, packed, x64_enabled
 from .pool import WorkerPool

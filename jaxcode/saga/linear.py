@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Integer, PyTree, Shaped
 
-from .._checks import is_concrete
 from .._pytree import pytree
+from ..checks import is_concrete
 
 
 @final

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._checks import check_count, check_mask, is_concrete
+from ..checks import check_count, check_mask, is_concrete
 from ..stragglers import AbstractStragglers
 from .linear import LinearLoss, checked_samples, smoothness
 from .run import History, run

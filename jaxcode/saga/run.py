@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from .._checks import check_count
+from ..checks import check_count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

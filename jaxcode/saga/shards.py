@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, PyTree
 
-from .._checks import batch_size
 from .._pytree import pytree
+from ..checks import batch_size
 
 
 @final

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Integer, PyTree
 
-from .._checks import check_count, is_concrete
+from ..checks import check_count, is_concrete
 from ._tables import add, along, exact_sum, first_of_each
 
 

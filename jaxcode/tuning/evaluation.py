@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .. import metrics
-from .._checks import batch_size
 from .._maps import apply_to_groups
+from ..checks import batch_size
 from ..codes import ReplicationCode, SplineCode
 from ..outputs import OutputSpace
 from ..splines.maps import spline_map

@@ -13,8 +13,8 @@ from flax import linen, nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm import trange
 
-from .._checks import batch_size, check_count
 from .._maps import apply_to_groups
+from ..checks import batch_size, check_count
 from ..codes import SplineCode
 from ..functions import as_pure_function
 from ..splines.wiener import unit_variances

@@ -15,7 +15,7 @@ from scipy import optimize
 from tqdm import tqdm
 
 from .. import nodes, ordering, outputs
-from .._checks import batch_size, check_count
+from ..checks import batch_size, check_count
 from ..codes import ReplicationCode, SplineCode
 from ..codes.replication import assignment
 from ..functions import NO_DERIVATIVES, as_pure_function

@@ -25,8 +25,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .._float64 import in_float64
-from .sequence import SAME_PLACE
+from ..._float64 import in_float64
+from ..abstract import SAME_SITE
 
 
 def unit_variances(
@@ -106,7 +106,7 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     rank = np.arange(size)
     live, span = weights > 0, knots[-1] - knots[0]
     earlier = live & np.tri(n, k=-1, dtype=bool)
-    opens = live & (knots - jnp.max(jnp.where(earlier, knots, -jnp.inf), axis=1) > SAME_PLACE * span)
+    opens = live & (knots - jnp.max(jnp.where(earlier, knots, -jnp.inf), axis=1) > SAME_SITE * span)
     # Sums as products, here and below, for they compile in a third of the time.
     site = np.tri(n) @ opens
     member = jnp.where(live & (site == 1 + rank[:, None]), weights.astype(knots.dtype), 0)

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._checks import batch_size
 from ._groups import decode_groups, encode_groups, fill_up, in_the_callers_order, known_decoders
+from .checks import batch_size
 from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
 from .codes.spline import SplineCode
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
-from .pools.pool import AbstractPool
-from .pools.responses import Fault, NotEnoughAnswers
 from .robust import Defence, Suspicion
 from .stop import AbstractStop, answers
+from .workers.pool import AbstractPool
+from .workers.responses import Fault, NotEnoughAnswers
 
 log = logging.getLogger("jaxcode.serving")
 log.addHandler(logging.NullHandler())
@@ -83,7 +83,7 @@ class CodedServer:
         ValueError: If stop can never be reached, or a number or the code is not what it should be.
 
     >>> from jaxcode import SplineCode, stop
-    >>> from jaxcode.pools import ThreadPool
+    >>> from jaxcode.workers import ThreadPool
     >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)
     >>> with ThreadPool(jnp.sin, num_workers=12) as pool:
     ...     server = CodedServer(code, pool, stop.answers(9))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg.lapack import dgbsv  # pyright: ignore[reportAttributeAccessIssue]
 
-from .sequence import SAME_PLACE
+from ..abstract import SAME_SITE
 
 
 def banded_matrix(
@@ -46,11 +46,11 @@ def banded_matrix(
     knots, points, smoothing = in_units_of_span(knots, points, smoothing)
     t, w = knots[live], weights[live]
     gap = t[1:] - t[:-1]
-    if gap.min() > SAME_PLACE:
+    if gap.min() > SAME_SITE:
         matrix[:, live] = fit_matrix(t, reading_matrix(t, points), w, smoothing)
         return matrix
     # Knots at one place count as one, whose value is their weighted mean.
-    first = np.concatenate([[True], gap > SAME_PLACE]).nonzero()[0]
+    first = np.concatenate([[True], gap > SAME_SITE]).nonzero()[0]
     total = np.add.reduceat(w, first)
     count = np.diff(first, append=len(t))
     share = w / np.repeat(total, count)
@@ -70,7 +70,7 @@ def in_units_of_span(
     span = float(knots[-1] - knots[0])
     if span == 0:
         return knots, points, smoothing
-    return knots / span, points / span, smoothing / span / span / span
+    return (knots - knots[0]) / span, (points - knots[0]) / span, smoothing / span / span / span
 
 
 def fit_matrix(

@@ -13,25 +13,30 @@ import numpy as np
 from jax.core import Tracer
 
 
-def is_concrete(tree: Any) -> bool:
-    """Whether every leaf's value is known now, not only when the traced program runs."""
-    if isinstance(tree, (np.ndarray, float)):
-        return True
-    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+def static_value(value: Any) -> np.ndarray | None:
+    """Returns a copy of a value that the host knows now, without waiting for any device; None of all others.
 
+    Args:
+        value: A number, a sequence of them, or an array.
 
-def on_host(array: Any) -> np.ndarray | jax.Array:
-    """A small array in NumPy, unless it is being traced or one would have to wait for an accelerator.
-
-    A copy: what is computed later must not see what the caller writes to the array meanwhile.
+    Returns:
+        The value in NumPy: of numbers, NumPy arrays, and JAX arrays in the host's memory. None of what is being traced,
+        and of arrays on accelerators or other hosts, which are never fetched.
     """
-    if isinstance(array, np.ndarray):
-        return array.copy()
-    if isinstance(array, Tracer):
-        return array
-    if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
-        return array
-    return np.array(array)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and not (
+        value.is_fully_addressable and all(device.platform == "cpu" for device in value.devices())
+    ):
+        return None
+    return np.array(value)
+
+
+def is_static(tree: Any) -> bool:
+    """Whether the host knows every leaf of a tree now; see `static_value`."""
+    return all(static_value(leaf) is not None for leaf in jax.tree.leaves(tree))
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -55,30 +60,31 @@ def check_vector(name: str, value: Any, least: int = 2) -> None:
         raise ValueError(f"{name} has shape {shape}; expected one dimension with at least {least} entries")
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise ValueError(f"{name} has dtype {dtype}; expected real numbers")
-    if is_concrete(value) and not np.all(np.isfinite(np.asarray(value, np.float64))):
-        raise ValueError(f"{name} is {np.asarray(value)}; expected finite numbers only")
+    if (static := static_value(value)) is not None and not np.all(np.isfinite(np.float64(static))):
+        raise ValueError(f"{name} is {static}; expected finite numbers only")
 
 
 def check_ascending(name: str, value: Any, *, strictly: bool = False) -> None:
     """Entries in ascending order; `strictly` also refuses equal ones."""
-    if not is_concrete(value):
+    static = static_value(value)
+    if static is None:
         return
-    steps = np.diff(np.asarray(value, np.float64))
-    wrong = np.flatnonzero(steps <= 0 if strictly else steps < 0)
-    if wrong.size:
-        at = int(wrong[0])
-        pair = tuple(float(v) for v in np.asarray(value, np.float64)[at : at + 2])
+    steps = np.diff(np.float64(static))
+    violations = np.flatnonzero(steps <= 0 if strictly else steps < 0)
+    if violations.size:
+        first = int(violations[0])
+        pair = tuple(float(v) for v in static[first : first + 2])
         kind = "strictly ascending order (no two equal)" if strictly else "ascending order"
-        raise ValueError(f"{name}[{at}:{at + 2}] is {pair}; expected {kind}: sort the nodes first")
+        raise ValueError(f"{name}[{first}:{first + 2}] is {pair}; expected {kind}: sort the nodes first")
 
 
 def check_smoothing(name: str, value: Any) -> None:
     """One real number, zero or more."""
     if np.shape(value) != ():
         raise ValueError(f"{name} has shape {np.shape(value)}; expected a single number, 0 or more")
-    if is_concrete(value):
+    if (static := static_value(value)) is not None:
         try:
-            number = float(value)
+            number = float(static)
         except (TypeError, ValueError):
             raise ValueError(f"{name} is {value!r}; expected a number, 0 or more") from None
         if not 0 <= number < np.inf:
@@ -95,8 +101,8 @@ def check_weights(name: str, value: Any, count: int) -> None:
     """One finite number, zero or more, per knot."""
     if np.shape(value) != (count,):
         raise ValueError(f"{name} has shape {np.shape(value)}; expected one weight per knot, shape ({count},)")
-    if is_concrete(value):
-        numbers = np.asarray(value, np.float64)
+    if (static := static_value(value)) is not None:
+        numbers = np.float64(static)
         if not np.all((numbers >= 0) & (numbers < np.inf)):
             raise ValueError(f"{name} is {numbers}; expected finite weights, 0 (left out) or more")
 

@@ -27,11 +27,11 @@ import jax
 import numpy as np
 
 from . import ordering, outputs, stop
-from ._checks import batch_size
+from .checks import batch_size
 from .codes import ReplicationCode, SplineCode
-from .pools import NotEnoughAnswers, PoolClosed, RayPool
-from .pools.ray_actors import connect
 from .serving import CodedServer
+from .workers import NotEnoughAnswers, PoolClosed, RayPool
+from .workers.ray_pool import connect
 
 log = logging.getLogger("jaxcode.serve")
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         np.dtype(args.dtype)
     except (ImportError, AttributeError, ValueError, TypeError) as problem:
         parser.error(str(problem))
-    end = connect(args.address).close
+    end = connect(args.address)[1]
     try:
         from ray import serve
     except ImportError as problem:

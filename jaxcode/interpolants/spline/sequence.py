@@ -4,11 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._pytree import pytree
-
-# Knots closer than this share of their span are one knot and their values are averaged. A curve through two values
-# 1e-12 apart has slopes of 1e12, which no data justify; nodes one float32 step apart are 1e5 times farther.
-SAME_PLACE = 1e-12
+from ..._pytree import pytree
+from ..abstract import SAME_SITE
 
 Indices = Int[np.ndarray | Array, "..."]
 
@@ -78,7 +75,7 @@ def arrange(
     xp = np if known else jnp
     n, p = knots.shape[0], points.shape[0]
     size = min(block or n + p, n + p)
-    same = SAME_PLACE * (knots[-1] - knots[0])
+    same = SAME_SITE * (knots[-1] - knots[0])
     site = xp.cumsum(xp.concatenate([xp.zeros(1, np.int32), xp.diff(knots) > same]), dtype=np.int32)
     closing = xp.searchsorted(site, site, side="right").astype(np.int32) - 1
     # Points stand before knots at the same place, which makes no difference to the curve.

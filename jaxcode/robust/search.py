@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .splines.sequence import SAME_PLACE
+from ..interpolants.abstract import SAME_SITE
 
 # Neighbouring workers that may be suspected in one step: liars side by side back each other up.
 LONGEST_RUN = 3
@@ -50,7 +50,7 @@ class _Fit(NamedTuple):
 
 
 @jax.jit
-def find_suspects(
+def find_outliers(
     worker_nodes: Float[Array, "workers"],
     data_nodes: Float[Array, "data"],
     outputs: Float[Array, "workers outputs"],
@@ -78,7 +78,7 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     n = len(worker_nodes)
     index = jnp.arange(n)
     # Live sites, moved to the front; behind them the curve goes on without data.
-    new = jnp.diff(worker_nodes, prepend=worker_nodes[0] - 1) > SAME_PLACE * (worker_nodes[-1] - worker_nodes[0])
+    new = jnp.diff(worker_nodes, prepend=worker_nodes[0] - 1) > SAME_SITE * (worker_nodes[-1] - worker_nodes[0])
     site = jnp.cumsum(new)
     same_node = site[:, None] == site
     beside = same_node & live & live[:, None]

@@ -33,7 +33,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
-from .._float64 import in_float64
+from ..._float64 import in_float64
 from .wiener import find_sites, integrated_processes
 
 # Of each process: m, the spline's own first; what share of its noise stands at the points; how many sites it needs.

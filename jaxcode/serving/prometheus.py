@@ -38,7 +38,7 @@ class _Counters(Collector):
         yield events
         workers = GaugeMetricFamily("jaxcode_workers", "Workers, by what they are doing.", labels=["state"])
         states = collections.Counter(self._pool.states())
-        for state in ("idle", "busy", "starting", "quarantined"):
+        for state in ("idle", "busy", "starting", "resting"):
             workers.add_metric([state], states[state])
         yield workers
 

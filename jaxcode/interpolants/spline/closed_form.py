@@ -7,17 +7,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from .._checks import (
+from ...checks import (
     check_ascending,
     check_mask,
     check_smoothing,
     check_values,
     check_vector,
     check_weights,
-    is_concrete,
+    static_value,
 )
-from .._maps import apply
-from .maps import spline_map
+from ...linops import apply
+from .linop import spline_linop
 
 
 def spline_matrix(
@@ -135,12 +135,17 @@ def _spline(knots, points, smoothing, weights, returned):
         check_mask("returned", returned, n)
     weights = np.ones(n) if weights is None else weights
     if returned is not None:
-        weights = (np if is_concrete((returned, weights)) else jnp).where(returned, weights, 0)
-    if is_concrete(points):
-        points = np.asarray(points, np.float64)
+        static = static_value(returned), static_value(weights)
+        if any(value is None for value in static):
+            weights = jnp.where(jnp.asarray(returned), weights, 0)
+        else:
+            weights = np.where(*static, 0)
+    static_points = static_value(points)
+    if static_points is not None:
+        points = np.float64(static_points)
         if (np.diff(points) >= 0).all():
-            return spline_map(knots, points, smoothing, weights), slice(None)
+            return spline_linop(knots, points, smoothing, weights), slice(None)
         order = np.argsort(points)
-        return spline_map(knots, points[order], smoothing, weights), np.argsort(order)
+        return spline_linop(knots, points[order], smoothing, weights), np.argsort(order)
     order = jnp.argsort(points)
-    return spline_map(knots, points[order], smoothing, weights), jnp.argsort(order)
+    return spline_linop(knots, points[order], smoothing, weights), jnp.argsort(order)

@@ -1,0 +1,202 @@
+"""Coded inference as one function: encode, let every worker compute, decode from those that returned."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import jax
+import numpy as np
+from flax import linen, nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, PyTree
+
+from ._float64 import x64_is_on
+from ._pytree import pytree
+from .checks import check_mask, is_static, static_value
+from .codes import AbstractCode
+from .functions import Params, PureFunction, as_pure_function
+from .ordering import Ordering
+from .outputs import OutputSpace, as_returned
+from .pipeline import Planner, StaticCode, decode, encode, group, known_decoder, make_plans, ungroup
+from .placement import AbstractPlacement, vmap
+from .robust import Defence, Detection
+
+
+def coded(
+    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    code: AbstractCode,
+    *,
+    order: Ordering | None = None,
+    output: OutputSpace = as_returned,
+    defence: Defence | None = None,
+    planner: Planner | None = None,
+    placement: AbstractPlacement | None = None,
+) -> "Coded":
+    r"""Makes a model answer although workers are missing.
+
+    The batch is cut into groups of K inputs, in its own order unless another is asked for (the last group is padded
+    with its last input); each group is encoded into N coded inputs, worker n computes f on its coded inputs of all
+    :math:`\lceil B/K \rceil` groups, and the results are decoded from the workers that returned.
+
+    What is returned is compiled on first use and composes with jit, vmap, grad, jacfwd and remat. A new mask does not
+    recompile, nor does another call of `coded` for a model of the same structure, after a training step for instance.
+
+    Args:
+        f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It is given and
+            returns a batch: any pytree of arrays with a leading axis. Its results must be real numbers where the code
+            mixes; logits decode better than probabilities. A module's parameters are those it has now: after training,
+            call `coded` again.
+        code: How inputs become coded inputs and answers become results.
+        order: In which order the batch is cut into groups: a function (x, K) to a permutation of the batch, traced
+            with the rest; no derivatives pass through it. `jaxcode.ordering.greedy` puts similar inputs next to each
+            other, which with a code that mixes inputs is where most of the accuracy is. Results come in the order of
+            the batch all the same.
+        output: In which space answers are decoded; `jaxcode.outputs.logits` for a model that returns probabilities.
+            Results are what the model returns all the same.
+        defence: Detects wrong answers: `jaxcode.robust.leave_one_out` flags faulty workers by their answers to the
+            whole batch, and these are treated as if they had not returned. All workers are trusted if not given.
+        planner: Plans each group: a function (code, group of inputs), traced, to the `Plan` with which the group is
+            encoded and decoded. None for codes that need none.
+        placement: On which devices workers compute: `jaxcode.placement.shard_map(mesh)` spreads them over a mesh. All
+            as one batch on one device, `jaxcode.placement.vmap()`, if not given.
+
+    Returns:
+        A function `predict(x, returned=None)`, see `Coded`.
+
+    Raises:
+        ValueError: If f or code is none of the above.
+
+    References:
+        arXiv 2406.00300, section 3.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcode import SplineCode
+    >>> predict = coded(jnp.sin, SplineCode.chebyshev(num_data=4, num_workers=12))
+    >>> returned = jnp.arange(12) % 3 != 0  # four of the twelve never answer
+    >>> x = jnp.linspace(0.0, 1.0, 4)
+    >>> float(jnp.max(jnp.abs(predict(x, returned) - jnp.sin(x)))) < 0.01
+    True
+    """
+    if not isinstance(code, AbstractCode):
+        raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
+    fn, params = as_pure_function(f)
+    static_code, code_leaves = (StaticCode(code), None) if is_static(code) else (None, code)
+    setting = Setting(fn, static_code, order, output, defence, planner, vmap() if placement is None else placement)
+    return Coded(params, code_leaves, setting)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What of a coded model is not an array, so that models of equal settings share what is compiled.
+
+    Attributes:
+        fn: The model without its parameters.
+        static_code: The code if it is static, else None.
+        order: As for `coded`, as are the others.
+    """
+
+    fn: PureFunction
+    static_code: StaticCode | None
+    order: Ordering | None
+    output: OutputSpace
+    defence: Defence | None
+    planner: Planner | None
+    placement: AbstractPlacement
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self):
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+
+@final
+@pytree("setting", eq=False)
+class Coded:
+    """A model that answers although workers are missing; made by `coded`.
+
+    A pytree whose leaves are the model's parameters, and the code's nodes and smoothing where they are traced: it can
+    be passed to jitted functions, donated, mapped over with `jax.tree.map` and pickled with cloudpickle.
+
+    Attributes:
+        params: The model's parameters.
+        traced_code: The code if it is not static, else None.
+        setting: Everything else.
+    """
+
+    params: Params
+    traced_code: AbstractCode | None
+    setting: Setting
+
+    @property
+    def code(self) -> AbstractCode:
+        """The code."""
+        static = self.setting.static_code
+        assert static is not None or self.traced_code is not None
+        return self.traced_code if static is None else static.code  # pyright: ignore[reportReturnType]
+
+    def __call__(self, x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
+        """Answers a batch from the workers that returned.
+
+        Args:
+            x: The batch, leaves (B, ...). With a code that mixes inputs, one that is NaN or infinite makes the results
+                of its whole group NaN.
+            returned: Which workers returned, bool (N,); all if not given.
+
+        Returns:
+            The results, leaves (B, ...). Where the code cannot recover an input from these answers (with curves: fewer
+            than two), its results are NaN.
+
+        Raises:
+            ValueError: If x has no leaves, its leading axes differ or are 0, its dtype cannot be mixed, returned is not
+                bool (N,), f does not return real numbers with its batch as leading axis, or order does not return whole
+                numbers (B,).
+        """
+        return self.inspect(x, returned)[0]
+
+    def inspect(
+        self, x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
+    ) -> tuple[PyTree[Array], Detection | None]:
+        """Answers a batch and reports which workers the defence flagged.
+
+        Args:
+            x: As for a call.
+            returned: As for a call.
+
+        Returns:
+            The results, and what the defence found; None without a defence.
+
+        Raises:
+            ValueError: As for a call.
+        """
+        setting = self.setting
+        num_workers = self.code.num_workers
+        if returned is None:
+            returned = np.ones(num_workers, bool)
+        check_mask("returned", returned, num_workers)
+        mask = returned if isinstance(returned, np.ndarray) else static_value(returned)
+        if setting.static_code is None or setting.defence is not None or setting.planner is not None or mask is None:
+            decoder, mask = None, returned if mask is None else jax.device_put(mask)
+        else:
+            decoder, mask = known_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
+        return _run(setting, self.params, self.traced_code, x, decoder, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(setting, params, traced_code, x, decoder, returned):
+    code = traced_code if setting.static_code is None else setting.static_code.code
+    placement = setting.placement
+    grouped, grouping = group(placement.place(x), code.num_data, setting.order)
+    plans = make_plans(code, setting.planner, grouped)
+    sent = encode(code, None, grouped, plans)
+    answers = placement.answer(setting.fn, params, sent)
+    detection = None
+    if setting.defence is not None:
+        detection = setting.defence(code, setting.output.of_answers(answers), returned)
+        returned = detection.trusted
+    if decoder is None and plans is None:
+        decoder = code.decoder_linop(returned)
+    results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.spread)
+    return ungroup(results, grouping), detection

@@ -1,0 +1,94 @@
+"""Least-squares polynomials in an orthogonal basis."""
+
+import functools
+from typing import ClassVar, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from .._float64 import in_float64
+from .._pytree import pytree
+from ..checks import check_count
+from ..linops import AbstractLinop
+from .abstract import AbstractInterpolant, Vector, dense_linop
+
+
+@final
+@pytree("degree")
+class Polynomial(AbstractInterpolant):
+    r"""The polynomial of a given degree that fits the data best in least squares.
+
+    With data at no more than degree + 1 knots it passes through them, with the degree that they allow.
+
+    Attributes:
+        degree: Static, >= 1; if None, the polynomial through all data.
+
+    Raises:
+        ValueError: If the degree is not a whole number of at least 1.
+
+    References:
+        Brubeck, Nakatsukasa and Trefethen, SIAM Review 63 (2021), for the orthogonal basis in which degrees beyond 25
+        keep their digits. arXiv 1806.00939 (Lagrange coded computing).
+
+    >>> from jaxcode.linops import apply
+    >>> curve = Polynomial().linop(np.array([-1.0, 0.0, 1.0]), np.array([0.5]))
+    >>> apply(curve, jnp.array([[1.0], [0.0], [1.0]]))
+    Array([[0.25]], dtype=float32)
+    """
+
+    degree: int | None = None
+    predicts_error: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.degree is not None:
+            object.__setattr__(self, "degree", check_count("degree", self.degree, least=1))
+
+    @property
+    def interpolates(self) -> bool:
+        return self.degree is None
+
+    def linop(
+        self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
+    ) -> AbstractLinop:
+        most = knots.shape[0] - 1
+        degree = most if self.degree is None else min(self.degree, most)
+        return dense_linop(_polynomial_solver(degree), knots, points, returned)
+
+
+@functools.cache
+def _polynomial_solver(degree):
+    return in_float64(jax.jit(functools.partial(_polynomial_matrix, degree)))
+
+
+def _polynomial_matrix(degree, knots, points, live):
+    """Sums p_k(point) p_k(knot) over polynomials orthonormal on the live knots, each made from t p_(k-1) (Arnoldi)."""
+    attained_degree = jnp.minimum(degree, jnp.sum(live, dtype=jnp.int32) - 1)
+
+    def normalise(at_knots, at_points):
+        square = jnp.sum(at_knots**2)
+        length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        return at_knots / length, at_points / length
+
+    first = normalise(live.astype(knots.dtype), jnp.ones_like(points))
+    basis = tuple(jnp.zeros((degree + 1, v.shape[0]), v.dtype).at[0].set(v) for v in first)
+
+    def step(carry, k):
+        basis, latest, matrix = carry
+        at_knots, at_points = latest[0] * knots, latest[1] * points
+        # Orthogonalised twice: the second pass removes what rounding left in the first.
+        for _ in range(2):
+            overlap = jnp.sum(basis[0] * at_knots[None], axis=1, keepdims=True)
+            at_knots = at_knots - jnp.sum(overlap * basis[0], axis=0)
+            at_points = at_points - jnp.sum(overlap * basis[1], axis=0)
+        used = k <= attained_degree
+        # Past the last degree nothing is left to normalise; ones stand in, so that no derivative divides by zero.
+        at_knots, at_points = jnp.where(used, at_knots, 1.0), jnp.where(used, at_points, 1.0)
+        latest = tuple(jnp.where(used, v, 0.0) for v in normalise(at_knots, at_points))
+        basis = tuple(b.at[k].set(v) for b, v in zip(basis, latest, strict=True))
+        return (basis, latest, matrix + latest[1][:, None] * latest[0][None]), None
+
+    start = (basis, first, first[1][:, None] * first[0][None])
+    (_, _, matrix), _ = jax.lax.scan(step, start, jnp.arange(1, degree + 1, dtype=jnp.int32))
+    return matrix

@@ -1,0 +1,97 @@
+"""Smoothing splines as linear operators: which solver prepares them, and in which form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Shaped
+
+from ..._float64 import in_float64
+from ...checks import static_value
+from ...linops import AbstractLinop, Blocked, Dense, split
+from ..abstract import Vector
+from .host import banded_matrix
+from .kalman import Moves, blocks_by_filters, find_moves, matrix_by_filters
+from .sequence import Sequence, arrange
+
+# With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
+# `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
+MOST_IN_ONE_MATRIX = 384
+ENTRIES_IN_A_BLOCK = 48
+
+
+def spline_linop(
+    knots: Vector,
+    points: Vector,
+    smoothing: ArrayLike,
+    weights: Shaped[Array | np.ndarray, "knots"] | None = None,
+) -> AbstractLinop:
+    r"""Prepares the smoothing spline through data at knots, read at points.
+
+    What the host knows is prepared there, which compiles nothing; what it does not, by the program.
+
+    Args:
+        knots: Shape (n,), ascending; neighbours may be equal.
+        points: Shape (p,), ascending.
+        smoothing: :math:`\mu \ge 0`, beside the sum of weighted squares.
+        weights: Shape (n,), not negative, or bool; rows of weight zero are not read. Ones if not given.
+
+    Returns:
+        The operator. Its results are NaN with data at fewer than two knots.
+    """
+    n, p = knots.shape[0], points.shape[0]
+    weights = np.ones(n) if weights is None else weights
+    static = [static_value(argument) for argument in (knots, points, smoothing, weights)]
+    knots, points, smoothing, weights = (
+        argument if value is None else value
+        for argument, value in zip((knots, points, smoothing, weights), static, strict=True)
+    )
+    if n + p <= MOST_IN_ONE_MATRIX and all(value is not None for value in static):
+        return _host_linop(np.float64(knots), np.float64(points), float(smoothing), weights)
+    return _program_linop(knots, points, smoothing, weights)
+
+
+def _host_linop(knots, points, smoothing, weights):
+    present = weights > 0
+    entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
+    return Dense(split(entries), None if present.all() else present)
+
+
+def _program_linop(knots, points, smoothing, weights):
+    n, p = knots.shape[0], points.shape[0]
+    xp = np if isinstance(weights, np.ndarray) else jnp
+    present = weights > 0
+    present = None if xp is np and present.all() else present
+    defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
+    weights = jnp.asarray(weights, jnp.result_type(float))
+    one_matrix = n + p <= MOST_IN_ONE_MATRIX
+    sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
+    if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
+        gaps = find_moves(sequence, np.float64(knots), np.float64(points))
+    else:
+        gaps = knots, points
+    if one_matrix:
+        return Dense(split(_solve_matrix(sequence, gaps, weights, smoothing)), present, defined)
+    forward, backward = map(split, _solve_blocks(sequence, gaps, weights, smoothing))
+    return Blocked(sequence.first_row, sequence.first_point, forward, backward, n, p, sequence.rows, present, defined)
+
+
+def _solver(by_filters):
+    """Has filters compute in float64, from the moves over the gaps, or from knots and points where those are traced."""
+
+    def solve(sequence, gaps, weights, smoothing):
+        moves = gaps if isinstance(gaps, Moves) else find_moves(sequence, *gaps)
+        return by_filters(sequence, moves, weights, smoothing)
+
+    return in_float64(jax.jit(solve))
+
+
+_solve_matrix, _solve_blocks = _solver(matrix_by_filters), _solver(blocks_by_filters)
+
+
+def _arrange(knots, points, block) -> Sequence:
+    if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
+        return arrange(np.float64(knots), np.float64(points), block)
+    with jax.enable_x64(True):
+        knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
+        return arrange(knots, points, block)

@@ -1,0 +1,175 @@
+"""How operators meet data: the matmul policy, masking, dtypes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .abstract import AbstractLinop, Results, Rows, is_static
+from .double_single import as_arguments
+
+# Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Where that exceeds this
+# bound the product is computed again in double precision.
+_MAX_AMPLIFICATION = 16.0
+# Masking absent rows copies the data, which costs nothing up to this many numbers.
+_CHEAP_TO_MASK = 2**20
+# Numbers that one pass of a repeated product takes, so that it needs little memory.
+_NUMBERS_IN_A_PASS = 2**18
+
+
+def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Results:
+    """Computes the results in the data's dtype.
+
+    Wide data are multiplied once, as they are. Where an absent row has spoilt that by not being finite, or results are
+    undefined, the product is repeated with absent rows hidden, a few features at a time.
+
+    Args:
+        linop: The operator.
+        rows: The data, shape (n, features), real; of any dtype where the operator only moves rows. Float32 stays
+            float32, narrower data are multiplied as they are and accumulated in float32.
+        precisely: Whether float32 products that lose digits by cancellation, those of operators with large entries of
+            both signs, are computed again in double precision.
+
+    Returns:
+        Shape (p, features). Undefined results are NaN, of integers the lowest number of their dtype.
+    """
+    if not linop.mixes:
+        return apply_compiled(linop, rows)
+    precisely = precisely and rows.dtype == jnp.float32
+    if precisely and is_static(linop):
+        precisely = bool(linop.amplification() > _MAX_AMPLIFICATION)
+    linop = as_arguments(linop)
+    complete = linop.present is None and linop.defined is None
+    if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or complete)):
+        return apply_compiled(linop, rows)
+    return _apply_and_check_compiled(precisely, linop, rows)
+
+
+def apply_directly(linop: AbstractLinop, rows: Rows) -> Results:
+    """Computes the results in the data's dtype by one masked product."""
+    results = linop.product(rows).astype(rows.dtype)
+    return results if linop.defined is None else _hide_undefined(linop, results)
+
+
+def _hide_undefined(linop, results):
+    return jnp.where(jnp.asarray(linop.defined)[:, None], results, undefined_value(results.dtype))
+
+
+def undefined_value(dtype: jax.typing.DTypeLike) -> Array:
+    """Returns what stands for an undefined result: NaN; of integers the lowest number, of unsigned ones the highest."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(jnp.nan, dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        return jnp.asarray(limits.min or limits.max, dtype)
+    return jnp.zeros((), dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _apply_and_check(precisely, linop, rows):
+    if rows.size <= _CHEAP_TO_MASK:
+        results = apply_directly(linop, rows)
+    else:
+        results, intact = linop.unmasked_product(rows)
+        if linop.defined is not None:
+            intact = intact & jnp.all(linop.defined)
+        results = results.astype(rows.dtype)
+        if intact is not True:
+            results = _repeat_unless(intact, functools.partial(apply_directly, linop), rows, results)
+    if precisely:
+        exact_enough = linop.amplification() <= _MAX_AMPLIFICATION
+        results = _repeat_unless(exact_enough, functools.partial(_apply_in_double, linop), rows, results)
+    return results
+
+
+def _apply_in_double(linop, rows):
+    with jax.enable_x64(True):
+        return apply_directly(linop, rows.astype(jnp.float64)).astype(rows.dtype)
+
+
+def _repeat_unless(accepted, product, rows, results):
+    """Computes results again unless they are accepted, in passes over few features, which take little memory."""
+    features = rows.shape[-1]
+    # Narrow data in a single pass: CPUs widen all of them to read a part.
+    narrow = jnp.finfo(rows.dtype).bits < 32
+    width = features if narrow else min(-(-_NUMBERS_IN_A_PASS * features // rows.size), features)
+    passes = -(-features // width)
+
+    def compute(i, results):
+        start = jnp.minimum(i * width, features - width)
+        # Tied to i: a single pass that does not depend on it would be moved out of the loop and always computed.
+        block, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=-1), i))
+        return jax.lax.dynamic_update_slice_in_dim(results, product(block), start, axis=-1)
+
+    return jax.lax.fori_loop(0, jnp.where(accepted, 0, passes), compute, results)
+
+
+@_apply_and_check.defjvp
+def _apply_and_check_jvp(precisely, primals, tangents):
+    return _apply_and_check(precisely, *primals), jax.jvp(apply_directly, primals, tangents)[1]
+
+
+# Compiled for callers outside of jit, where loops would be compiled at every call.
+apply_compiled = jax.jit(apply_directly, inline=True)
+_apply_and_check_compiled = jax.jit(_apply_and_check, inline=True, static_argnums=0)
+
+
+def apply_to_tree(
+    name: str,
+    linop: AbstractLinop,
+    tree: PyTree[Array],
+    num_rows: int,
+    *,
+    precisely: bool = True,
+    one_pass: bool = False,
+) -> PyTree[Array]:
+    """Applies an operator to every leaf of shape (n, ...), whose trailing axes are flattened for the product.
+
+    Args:
+        name: What the tree is called in errors.
+        linop: The operator.
+        tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows.
+        num_rows: n.
+        precisely: As for `apply`.
+        one_pass: Whether to multiply without the checks of `apply`, as one product; for data spread over devices.
+
+    Returns:
+        Leaves (p, ...).
+
+    Raises:
+        ValueError: If a leaf's leading axis is not n, or its dtype cannot be mixed.
+    """
+
+    def apply_to_leaf(path, leaf):
+        leaf_name = name + jax.tree_util.keystr(path)
+        leaf = as_mixable(leaf_name, leaf) if linop.mixes else jnp.asarray(leaf)
+        if leaf.ndim < 1 or leaf.shape[0] != num_rows:
+            raise ValueError(f"{leaf_name} has shape {leaf.shape}; expected a leading axis of {num_rows}")
+        rows = leaf.reshape(num_rows, math.prod(leaf.shape[1:]))
+        results = apply_compiled(linop, rows) if one_pass else apply(linop, rows, precisely=precisely)
+        return results.reshape(results.shape[0], *leaf.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)
+
+
+def as_mixable(name: str, leaf: Array | np.ndarray) -> Array:
+    """Converts a leaf to real numbers that can be mixed: unsigned bytes, which are images, become float32.
+
+    Raises:
+        ValueError: If it holds other integers, which may be tokens or classes, or no real numbers.
+    """
+    leaf = jnp.asarray(leaf)
+    if leaf.dtype == jnp.uint8:
+        return leaf.astype(jnp.float32)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} has dtype {leaf.dtype}; expected real numbers, because this code mixes inputs and a mixture of "
+            "tokens or classes means nothing: code the embeddings (let f begin behind its embedding layer), use a code "
+            "that mixes nothing such as ReplicationCode, or convert numbers that may be mixed with .astype('float32')"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which can be mixed")
+    return leaf

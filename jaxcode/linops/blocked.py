@@ -1,0 +1,124 @@
+"""Operators that two sweeps over blocks of rows apply, in time and memory proportional to the number of rows."""
+
+from typing import final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._pytree import pytree
+from .abstract import AbstractLinop, Mask, Results, Rows
+from .dense import matmul
+from .double_single import DoubleSingle
+
+
+@final
+@pytree("num_rows", "num_results", "block_rows", eq=False)
+class Blocked(AbstractLinop):
+    """A state-space smoother cut into blocks: a sweep from the left, then one from the right that gives the results.
+
+    Each block reads `block_rows` consecutive rows. With l and r the sizes of the left and the right state, the first
+    sweep takes (rows, left state) to the left state after the block; the second takes (rows, right state, left state)
+    to (results, right state before the block).
+
+    Attributes:
+        first_row: The first row that each block reads, shape (blocks,).
+        first_result: The first result that each block adds to, shape (blocks,).
+        forward: The first sweep's matrices, shape (blocks, l, block_rows + l).
+        backward: The second sweep's matrices, shape (blocks, results + r, block_rows + r + l).
+        num_rows: n, static.
+        num_results: p, static.
+        block_rows: Rows that a block reads, static.
+        present: As in `AbstractLinop`.
+        defined: As in `AbstractLinop`.
+    """
+
+    first_row: Int[Array | np.ndarray, "blocks"]
+    first_result: Int[Array | np.ndarray, "blocks"]
+    forward: DoubleSingle
+    backward: DoubleSingle
+    num_rows: int
+    num_results: int
+    block_rows: int
+    present: Mask = None
+    defined: Mask = None
+
+    @property
+    def mixes(self) -> bool:
+        return True
+
+    def product(self, rows: Rows) -> Results:
+        if rows.dtype == jnp.float64:
+            forward, backward = self.forward.combine(), self.backward.combine()
+        else:
+            forward, backward = (jnp.asarray(part.hi, jnp.float32) for part in (self.forward, self.backward))
+        left_size, right_size, results_size = self._sizes()
+        first_row, first_result = jnp.asarray(self.first_row), jnp.asarray(self.first_result)
+        features, dtype = rows.shape[1], forward.dtype
+
+        def read(start):
+            def block_of(array):
+                return jax.lax.dynamic_slice_in_dim(array, start, self.block_rows)
+
+            block = block_of(rows)
+            if self.present is not None:
+                block = jnp.where(block_of(jnp.asarray(self.present))[:, None], block, jnp.zeros((), block.dtype))
+            return block.astype(dtype)
+
+        def sweep_right(left, block):
+            start, matrix = block
+            return matmul(matrix, jnp.concatenate([read(start), left])), left
+
+        def sweep_left(carry, block):
+            right, results = carry
+            start, result_start, matrix, left = block
+            output = matmul(matrix, jnp.concatenate([read(start), right, left]))
+            # Blocks may overlap in results to which all but one of them contribute zeros.
+            summed = jax.lax.dynamic_slice_in_dim(results, result_start, results_size)
+            summed = summed + output[:results_size].astype(results.dtype)
+            results = jax.lax.dynamic_update_slice_in_dim(results, summed, result_start, axis=0)
+            return (output[results_size:], results), None
+
+        _, left = jax.lax.scan(sweep_right, jnp.zeros((left_size, features), dtype), (first_row, forward))
+        start = jnp.zeros((right_size, features), dtype), jnp.zeros((self.num_results, features), rows.dtype)
+        (_, results), _ = jax.lax.scan(sweep_left, start, (first_row, first_result, backward, left), reverse=True)
+        return results
+
+    def unmasked_product(self, rows: Rows) -> tuple[Results, bool]:
+        return self.product(rows), True
+
+    def amplification(self) -> Float[Array, ""]:
+        """Bounds it by the block's own rows and by states of the size that unit noise in all other rows gives them."""
+        forward, backward = jnp.asarray(self.forward.hi), jnp.asarray(self.backward.hi)
+        _, right_size, results_size = self._sizes()
+
+        def deviations(matrices, reverse):
+            """Standard deviations of the states with which a sweep enters each block."""
+
+            def step(covariance, matrix):
+                by_rows, by_state = matrix[:, : self.block_rows], matrix[:, self.block_rows :]
+                advanced = by_state @ covariance @ by_state.T + by_rows @ by_rows.T
+                return advanced, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
+
+            start = jnp.zeros((matrices.shape[1], matrices.shape[1]), matrices.dtype)
+            return jax.lax.scan(step, start, matrices, reverse=reverse)[1]
+
+        right = deviations(backward[:, results_size:, : self.block_rows + right_size], True)
+        states = jnp.concatenate([right, deviations(forward, False)], axis=-1)
+        magnitudes = jnp.abs(backward[:, :results_size])
+        by_states = (magnitudes[..., self.block_rows :] @ states[..., None])[..., 0]
+        return jnp.max(jnp.sum(magnitudes[..., : self.block_rows], axis=-1) + by_states)
+
+    def matrix(self) -> Float[Array, "results rows"]:
+        from .application import apply_directly
+
+        with jax.enable_x64(True):
+            entries = apply_directly(self, jnp.eye(self.num_rows, dtype=jnp.float64))
+        return entries.astype(jnp.result_type(float))
+
+    def _sizes(self):
+        """The sizes of the left state, of the right state, and of a block's results."""
+        left_size = self.forward.hi.shape[1]
+        right_size = self.backward.hi.shape[2] - self.block_rows - left_size
+        return left_size, right_size, self.backward.hi.shape[1] - right_size

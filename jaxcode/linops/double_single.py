@@ -1,0 +1,66 @@
+"""Float64 numbers as pairs of float32 numbers, which keep their digits where JAX's x64 mode is off."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._float64 import x64_is_on
+
+
+class DoubleSingle(NamedTuple):
+    """Float64 numbers that stay so where JAX's x64 mode is off and jitted functions round their arguments.
+
+    Attributes:
+        hi: The numbers; with x64 off JAX holds them in float32.
+        lo: Their rounding error, float32; None where `hi` is float64.
+    """
+
+    hi: Array | np.ndarray
+    lo: Array | np.ndarray | None
+
+    def combine(self) -> Float[Array, "..."]:
+        """Adds both parts in float64."""
+        with jax.enable_x64(True):
+            hi = jnp.asarray(self.hi).astype(jnp.float64)
+            return hi if self.lo is None else hi + jnp.asarray(self.lo).astype(jnp.float64)
+
+
+def split(numbers: Array | np.ndarray) -> DoubleSingle:
+    """Splits float64 numbers where JAX would round them; NumPy arrays are kept whole.
+
+    Args:
+        numbers: Float64, of any shape.
+
+    Returns:
+        The numbers as one float64 array (NumPy, or x64 on), or as two float32 arrays.
+    """
+    if isinstance(numbers, np.ndarray) or x64_is_on():
+        return DoubleSingle(numbers, None)
+    with jax.enable_x64(True):
+        return _split_compiled(numbers)
+
+
+def as_arguments(tree: PyTree[Any]) -> PyTree[Any]:
+    """Prepares a tree of `DoubleSingle` as an argument of a jitted function: NumPy's float64 numbers are split."""
+
+    def split_node(node):
+        whole = is_double_single(node) and node.lo is None and isinstance(node.hi, np.ndarray)
+        return _split(node.hi) if whole else node
+
+    return tree if x64_is_on() else jax.tree.map(split_node, tree, is_leaf=is_double_single)
+
+
+def is_double_single(node: Any) -> bool:
+    """Tells a `DoubleSingle`, as `is_leaf` of functions that walk trees."""
+    return isinstance(node, DoubleSingle)
+
+
+def _split(numbers):
+    hi = numbers.astype(np.float32)
+    return DoubleSingle(hi, (numbers - hi).astype(np.float32))
+
+
+_split_compiled = jax.jit(_split, inline=True)

@@ -1,0 +1,228 @@
+"""Group, encode, decode, predict errors, ungroup: what happens to a batch before and after the workers, once for all.
+
+A batch, leaves (B, ...), is cut into groups of K inputs. From there on every array has the members of a group in front
+and the groups behind them: inputs and results are leaves (K, groups, ...), coded inputs and answers (N, groups, ...).
+So a worker's share is one contiguous block, and a code is applied to all groups as one product of matrices.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._pytree import pytree
+from .checks import batch_size
+from .codes import AbstractCode, Plan
+from .linops import AbstractLinop, apply_to_tree
+from .linops.abstract import prepare_eagerly
+from .linops.double_single import as_arguments
+from .ordering import Ordering
+from .outputs import OutputSpace
+
+# From a code and one group of inputs, leaves (K, ...), to what is planned for it; traced.
+Planner = Callable[[AbstractCode, PyTree[Array]], Plan]
+
+
+@final
+@pytree("size", "num_data", "num_groups")
+class Grouping:
+    """How a batch was cut into groups.
+
+    Attributes:
+        permutation: Which input is i-th, shape (B,); None where inputs keep their order.
+        size: B.
+        num_data: K.
+        num_groups: How many groups there are, the last one padded with its last input.
+    """
+
+    permutation: Int[Array, "batch"] | None
+    size: int
+    num_data: int
+    num_groups: int
+
+
+def group(x: PyTree[Array], num_data: int, order: Ordering | None) -> tuple[PyTree[Array], Grouping]:
+    """Permutes a batch and cuts it into groups of consecutive inputs.
+
+    Args:
+        x: The batch, leaves (B, ...).
+        num_data: K.
+        order: From (x, K) to a permutation of the batch; no derivatives pass through it. The batch's own if None.
+
+    Returns:
+        Leaves (K, groups, ...), the last group padded with its last input; and the grouping.
+
+    Raises:
+        ValueError: If x has no leaves, its leading axes differ or are 0, or order does not return whole numbers (B,).
+    """
+    size = batch_size("x", x)
+    permutation = None if order is None else _checked(order(jax.lax.stop_gradient(x), num_data), size)
+    grouping = Grouping(permutation, size, num_data, -(-size // num_data))
+
+    def group_leaf(leaf):
+        leaf = jnp.asarray(leaf)
+        if permutation is not None:
+            return leaf[_gather_index(grouping)]
+        padded = pad(leaf, num_data * grouping.num_groups)
+        return jnp.swapaxes(padded.reshape(grouping.num_groups, num_data, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(group_leaf, x), grouping
+
+
+def ungroup(results: PyTree[Array], grouping: Grouping) -> PyTree[Array]:
+    """Puts results, leaves (K, groups, ...), in the order of the batch, leaves (B, ...)."""
+
+    def ungroup_leaf(leaf):
+        rest = leaf.shape[2:]
+        if grouping.permutation is None:
+            return jnp.swapaxes(leaf, 0, 1).reshape(-1, *rest)[: grouping.size]
+        index = jnp.arange(grouping.size, dtype=jnp.int32)
+        position = jnp.zeros_like(index).at[grouping.permutation].set(index)
+        member, number = position % grouping.num_data, position // grouping.num_data
+        return leaf.reshape(-1, *rest)[member * grouping.num_groups + number]
+
+    return jax.tree.map(ungroup_leaf, results)
+
+
+def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Array]) -> Plan | None:
+    """Plans every group: a plan whose leaves have a leading axis, the groups. None without a planner."""
+    if planner is None:
+        return None
+    return jax.vmap(functools.partial(planner, code), in_axes=1)(grouped)
+
+
+def encode(
+    code: AbstractCode, encoder: AbstractLinop | None, grouped: PyTree[Array], plans: Plan | None = None
+) -> PyTree[Array]:
+    """Encodes groups, leaves (K, groups, ...) to (N, groups, ...).
+
+    Args:
+        code: The code.
+        encoder: Its encoder; not read with plans, which may change it.
+        grouped: The inputs.
+        plans: Of all groups.
+    """
+    if plans is None:
+        return apply_to_tree("x", encoder or code.encoder_linop(), grouped, code.num_data, precisely=False)
+    return jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
+
+
+def decode(
+    code: AbstractCode,
+    decoder: AbstractLinop | None,
+    answers: PyTree[Array],
+    output: OutputSpace,
+    returned: Bool[Array | np.ndarray, "workers"] | None = None,
+    plans: Plan | None = None,
+    *,
+    one_pass: bool = False,
+) -> PyTree[Array]:
+    """Decodes groups' answers as the model returned them, leaves (N, groups, ...), to results (K, groups, ...).
+
+    Args:
+        code: The code.
+        decoder: Its decoder for the workers that returned; if None, it is prepared from `returned`.
+        answers: What workers answered.
+        output: The space in which they are decoded.
+        returned: Which workers returned; not read if there is a decoder and no plan.
+        plans: Of all groups.
+        one_pass: Whether to multiply all data as one product; see `apply_to_tree`.
+    """
+    answers = output.of_answers(answers)
+    if plans is None:
+        decoder = code.decoder_linop(returned) if decoder is None else decoder
+        results = apply_to_tree("f's result", decoder, answers, code.num_workers, precisely=False, one_pass=one_pass)
+    else:
+        results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
+    return output.to_results(results)
+
+
+def predict_errors(
+    code: AbstractCode,
+    answers: PyTree[Array],
+    returned: Bool[Array | np.ndarray, "workers"],
+    output: OutputSpace,
+) -> Float[Array, "data groups"]:
+    """Predicts each input's error from the answers that came.
+
+    Args:
+        code: One that predicts errors.
+        answers: As for `decode`.
+        returned: Which workers returned.
+        output: The space in which answers are decoded.
+
+    Returns:
+        The root mean square, over an input's outputs, of their standard errors in that space, shape (K, groups).
+    """
+    rows = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), output.of_answers(answers))
+    _, errors = code.decode_with_error(rows, returned)  # pyright: ignore[reportAttributeAccessIssue]
+    squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)
+    return jnp.sqrt(jnp.mean(squares, axis=-1))
+
+
+def flatten_groups(tree: PyTree[Array]) -> PyTree[Array]:
+    """Makes one batch of all members of all groups, leaves (N, groups, ...) to (N groups, ...), as a model takes it."""
+    return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:]), tree)
+
+
+def unflatten_groups(tree: PyTree[Array], num_members: int) -> PyTree[Array]:
+    """Takes a model's batch, leaves (N groups, ...), back to leaves (N, groups, ...)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(num_members, -1, *leaf.shape[1:]), tree)
+
+
+def pad(leaf: Array | np.ndarray, size: int) -> Array | np.ndarray:
+    """Pads a batch to a size with copies of its last input; in NumPy where it is there."""
+    missing = size - leaf.shape[0]
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
+
+
+@final
+class StaticCode:
+    """A code that the host knows, equal to others by value, as a static argument of jitted functions.
+
+    Args:
+        code: Its leaves are static.
+    """
+
+    def __init__(self, code: AbstractCode):
+        self.code = code
+        leaves, structure = jax.tree.flatten(code)
+        arrays = [np.asarray(leaf) for leaf in leaves]
+        self._key = structure, tuple((array.dtype.str, array.shape, array.tobytes()) for array in arrays)
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, StaticCode) and self._key == other._key)
+
+
+@functools.lru_cache(maxsize=256)
+def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractLinop:
+    """Prepares the decoder of a static code for a static mask, as an argument of jitted functions; keeps the latest."""
+    linop = prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool)))
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(as_arguments(linop))
+
+
+def _gather_index(grouping):
+    """Returns which input is member k of group g, shape (K, groups)."""
+    place = np.arange(grouping.num_data)[:, None] + grouping.num_data * np.arange(grouping.num_groups)[None]
+    return grouping.permutation[np.minimum(place, grouping.size - 1)]
+
+
+def _checked(order: Any, size: int) -> Array:
+    order = jnp.asarray(order)
+    if order.shape != (size,) or not jnp.issubdtype(order.dtype, jnp.integer):
+        raise ValueError(
+            f"order returned {order.dtype} of shape {order.shape} for a batch of {size}; expected a permutation: "
+            f"whole numbers of shape ({size},)"
+        )
+    return order

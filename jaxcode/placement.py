@@ -1,0 +1,195 @@
+"""On which devices workers compute inside one compiled program.
+
+Stragglers are a mask here: such a program returns when its slowest device does. For early answers see `jaxcode.pools`.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from .functions import PureFunction, check_answers
+from .pipeline import flatten_groups, unflatten_groups
+
+__all__ = ["AbstractPlacement", "pmap", "shard_map", "vmap"]
+
+# Answers with so many numbers each are decoded in parts, one on each device; narrower ones are not worth spreading.
+_WIDE = 1024
+
+
+class AbstractPlacement(abc.ABC):
+    """Says on which devices the batch lies and workers compute; for use inside of `jit`, hashable.
+
+    Attributes:
+        spread: Whether data lie on several devices, where operating on them part by part would move them.
+    """
+
+    spread: bool
+
+    @abc.abstractmethod
+    def place(self, x: PyTree[Array]) -> PyTree[Array]:
+        """Places the batch, leaves (B, ...), for being permuted and encoded."""
+
+    @abc.abstractmethod
+    def answer(self, fn: PureFunction, params: PyTree[Any], coded: PyTree[Array]) -> PyTree[Array]:
+        """Has every worker compute.
+
+        Args:
+            fn: The model, of params and a batch.
+            params: Its parameters.
+            coded: Coded inputs, leaves (N, groups, ...).
+
+        Returns:
+            Answers, leaves (N, groups, ...).
+
+        Raises:
+            ValueError: If the model's results do not have its batch as leading axis.
+        """
+
+
+def vmap() -> AbstractPlacement:
+    """Has all workers compute on the device that runs the program, as one batch."""
+    return _OneBatch()
+
+
+def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlacement:
+    """Spreads workers over the devices of a mesh.
+
+    Any number of workers runs on any number of devices: each device has equally many, the last ones perhaps a copy of
+    another worker. While it is permuted and encoded the batch is spread over the devices by its features, where one of
+    its axes can be divided, so that each number is sent once: as part of a coded input, to the device that computes it.
+    Wide answers are decoded in the same way and the results stay spread. Parameters may be placed in any way: those
+    that are spread over other axes of the mesh stay so, others are gathered.
+
+    Args:
+        mesh: Of any devices, of several hosts too.
+        axis: The axis, or axes, over which workers are spread.
+
+    Raises:
+        ValueError: If the mesh has no such axis.
+
+    >>> mesh = jax.make_mesh((len(jax.devices()),), ("workers",))
+    >>> double = lambda _, batch: 2 * batch
+    >>> jax.jit(lambda coded: shard_map(mesh).answer(double, (), coded))(jnp.arange(3.0)[:, None]).ravel().tolist()
+    [0.0, 2.0, 4.0]
+    """
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not axes or any(name not in mesh.axis_names for name in axes):
+        raise ValueError(f"axis is {axis!r}, but the mesh's axes are {mesh.axis_names}; expected some of them")
+    # The compiler decides where data lie, but for what is constrained here.
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return _OverMesh(mesh, axes)
+
+
+def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
+    """Spreads workers over devices by `jax.pmap`, the older form of `shard_map`; the results are the same.
+
+    Args:
+        devices: Of this process; all that it has if not given.
+    """
+    return _OverDevices(None if devices is None else tuple(devices))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _OneBatch(AbstractPlacement):
+    spread = False
+
+    def place(self, x):
+        return x
+
+    def answer(self, fn, params, coded):
+        return _answer_groups(fn, params, coded)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _OverMesh(AbstractPlacement):
+    mesh: Mesh
+    axes: tuple[str, ...]
+    spread = True
+
+    def place(self, x):
+        return jax.tree.map(lambda leaf: self._spread_features(leaf, 1), x)
+
+    def answer(self, fn, params, coded):
+        devices = math.prod(self.mesh.shape[name] for name in self.axes)
+        num_workers = jax.tree.leaves(coded)[0].shape[0]
+        per_device = -(-num_workers // devices)
+        by_worker = PartitionSpec(self.axes)
+
+        def compute(params, share):
+            if num_workers % devices:
+                # Beyond the last worker a copy of one that is here: padding might not be in f's domain.
+                worker = jax.lax.axis_index(self.axes) * per_device + np.arange(per_device)
+                local = jnp.maximum(jnp.minimum(worker, num_workers - 1) - worker[0], 0)
+                share = jax.tree.map(lambda leaf: leaf[local], share)
+            return _answer_groups(fn, params, share)
+
+        mapped = jax.shard_map(
+            compute,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), by_worker),
+            out_specs=by_worker,
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        sharding = NamedSharding(self.mesh, by_worker)
+        padded = jax.lax.with_sharding_constraint(_pad_workers(coded, devices), sharding)
+        answers = jax.tree.map(lambda leaf: leaf[:num_workers], mapped(params, padded))
+        return jax.tree.map(
+            lambda leaf: self._spread_features(leaf, 2) if math.prod(leaf.shape[2:]) >= _WIDE else leaf, answers
+        )
+
+    def _spread_features(self, leaf, first_axis):
+        """Spreads a leaf over the devices by the first of its feature axes that can be divided."""
+        devices = math.prod(self.mesh.shape[name] for name in self.axes)
+        for axis, size in enumerate(leaf.shape):
+            if axis >= first_axis and size > 1 and size % devices == 0:
+                spec = PartitionSpec(*[None] * axis, self.axes)
+                return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+        return leaf
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _OverDevices(AbstractPlacement):
+    devices: tuple[Any, ...] | None
+    spread = True
+
+    def place(self, x):
+        return x
+
+    def answer(self, fn, params, coded):
+        devices = jax.local_devices() if self.devices is None else list(self.devices)
+        mapped = jax.pmap(lambda params, share: _answer_groups(fn, params, share), in_axes=(None, 0), devices=devices)
+        num_workers = jax.tree.leaves(coded)[0].shape[0]
+        shares = jax.tree.map(
+            lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _pad_workers(coded, len(devices))
+        )
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_workers], mapped(params, shares))
+
+
+def _answer_groups(fn, params, coded):
+    """Computes a model on leaves (workers, groups, ...) as one batch."""
+    num_workers, num_groups = jax.tree.leaves(coded)[0].shape[:2]
+    answers = fn(params, flatten_groups(coded))
+    check_answers(answers, num_workers * num_groups, allow_integers=True)
+    return unflatten_groups(answers, num_workers)
+
+
+def _pad_workers(coded, devices):
+    """Pads leaves (N, ...) with ones to a multiple of the devices."""
+
+    def pad_leaf(leaf):
+        missing = -leaf.shape[0] % devices
+        return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), constant_values=1) if missing else leaf
+
+    return jax.tree.map(pad_leaf, coded)

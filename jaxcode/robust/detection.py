@@ -1,0 +1,263 @@
+r"""Defences: which of the workers that returned are trusted.
+
+A faulty worker is wrong in every group of a batch and in every output, so evidence is pooled by worker; one group says
+little where workers are sparse. `leave_one_out` compares each answer with the curve through the others, on which codes
+rely anyway. `error_locator` is what ApproxIFER does for Berrut's code, for comparison.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._float64 import constant_in_float64
+from ..checks import check_count, check_mask
+from ..codes import AbstractCode
+from .search import find_outliers
+
+# Outputs, of all groups together, that are examined, spread evenly over all; more would add no evidence.
+MOST_OUTPUTS = 256
+
+
+class Detection(NamedTuple):
+    """What a defence has found.
+
+    Attributes:
+        trusted: Which workers returned and are trusted, bool, shape (N,): a mask for `code.decode`.
+        flagged: Which workers returned and are not trusted, bool, shape (N,).
+        score: How far a worker's answers are from what is expected of a correct one, float32, shape (N,), in a unit of
+            the defence's own. Infinite for answers that are not finite, zero for workers that did not return.
+    """
+
+    trusted: Bool[Array, "workers"]
+    flagged: Bool[Array, "workers"]
+    score: Float[Array, "workers"]
+
+
+# From a code, answers as leaves (N, groups, ...), and the workers that returned.
+Defence = Callable[[AbstractCode, PyTree[Array], Bool[ArrayLike, "workers"]], Detection]
+
+
+def finite(answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "workers"]:
+    """Says which workers returned finite numbers only.
+
+    Args:
+        answers: Leaves of shape (N, ...).
+        returned: Which workers returned, bool, shape (N,).
+
+    Returns:
+        bool, shape (N,).
+
+    Raises:
+        ValueError: If returned is not bool (N,), or a leaf's leading axis is not N.
+
+    >>> finite(jnp.array([[1.0, 2.0], [jnp.nan, 3.0], [4.0, jnp.inf]]), jnp.array([True, True, True]))
+    Array([ True, False, False], dtype=bool)
+    """
+    result = jnp.asarray(returned)
+    for leaf in _per_worker(answers, returned):
+        result = result & jnp.all(jnp.isfinite(leaf), axis=(1, 2))
+    return result
+
+
+def only_finite(code: AbstractCode, answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Detection:
+    """Trusts every worker whose answers are finite. For every code; arguments and errors as for `leave_one_out`."""
+    check_mask("returned", returned, code.num_workers)
+    present = finite(answers, returned)
+    return _report(returned, present, present, jnp.zeros(code.num_workers))
+
+
+def leave_one_out(
+    code: AbstractCode,
+    answers: PyTree[Array],
+    returned: Bool[ArrayLike, "workers"],
+    *,
+    most: float = 1 / 3,
+) -> Detection:
+    r"""Flags workers whose answers are far from the curve through the answers of the others.
+
+    Answers are taken for values of a curve with :math:`g'' = \sqrt{b} \rho^{3/2} \times` white noise, the process whose
+    posterior mean is the cubic spline. :math:`\rho` is how many inputs the code lays per unit of length: by that much
+    faster does f pass through what it does. With P the precision that this leaves to answers y once the straight line
+    has been taken out, worker i's leave-one-out residual is :math:`(Py)_i / P_{ii}` and its variance
+    :math:`b / P_{ii}`: large where workers are sparse, for correct ones too. Leaving out a set L as well costs one solve
+    of the size of L. Two workers at one node need not agree better than the curve around them could tell; among
+    three or more, no better than workers at one node do in the median.
+
+    First a search, which starts from trusting all, for the set L with the shortest description of all answers
+
+    .. math::
+        (n - 2) \log \frac{y^T P_{-L}\, y}{n - |L| - 2} + \sum_{i \in L} \log (1 + z_i^2) + 4 |L|,
+
+    in the mean over outputs and groups, where n workers returned and :math:`z_i` is an outlier's standardised distance
+    from the curve through the others: a Gaussian code for inliers, a heavy-tailed one for outliers. A step moves a run
+    of one to three neighbouring inliers to the outliers, or one outlier back, whichever shortens the description most;
+    so faulty workers that support each other leave together, and correct workers next to a faulty one come back.
+    Outputs count through the logarithm, and none dominates the others.
+
+    Then outliers are cleared again, the lowest score first, until all stand out from the inliers' own residuals:
+    each worker's residuals, pooled as the mean of :math:`\log(1 + z^2)`, in units of the median of its ten neighbours'
+    and of all (so that where f is rough residuals may be large) must exceed the 70 % quantile extrapolated to 4.5
+    standard deviations, and :math:`1.2 \exp(3 / \sqrt{\text{groups}})`, what chance does with few groups.
+
+    Answers that are not finite are flagged in any case. Nothing here is differentiated: gradients through
+    decoded results are those for the mask that was found. Computed in float64, in :math:`O(N^3)` per step.
+
+    Args:
+        code: A code that draws a curve through answers at its worker nodes: splines, Berrut, Lagrange.
+        answers: Leaves of shape (N, groups, ...), real. More groups and outputs are more evidence. At most 256 outputs
+            are examined, spread over all.
+        returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
+        most: At most this part of the workers that returned, less two, is flagged.
+
+    Returns:
+        The detection; a worker is flagged from a score of 1 on.
+
+    Raises:
+        ValueError: If the code draws no curve, returned is not bool (N,), or a leaf's leading axis is not N.
+
+    References:
+        arXiv 2502.08058 for spline codes against o(N) adversaries; Wahba, Journal of the Royal Statistical Society B 40
+        (1978), for the process; Rousseeuw and Leroy, Robust Regression and Outlier Detection (1987), for masking.
+
+    >>> from jaxcode.codes import SplineCode
+    >>> code = SplineCode.chebyshev(num_data=10, num_workers=30)
+    >>> answers = jnp.sin(code.encode(jnp.linspace(0.0, 3.0, 10))).at[jnp.array([7, 20])].add(1.0)
+    >>> jnp.flatnonzero(leave_one_out(code, answers[:, None], jnp.ones(30, bool)).flagged).tolist()
+    [7, 20]
+    """
+    nodes = _nodes_of("leave_one_out", code)
+    check_mask("returned", returned, code.num_workers)
+    present = finite(answers, returned)
+    outputs, groups, precision = _outputs(answers, present)
+    least = 1.2 * math.exp(3 / math.sqrt(groups))
+    outliers, score = constant_in_float64(
+        lambda *arrays: find_outliers(*arrays, precision, most, least),
+        nodes.workers,
+        nodes.data,
+        outputs,
+        present,
+    )
+    return _report(returned, present, present & ~outliers, score)
+
+
+def error_locator(
+    code: AbstractCode, answers: PyTree[Array], returned: Bool[ArrayLike, "workers"], *, num_faulty: int
+) -> Detection:
+    r"""Flags a given number of workers: the error locator of ApproxIFER.
+
+    For each output, polynomials P of degree K + E - 1 and Q of degree E are fitted such that
+    :math:`P(\beta_n) \approx y_n Q(\beta_n)`: where a worker is faulty Q must vanish. The E workers with the smallest
+    :math:`|Q(\beta_n)|` get a vote from each output, and the E workers with the most votes are flagged.
+
+    P and Q are in Chebyshev's basis and Q has unit norm, where the paper has powers and a constant term of 1.
+
+    Args:
+        code: As for `leave_one_out`.
+        answers: As for `leave_one_out`.
+        returned: As for `leave_one_out`.
+        num_faulty: E >= 1, static. So many are flagged even if none is faulty. The paper requires N >= 2K + 2E + S - 1.
+
+    Returns:
+        The detection; the score is the part of the outputs that voted for the worker.
+
+    Raises:
+        ValueError: As for `leave_one_out`, or if num_faulty is not a whole number of at least 1.
+
+    References:
+        arXiv 2109.09868, section 4 and algorithm 2.
+
+    >>> from jaxcode.codes import BerrutCode
+    >>> code = BerrutCode.chebyshev(num_data=4, num_workers=16)
+    >>> answers = jnp.sin(code.encode(jnp.linspace(0.0, 1.0, 4))).at[5].add(1.0)
+    >>> defence = functools.partial(error_locator, num_faulty=1)
+    >>> jnp.flatnonzero(defence(code, answers[:, None], jnp.ones(16, bool)).flagged).tolist()
+    [5]
+    """
+    nodes = _nodes_of("error_locator", code)
+    check_mask("returned", returned, code.num_workers)
+    num_faulty = check_count("num_faulty", num_faulty)
+    present = finite(answers, returned)
+    outputs, _, _ = _outputs(answers, present)
+    votes = constant_in_float64(
+        lambda *arrays: _locate(*arrays, code.num_data, num_faulty), nodes.workers, outputs, present
+    )
+    rank = jnp.argsort(jnp.argsort(jnp.where(present, -votes, 1)))
+    return _report(returned, present, present & (rank >= num_faulty), votes)
+
+
+def _nodes_of(name, code):
+    if code.nodes is None:
+        raise ValueError(
+            f"code is {code!r}; expected for {name} a code that draws a curve through the answers, such as "
+            "SplineCode.repeated(num_data=20, num_workers=30), which contains replication; for others: only_finite"
+        )
+    return code.nodes
+
+
+def _per_worker(answers, returned):
+    """Returns every leaf (N, groups, ...) as (N, groups, features)."""
+    workers = np.size(returned)
+    check_mask("returned", returned, workers)
+    leaves = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(answers):
+        if np.ndim(leaf) < 1 or leaf.shape[0] != workers:
+            name = f"answers{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} has shape {np.shape(leaf)}; expected a leading axis of {workers}, the workers")
+        groups = leaf.shape[1] if np.ndim(leaf) > 1 else 1
+        leaves.append(jnp.asarray(leaf).reshape(workers, groups, -1))
+    return leaves
+
+
+def _outputs(answers, present):
+    """Chooses outputs, shape (N, outputs), zero where not present; returns also the number of groups and the rounding."""
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in _per_worker(answers, present)]
+    leaves = [leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32) for leaf in leaves]
+    most = max(1, MOST_OUTPUTS // max(1, len(leaves)))
+    chosen = []
+    for leaf in leaves:
+        rows = leaf.reshape(leaf.shape[0], -1)
+        if rows.shape[1] > most:
+            rows = rows[:, np.linspace(0, rows.shape[1] - 1, most).round().astype(np.int32)]
+        chosen.append(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
+    dtype = jnp.result_type(*[rows.dtype for rows in chosen], jnp.float32)
+    rows = [rows.astype(dtype) for rows in chosen]
+    outputs = jnp.concatenate(rows, axis=1) if rows else jnp.zeros((*np.shape(present), 0))
+    groups = max((leaf.shape[1] for leaf in leaves), default=1)
+    precision = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0)
+    return jnp.where(present[:, None], outputs, 0), groups, precision
+
+
+def _report(returned, present, trusted, score):
+    returned = jnp.asarray(returned)
+    score = jnp.where(present, score.astype(jnp.float32), jnp.where(returned, jnp.inf, 0))
+    return Detection(trusted, returned & ~trusted, score)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _locate(nodes, outputs, live, num_data, num_faulty):
+    n = len(nodes)
+    angle = jnp.arccos(jnp.clip(2 * (nodes - nodes[0]) / (nodes[-1] - nodes[0]) - 1, -1, 1))[:, None]
+    degree = jnp.arange(min(num_data + num_faulty, n), dtype=angle.dtype)[None]
+    basis = jnp.where(live[:, None], jnp.cos(degree * angle), 0)
+    numerators, _ = jnp.linalg.qr(basis)
+    denominators = jnp.cos(jnp.arange(num_faulty + 1, dtype=angle.dtype)[None] * angle)
+
+    def vote(y):
+        size = jnp.max(jnp.abs(y))
+        product = (y / jnp.where(size > 0, size, 1))[:, None] * denominators
+        # The part of Q times the answers that no numerator explains.
+        product = product - numerators @ (numerators.T @ product)
+        product = jnp.where(live[:, None], product, 0)
+        q = jnp.linalg.eigh(product.T @ product)[1][:, 0]
+        magnitude = jnp.where(live, jnp.abs(denominators @ q), jnp.inf)
+        return (jnp.argsort(jnp.argsort(magnitude)) < num_faulty) & live
+
+    votes = jax.vmap(vote, 1)(outputs).astype(angle.dtype)
+    return jnp.mean(votes, axis=0) if outputs.shape[1] else jnp.zeros(n)
