@@ -17,6 +17,7 @@ from . import nodes as nodes
 from . import ordering as ordering
 from . import outputs as outputs
 from . import placement as placement
+from . import pools as pools
 from . import robust as robust
 from . import stop as stop
 from . import stragglers as stragglers
