@@ -29,7 +29,7 @@ from .. import ordering, outputs, stop
 from ..checks import batch_size
 from ..codes import ReplicationCode, SplineCode
 from ..pools import NotEnoughAnswers, PoolClosed, RayPool
-from ..pools.ray_pool import connect
+from ..pools.ray_actors import connect
 from ._queue import QueueFull
 from .server import CodedServer
 
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         np.dtype(args.dtype)
     except (ImportError, AttributeError, ValueError, TypeError) as problem:
         parser.error(str(problem))
-    disconnect = connect(args.address)[1]
+    cluster = connect(args.address)
     try:
         from ray import serve
     except ImportError as problem:
-        disconnect()
+        cluster.close()
         parser.error(f"serving over HTTP needs Ray Serve: pip install 'jaxcode[serve]' ({problem})")
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve.delete("jaxcode")
         serve.shutdown()
     finally:
-        disconnect()
+        cluster.close()
 
 
 def _serve(serve, args):

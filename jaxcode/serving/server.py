@@ -202,8 +202,10 @@ class CodedServer:
         """
         self._check_precision()
         with jax.enable_x64(self._x64):
-            zeros = jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x)
-            padded, _, sent = self._encode(zeros, np.ones(batch_size("x", x), bool))
+            zeros = _host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
+            all_finite = np.ones(batch_size("x", x), bool)
+            padded = pad_inputs(zeros, all_finite, self._code.code.num_data)
+            _, sent = self._encode(padded, all_finite)
             self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
             values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
             num_groups = jax.tree.leaves(sent)[0].shape[1]
@@ -274,12 +276,15 @@ class CodedServer:
                 len(finite),
                 extra={"kind": "not finite", "batch": len(finite)},
             )
-        padded, layout, sent = self._encode(x, finite)
+        padded = pad_inputs(x, finite, code.num_data)
         shapes = _shapes(padded)
         is_cold = shapes not in self._warm
         if is_cold:
-            log.warning("compiles for batches of %s: warm_up does that beforehand", _describe(padded))
+            log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
         predict = _keep_latest(self._predict_errors)
+        encode_began = time.monotonic()
+        layout, sent = self._encode(padded, finite)
+        seconds_to_encode = time.monotonic() - encode_began
         try:
             responses = self._pool.run(
                 sent,
@@ -294,11 +299,11 @@ class CodedServer:
         except NotEnoughAnswers as refusal:
             if not is_cold:
                 raise
-            raise NotEnoughAnswers(
-                f"{refusal}; it was the first request of its shape, for which workers had to compile: call warm_up "
-                "beforehand",
-                refusal.responses,
-            ) from refusal
+            message = (
+                f"{refusal}; it was the first request of its shape, for which the server compiled for "
+                f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
+            )
+            raise NotEnoughAnswers(message, refusal.responses) from refusal
         values, detection, returned = self._decode(responses.values, responses.returned, layout.num_groups)
         prediction = Prediction(
             values=layout.restore(values),
@@ -322,13 +327,13 @@ class CodedServer:
         )
         return prediction
 
-    def _encode(self, x, finite):
-        """Returns the padded batch on the host's device, its layout, and coded inputs, leaves (N, groups, ...)."""
+    def _encode(self, padded, finite):
+        """Returns the layout of a padded batch, and its coded inputs, leaves (N, groups, ...)."""
         num_data = self._code.code.num_data
-        padded = jax.device_put(pad_inputs(x, finite, num_data))
+        padded = jax.device_put(padded)
         permutation = None if self._order is None else jax.device_get(_permute(self._order, num_data, padded))
         layout = lay_out(finite, num_data, permutation)
-        return padded, layout, jax.device_get(_encode(self._code, padded, jax.device_put(layout.index)))
+        return layout, jax.device_get(_encode(self._code, padded, jax.device_put(layout.index)))
 
     def _decode(self, values, returned, num_groups):
         """Returns results, leaves (places, ...), what the defence found, and which workers are decoded from.
