@@ -252,30 +252,36 @@ class CodedServer:
             )
 
     def _predict(self, x, submitted):
-        """Answers a batch that was submitted at a time of `time.monotonic`."""
+        """Answers a batch that was submitted at this time of `time.monotonic`."""
         with jax.enable_x64(self._x64):
             try:
-                return self._predict_before(x, submitted, submitted + self._time_limit)
+                prediction = self._answer(x, submitted)
             except NotEnoughAnswers as refusal:
                 self._counters.count_refused()
                 log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": batch_size("x", x)})
                 raise
+        num_answers = int(prediction.returned.sum())
+        self._counters.count_answered(prediction.latency, len(prediction.returned) - num_answers)
+        log.info(
+            "answered",
+            extra={
+                "kind": "answered",
+                "batch": len(prediction.exact),
+                "answers": num_answers,
+                "seconds": prediction.latency,
+            },
+        )
+        return prediction
 
-    def _predict_before(self, x, submitted, end):
+    def _answer(self, x, submitted):
         code = self._code.code
         batch_size("x", x)
-        if time.monotonic() >= end:
-            raise self._refusal(f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s")
+        if time.monotonic() - submitted >= self._time_limit:
+            raise self._refuse_unsent()
         x = _host_arrays(x)
         finite = find_finite(x)
         if not finite.all():
-            numbers = np.flatnonzero(~finite)
-            log.warning(
-                "inputs %s of a batch of %d have a NaN or an infinite number: their results are NaN",
-                f"{', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}",
-                len(finite),
-                extra={"kind": "not finite", "batch": len(finite)},
-            )
+            _log_not_finite(finite)
         padded = pad_inputs(x, finite, code.num_data)
         shapes = _shapes(padded)
         is_cold = shapes not in self._warm
@@ -305,7 +311,8 @@ class CodedServer:
             )
             raise NotEnoughAnswers(message, refusal.responses) from refusal
         values, detection, returned = self._decode(responses.values, responses.returned, layout.num_groups)
-        prediction = Prediction(
+        self._warm.add(shapes)
+        return Prediction(
             values=layout.restore(values),
             error=layout.restore_errors(predict(responses.values, returned)) if self._predicts else None,
             exact=layout.restore_members(np.asarray(code.exact(returned))),
@@ -314,18 +321,6 @@ class CodedServer:
             faults=responses.faults,
             detection=detection,
         )
-        self._warm.add(shapes)
-        self._counters.count_answered(prediction.latency, int(np.sum(~returned)))
-        log.info(
-            "answered",
-            extra={
-                "kind": "answered",
-                "batch": len(finite),
-                "answers": int(returned.sum()),
-                "seconds": prediction.latency,
-            },
-        )
-        return prediction
 
     def _encode(self, padded, finite):
         """Returns the layout of a padded batch, and its coded inputs, leaves (N, groups, ...)."""
@@ -363,10 +358,14 @@ class CodedServer:
     def _can_decode(self, returned):
         return bool(np.all(self._code.code.recovered(returned)))
 
-    def _refusal(self, message):
+    def _refuse_unsent(self):
         """Returns the refusal of a request of which nothing was sent to workers."""
         num_workers = self._code.code.num_workers
         nothing = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
+        message = (
+            f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s; allow more in "
+            "flight, or fewer to wait"
+        )
         return NotEnoughAnswers(message, nothing)
 
 
@@ -443,6 +442,17 @@ def _host_arrays(x):
             return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
 
     return jax.tree.map(fetch, x)
+
+
+def _log_not_finite(finite):
+    numbers = np.flatnonzero(~finite)
+    listed = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    log.warning(
+        "inputs %s of a batch of %d have a NaN or an infinite number: their results are NaN",
+        listed,
+        len(finite),
+        extra={"kind": "not finite", "batch": len(finite)},
+    )
 
 
 def _keep_latest(predict):
