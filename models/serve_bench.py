@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rng = np.random.default_rng(args.seed)
     drawn = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
-    with jc.workers.RayPool(model, args.num_workers, around=delays) as pool:
+    with jc.pools.RayPool(model, args.num_workers, around=delays) as pool:
         servers = _servers(pool, tuned, delays, args)
         for server in servers.values():
             server.warm_up(sample[: args.batch_size])
@@ -228,7 +228,7 @@ def _measure(label: str, server: jc.CodedServer, images: np.ndarray, drawn: list
         began = time.perf_counter()
         try:
             answer = server(images[which])
-        except jc.workers.NotEnoughAnswers:
+        except jc.pools.NotEnoughAnswers:
             return time.perf_counter() - began, np.full(len(which), -1), 0
         return time.perf_counter() - began, np.argmax(answer.values, axis=-1), int(answer.returned.sum())
 

@@ -13,8 +13,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ..workers.compute import packed, unpacked
-from ..workers.ray_pool import connect
+from ..pools.compute import packed, unpacked
+from ..pools.ray_actors import connect
 from .method import AbstractMethod, begin
 from .run import History, run
 from .state import Common, Machine, State
@@ -47,7 +47,7 @@ class RayMachines:
     Args:
         method: What they do. For the same key its results are those of the method itself, but for rounding, while
             nobody is late.
-        address: As for `jaxcode.workers.RayPool`, as are num_cpus, num_gpus and resources.
+        address: As for `jaxcode.pools.RayPool`, as are num_cpus, num_gpus and resources.
         deadline: Seconds after which a round goes on without those that have not answered, once someone has; None to
             wait for all that are alive.
         time_limit: Seconds after which a round that nobody answered is given up, and a machine that is stuck.
@@ -87,7 +87,8 @@ class RayMachines:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self.method, self._deadline, self._time_limit, self._start_limit = method, deadline, time_limit, start_limit
         self._around = around
-        self._ray, self._end = connect(address)
+        cluster = connect(address)
+        self._ray, self._end = cluster.ray, cluster.close
         self._class = self._ray.remote(_Actor).options(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_restarts=0, max_task_retries=0
         )

@@ -51,7 +51,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lenet5.safetensors"
     weights.save(LeNet5(rngs=nnx.Rngs(0)), path)
     # Threads for processes, which have their own tests; and a code, instead of looking for one.
-    monkeypatch.setattr(serve_bench.jc.workers, "RayPool", jc.workers.ThreadPool)
+    monkeypatch.setattr(serve_bench.jc.pools, "RayPool", jc.pools.ThreadPool)
     code = jc.SplineCode.repeated(2, 4)
     candidate = jc.tuning.Candidate("repeated", "as given", code, jc.outputs.as_returned, 0.0, 0.0, 0.0, 1)
     tuned = jc.tuning.Tuned(code, None, jc.outputs.as_returned, (candidate,), 0)

@@ -11,7 +11,7 @@ import pytest
 from jaxcode import saga
 from jaxcode.saga import DistributedSaga, RayMachines
 
-from ..workers.faults import FileFaults, alive_in_ray, until
+from ..pools.faults import FileFaults, alive_in_ray, until
 from . import problems
 
 KEY = jax.random.key(0)

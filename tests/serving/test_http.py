@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from .serve_model import scores
-from .workers.faults import free_port, processes_of_session, sockets_of, until
+from .pools.faults import free_port, processes_of_session, sockets_of, until
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
 JSON, NPY = "application/json", "application/x-npy"

@@ -20,13 +20,13 @@ from jaxcode import (
     coded,
     ordering,
     outputs,
+    pools,
     robust,
     stop,
-    workers,
 )
 from jaxcode.serving import most_telling_first
 
-from .workers.faults import Faults, until
+from .pools.faults import Faults, until
 
 CODE = SplineCode.systematic(5, 12)
 X = np.random.default_rng(0).normal(size=(17, 4)).astype(np.float32)
@@ -39,7 +39,7 @@ def f(x):
 @pytest.fixture(scope="module")
 def _shared():
     faults = Faults()
-    with workers.ThreadPool(f, 12, around=faults) as pool:
+    with pools.ThreadPool(f, 12, around=faults) as pool:
         yield pool, faults
 
 
@@ -86,7 +86,7 @@ def test_output_spaces_and_defences_are_those_of_coded(faults):
         return jax.nn.softmax(x @ jnp.eye(4))
 
     faults.fails(4, lambda compute, batch: 1 - compute(batch))
-    with workers.ThreadPool(classify, 12, around=faults) as pool:
+    with pools.ThreadPool(classify, 12, around=faults) as pool:
         options = {"output": outputs.logits, "defence": robust.leave_one_out, "order": ordering.greedy}
         answer = server(pool, stop.answers(12), **options)(np.tile(X, (5, 1)))
     liar = np.asarray(answer.suspicion.suspected)
@@ -134,7 +134,7 @@ def test_what_cannot_be_decoded_is_refused_in_time(pool, faults):
     late = server(pool, stop.deadline(0.05), time_limit=0.3)
     before = late.counters()["refused"]
     began = time.monotonic()
-    with pytest.raises(workers.NotEnoughAnswers, match="of 12 answers came"):
+    with pytest.raises(pools.NotEnoughAnswers, match="of 12 answers came"):
         late(X)
     assert time.monotonic() - began < 5
     assert late.counters()["refused"] == before + 1
@@ -226,7 +226,7 @@ def test_metrics_are_what_prometheus_reads(pool, faults):
     assert samples["jaxcode_latency_seconds_bucket", "+Inf"] == 1
     assert samples["jaxcode_latency_seconds_count",] == 1
     assert samples["jaxcode_worker_events_total", "answers"] >= 12
-    assert sum(samples["jaxcode_workers", state] for state in ("idle", "busy", "starting", "resting")) == 12
+    assert sum(samples["jaxcode_workers", state] for state in ("idle", "busy", "starting", "quarantined")) == 12
 
 
 def test_warming_up_leaves_nothing_to_compile(pool, faults):

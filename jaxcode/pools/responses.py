@@ -1,4 +1,4 @@
-"""What comes back from a pool of workers, and what can go wrong."""
+"""What a pool returns, and what can go wrong."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,10 +13,10 @@ class PoolClosed(RuntimeError):
 
 
 class NotEnoughAnswers(RuntimeError):
-    """Within the time limit too few workers answered to decode anything.
+    """Too few workers answered to decode anything, within the time limit or until nobody was left who could.
 
     Attributes:
-        responses: What had come by then.
+        responses: What had come until then.
     """
 
     def __init__(self, message: str, responses: "Responses"):
@@ -25,13 +25,13 @@ class NotEnoughAnswers(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """What went wrong during a request.
+    """Something that went wrong during a request.
 
     Attributes:
-        worker: With which worker.
-        kind: Its process died or was given up, it raised an exception, or its answer had another shape or dtype than
-            the model's or was not finite.
-        message: In words.
+        worker: Index of the worker.
+        kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "refused": its answer
+            had another structure, shape or dtype than the model's, or was not finite.
+        message: The reason.
     """
 
     worker: int
@@ -41,14 +41,14 @@ class Fault(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Responses:
-    """What came from the workers, by share.
+    """The answers of workers, by share.
 
     Attributes:
-        values: NumPy arrays, leaves (N, ...); zeros where no answer came.
+        values: Answers, NumPy arrays, leaves (N, batch, ...); zeros where none came.
         returned: To which shares answers came and were accepted, bool, shape (N,).
         latency: Seconds from the request to each answer, shape (N,); infinite where none came.
         faults: What went wrong.
-        seconds: From the request to the decision to stop waiting.
+        seconds: Seconds from the request to the decision to stop waiting.
     """
 
     values: PyTree[np.ndarray]
@@ -58,6 +58,6 @@ class Responses:
     seconds: float
 
 
-# Whether answers of those that returned can be used, and how far off they are thought to be.
+# Whether the answers of those that returned can be decoded, and the predicted error of each input of the batch.
 Enough = Callable[[Bool[np.ndarray, "workers"]], bool]
 PredictedError = Callable[[PyTree[np.ndarray], Bool[np.ndarray, "workers"]], Float[np.ndarray, "batch"]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcode import stop, workers
+from jaxcode import pools, stop
 
 from .faults import Faults, returned, until
 
@@ -26,7 +26,7 @@ def faults():
 
 @pytest.fixture
 def pool(faults):
-    with workers.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
         yield pool
 
 
@@ -100,7 +100,7 @@ def test_a_deadline_is_kept_to_and_extended_only_until_answers_are_enough(pool, 
 def test_too_few_answers_are_refused_within_the_time_limit_with_the_reason(pool, faults):
     faults.waits(1, 2, 3)
     faults.fails(0, _raise)
-    with pytest.raises(workers.NotEnoughAnswers, match=r"\d of 5 answers .* 1 s.*worker 0 raised: OSError") as caught:
+    with pytest.raises(pools.NotEnoughAnswers, match=r"\d of 5 answers .* 1 s.*worker 0 raised: OSError") as caught:
         pool.run(BATCH, stop.answers(N), time_limit=1.0, enough=lambda returned: bool(returned.all()))
     assert returned(caught.value.responses) == [0, 4]  # the one that was left did both
 
@@ -136,11 +136,11 @@ def test_who_keeps_failing_rests_longer_each_time_and_comes_back_when_well(pool,
     faults.fails(3, _raise)
     for _ in range(3):
         pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.states()[3] == "resting")
+    until(lambda: pool.states()[3] == "quarantined")
     assert not pool.run(BATCH, stop.answers(N)).faults
     until(lambda: pool.states()[3] == "idle")
     pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.counters()["rests"] == 2)
+    until(lambda: pool.counters()["quarantines"] == 2)
     faults.does.clear()
     until(lambda: pool.states()[3] == "idle")
     assert pool.run(BATCH, stop.answers(N)).returned.all()
@@ -151,7 +151,7 @@ def test_who_keeps_failing_rests_longer_each_time_and_comes_back_when_well(pool,
 
 def test_a_request_that_everyone_fails_at_is_not_held_against_the_workers(pool):
     for _ in range(4):
-        with pytest.raises(workers.NotEnoughAnswers, match="NaN"):
+        with pytest.raises(pools.NotEnoughAnswers, match="NaN"):
             pool.run(np.full_like(BATCH, np.inf), stop.answers(N), time_limit=0.5)
     until(lambda: pool.states() == ["idle"] * N)
     assert pool.run(BATCH, stop.answers(N)).returned.all()
@@ -178,12 +178,12 @@ def test_requests_of_several_threads_are_answered_apart(pool):
 
 def test_closing_ends_requests_that_are_under_way_and_leaves_no_thread(faults):
     before = set(threading.enumerate())
-    pool = workers.ThreadPool(jnp.sin, N, around=faults)
+    pool = pools.ThreadPool(jnp.sin, N, around=faults)
     faults.waits(*range(N))
     threading.Timer(0.2, pool.close).start()
-    with pytest.raises(workers.PoolClosed):
+    with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
-    with pytest.raises(workers.PoolClosed):
+    with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
     pool.close()
     faults.go_on()
@@ -198,10 +198,10 @@ def test_workers_are_spread_over_devices_and_keep_the_parameters_there():
         return compute(batch)
 
     devices = jax.devices()[:3]
-    with workers.ThreadPool(lambda x: x * 2, devices=devices, around=where) as three:
+    with pools.ThreadPool(lambda x: x * 2, devices=devices, around=where) as three:
         assert three.num_workers == 3
         np.testing.assert_array_equal(three.run(BATCH[:3], stop.answers(3)).values, 2 * BATCH[:3])
-    with workers.ThreadPool(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 5, devices=devices) as five:
+    with pools.ThreadPool(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 5, devices=devices) as five:
         assert five.run(BATCH, stop.answers(5)).values.shape == (N, 2, 2)
 
 
@@ -209,7 +209,7 @@ def test_pytrees_narrow_dtypes_and_batches_of_other_sizes():
     def f(batch):
         return {"sum": batch["a"].sum(-1), "wide": batch["b"]}
 
-    with workers.ThreadPool(f, 3) as pool:
+    with pools.ThreadPool(f, 3) as pool:
         for size in (1, 4):
             sent = {"a": np.ones((3, size, 2), np.float32), "b": jnp.ones((3, size, 2, 2), jnp.bfloat16)}
             responses = pool.run(sent, stop.answers(3))
@@ -224,7 +224,7 @@ def test_warming_up_compiles_on_every_worker_before_a_request():
         traces.append(threading.get_ident())
         return x / jnp.linalg.norm(x)  # not a number where everything is zero
 
-    with workers.ThreadPool(f, 3, example=BATCH[0]) as pool:
+    with pools.ThreadPool(f, 3, example=BATCH[0]) as pool:
         pool.warm_up(jax.ShapeDtypeStruct((7, 3), np.float32))
         before = len(traces)
         pool.run(BATCH[:3], stop.answers(3))
@@ -239,11 +239,11 @@ def test_what_makes_no_sense_is_refused(pool, unchecked):
         (lambda: pool.run(np.ones(N), stop.answers(2)), "expected"),
         (lambda: pool.run(BATCH, stop.answers(6)), "expected at most"),
         (lambda: pool.run(BATCH, stop.error_below(0.1)), "predicts no error"),
-        (lambda: workers.ThreadPool(jnp.sin, 0), "num_workers is 0"),
-        (lambda: workers.ThreadPool(jnp.sin, devices=[]), "devices is empty"),
-        (lambda: workers.ThreadPool("sin", 2), "expected a callable"),
-        (lambda: workers.ThreadPool(lambda x: x.sum(), 2, example=BATCH[0]), "expected the batch as its leading axis"),
-        (lambda: workers.ThreadPool(lambda x: x.argmax(-1), 2, example=BATCH[0]), "logits, not classes"),
+        (lambda: pools.ThreadPool(jnp.sin, 0), "num_workers is 0"),
+        (lambda: pools.ThreadPool(jnp.sin, devices=[]), "devices is empty"),
+        (lambda: pools.ThreadPool("sin", 2), "expected a callable"),
+        (lambda: pools.ThreadPool(lambda x: x.sum(), 2, example=BATCH[0]), "expected the batch as its leading axis"),
+        (lambda: pools.ThreadPool(lambda x: x.argmax(-1), 2, example=BATCH[0]), "logits, not classes"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

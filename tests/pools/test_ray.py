@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ray
 from flax import nnx
 
-from jaxcode import CodedServer, SplineCode, stop, workers
+from jaxcode import CodedServer, SplineCode, pools, stop
 
 from .faults import FileFaults, alive_in_ray, returned, sockets_of, until
 
@@ -25,7 +24,7 @@ LIMIT = 60.0
 @pytest.fixture(scope="module")
 def _shared(tmp_path_factory):
     faults = FileFaults(tmp_path_factory.mktemp("faults"))
-    with workers.RayPool(jnp.sin, N, example=BATCH[0], around=faults, progress=False) as pool:
+    with pools.RayPool(jnp.sin, N, example=BATCH[0], around=faults, progress=False) as pool:
         pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
         yield pool, faults
 
@@ -60,6 +59,8 @@ def test_every_worker_answers_and_listens_to_this_machine_only(pool):
 
 
 def _of_the_cluster(process, command):
+    import ray  # after the pool has: it reads its environment then
+
     return ray._private.worker._global_node.session_name in command or command.startswith("ray::")
 
 
@@ -112,7 +113,7 @@ def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
     faults.tell("wait 5", *range(N))
     threading.Timer(0.2, faults.kill, range(N)).start()
     began = time.monotonic()
-    with pytest.raises(workers.NotEnoughAnswers, match=r"0 of 6 answers .* within 1 s.* died: "):
+    with pytest.raises(pools.NotEnoughAnswers, match=r"0 of 6 answers .* within 1 s.* died: "):
         pool.run(BATCH, stop.answers(2), time_limit=1.0)
     assert time.monotonic() - began < 4
     faults.forget()
@@ -122,7 +123,7 @@ def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
 @pytest.mark.long
 def test_what_never_answers_is_replaced(tmp_path, pool):
     faults = FileFaults(tmp_path)
-    with workers.RayPool(jnp.sin, 2, around=faults, stuck_after=1.0, progress=False) as two:
+    with pools.RayPool(jnp.sin, 2, around=faults, stuck_after=1.0, progress=False) as two:
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
         stuck = faults.pid(1)
         faults.tell("wait 1000", 1)
@@ -147,7 +148,7 @@ class Model(nnx.Module):
 @pytest.mark.long
 def test_models_arrive_whole(pool):
     model = Model(nnx.Rngs(0))
-    with workers.RayPool(model, 2, progress=False) as two:
+    with pools.RayPool(model, 2, progress=False) as two:
         values = two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT).values
     model.eval()
     assert values["y"].dtype == jnp.bfloat16
@@ -163,7 +164,7 @@ def test_workers_that_cannot_start_are_an_error_that_says_why(pool):
 
     wrong = Wrong()
     with pytest.raises(RuntimeError, match="no worker could be started") as caught:
-        workers.RayPool(lambda x: x + (wrong is None), 2, progress=False)
+        pools.RayPool(lambda x: x + (wrong is None), 2, progress=False)
     assert "not here" in str(caught.value.__cause__)
 
 
@@ -175,11 +176,11 @@ def _never():
 def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
     faults = FileFaults(tmp_path)
     threads = set(threading.enumerate())
-    two = workers.RayPool(jnp.sin, 2, around=faults, progress=False)
+    two = pools.RayPool(jnp.sin, 2, around=faults, progress=False)
     two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
     faults.tell("wait 1000", 0, 1)
     threading.Timer(0.3, two.close).start()
-    with pytest.raises(workers.PoolClosed):
+    with pytest.raises(pools.PoolClosed):
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
     until(lambda: not any(alive_in_ray(faults.pid(worker)) for worker in range(2)))
     until(lambda: not [t for t in set(threading.enumerate()) - threads if "jaxcode" in t.name or "Timer" in t.name])
@@ -200,7 +201,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
     compiled = jax.jit(f)
     truth = [np.asarray(compiled(batch)) for batch in batches]
     store = _store()
-    with workers.RayPool(f, 8, example=np.zeros((2, 3), np.float32), around=faults, progress=False) as eight:
+    with pools.RayPool(f, 8, example=np.zeros((2, 3), np.float32), around=faults, progress=False) as eight:
         server = CodedServer(code, eight, stop.answers(5) | stop.deadline(0.15), time_limit=limit)
         for batch in batches[:2]:
             server.warm_up(batch)
@@ -215,7 +216,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
                     answer = server(batches[i])
                     wrong = np.sqrt(np.mean((answer.values - truth[i]) ** 2, axis=1))
                     done.append(np.mean(wrong > 4 * answer.error + 1e-5))
-                except workers.NotEnoughAnswers:
+                except pools.NotEnoughAnswers:
                     done.append(None)
                 if time.monotonic() - began > limit + 1:
                     late.append(i)
@@ -264,4 +265,6 @@ def _next(todo, lock):
 
 def _store():
     """Bytes that are free in the cluster's object store."""
+    import ray
+
     return ray.available_resources()["object_store_memory"]
