@@ -71,6 +71,18 @@ def padded_groups(size: int, num_data: int) -> int:
     return 1 << (-(-size // num_data) - 1).bit_length()
 
 
+def host_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
+    """Fetches a batch as NumPy arrays of the dtypes that JAX gives them in the current precision."""
+
+    def fetch(leaf):
+        leaf = np.asarray(jax.device_get(leaf))
+        # A number that single precision cannot hold becomes infinite, which is found later.
+        with np.errstate(over="ignore"):
+            return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+
+    return jax.tree.map(fetch, x)
+
+
 def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
     """Says which inputs of a batch, leaves (B, ...), have finite numbers only.
 

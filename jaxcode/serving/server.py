@@ -17,12 +17,14 @@ from ..checks import batch_size, check_count, is_static
 from ..codes import AbstractCode
 from ..ordering import Ordering
 from ..outputs import OutputSpace, as_returned
-from ..pipeline import Grouping, StaticCode, decode, encode, group, known_decoder, predict_errors, ungroup
+from ..pipeline import StaticCode
 from ..pools import AbstractPool, Fault, NotEnoughAnswers, Responses
 from ..robust import Defence, Detection
 from ..stop import AbstractStop, answers
+from ._codec import Codec
 from ._counters import Counters
-from ._layout import find_finite, lay_out, pad_inputs
+from ._dispatch import dispatch_order
+from ._layout import find_finite, host_arrays, pad_inputs
 from ._queue import BoundedQueue, QueueFull
 
 log = logging.getLogger("jaxcode.serving")
@@ -138,10 +140,10 @@ class CodedServer:
         for name, seconds in (("time_limit", time_limit), ("again_after", again_after)):
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
-        self._code, self._pool, self._stop, self._time_limit = StaticCode(code), pool, stop, float(time_limit)
-        self._order, self._output, self._defence = order, output, defence
+        self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
         self._again_after, self._dispatch_order = again_after, dispatch_order(code)
         self._x64 = x64_is_on()
+        self._codec = Codec(StaticCode(code), order, output, defence, self._x64)
         self._queue = BoundedQueue(
             check_count("max_in_flight", max_in_flight), check_count("max_queued", max_queued, least=0)
         )
@@ -202,19 +204,19 @@ class CodedServer:
         """
         self._check_precision()
         with jax.enable_x64(self._x64):
-            zeros = _host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
+            zeros = host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
             all_finite = np.ones(batch_size("x", x), bool)
-            padded = pad_inputs(zeros, all_finite, self._code.code.num_data)
-            _, sent = self._encode(padded, all_finite)
+            padded = pad_inputs(zeros, all_finite, self._code.num_data)
+            _, sent = self._codec.encode(padded, all_finite)
             self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
             values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
             num_groups = jax.tree.leaves(sent)[0].shape[1]
             # Decoding may be another program where every worker answered. A defence reads all groups, or half of them.
-            for returned in np.arange(self._code.code.num_workers) >= np.arange(2)[:, None]:
+            for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
                 for used in {num_groups, -(-num_groups // 2)}:
-                    self._decode(values, returned, used)
+                    self._codec.decode(values, returned, used)
                 if self._predicts:
-                    self._predict_errors(values, returned)
+                    self._codec.predict_errors(values, returned)
             self._warm.add(_shapes(padded))
 
     def counters(self) -> dict[str, Any]:
@@ -274,11 +276,11 @@ class CodedServer:
         return prediction
 
     def _answer(self, x, submitted):
-        code = self._code.code
+        code = self._code
         batch_size("x", x)
         if time.monotonic() - submitted >= self._time_limit:
             raise self._refuse_unsent()
-        x = _host_arrays(x)
+        x = host_arrays(x)
         finite = find_finite(x)
         if not finite.all():
             _log_not_finite(finite)
@@ -287,9 +289,9 @@ class CodedServer:
         is_cold = shapes not in self._warm
         if is_cold:
             log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
-        predict = _keep_latest(self._predict_errors)
+        predict = _keep_latest(self._codec.predict_errors)
         encode_began = time.monotonic()
-        layout, sent = self._encode(padded, finite)
+        layout, sent = self._codec.encode(padded, finite)
         seconds_to_encode = time.monotonic() - encode_began
         try:
             responses = self._pool.run(
@@ -297,7 +299,7 @@ class CodedServer:
                 self._stop,
                 time_limit=self._time_limit,
                 began=submitted,
-                enough=self._can_decode,
+                enough=lambda returned: bool(np.all(code.recovered(returned))),
                 error=(lambda *answered: predict(*answered)[layout.place]) if self._predicts else None,
                 order=self._dispatch_order,
                 again_after=self._again_after,
@@ -310,7 +312,7 @@ class CodedServer:
                 f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
             )
             raise NotEnoughAnswers(message, refusal.responses) from refusal
-        values, detection, returned = self._decode(responses.values, responses.returned, layout.num_groups)
+        values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_groups)
         self._warm.add(shapes)
         return Prediction(
             values=layout.restore(values),
@@ -322,126 +324,15 @@ class CodedServer:
             detection=detection,
         )
 
-    def _encode(self, padded, finite):
-        """Returns the layout of a padded batch, and its coded inputs, leaves (N, groups, ...)."""
-        num_data = self._code.code.num_data
-        padded = jax.device_put(padded)
-        permutation = None if self._order is None else jax.device_get(_permute(self._order, num_data, padded))
-        layout = lay_out(finite, num_data, permutation)
-        return layout, jax.device_get(_encode(self._code, padded, jax.device_put(layout.index)))
-
-    def _decode(self, values, returned, num_groups):
-        """Returns results, leaves (places, ...), what the defence found, and which workers are decoded from.
-
-        Args:
-            values: Answers, leaves (N, groups, ...).
-            returned: Which workers returned, bool (N,).
-            num_groups: How many groups hold inputs. Others repeat these and are no evidence against a worker.
-        """
-        detection = None
-        if self._defence is not None:
-            # A power of two, as few programs are compiled for.
-            evidence = 1 << (num_groups.bit_length() - 1)
-            examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :evidence], values))
-            detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
-            returned = jax.device_get(detection.trusted)
-        decoder = known_decoder(self._code, returned.tobytes(), self._x64)
-        results = _decode(self._code, self._output, decoder, jax.device_put(values))
-        return jax.device_get(results), detection, returned
-
-    def _predict_errors(self, values, returned):
-        """Returns the predicted errors, shape (places,), from answers, leaves (N, groups, ...)."""
-        return jax.device_get(
-            _predict_errors(self._code, self._output, jax.device_put(values), jax.device_put(returned))
-        )
-
-    def _can_decode(self, returned):
-        return bool(np.all(self._code.code.recovered(returned)))
-
     def _refuse_unsent(self):
         """Returns the refusal of a request of which nothing was sent to workers."""
-        num_workers = self._code.code.num_workers
+        num_workers = self._code.num_workers
         nothing = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
         message = (
             f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s; allow more in "
             "flight, or fewer to wait"
         )
         return NotEnoughAnswers(message, nothing)
-
-
-def dispatch_order(code: AbstractCode) -> list[int]:
-    """Orders workers' coded inputs by how much their answers say, for when fewer workers are free than there are.
-
-    First one coded input for each input that is itself computed somewhere, whose answer is then exact; then, one after
-    the other, the node that is farthest from all before it. Codes without nodes keep their order.
-
-    Args:
-        code: Its nodes are static.
-
-    Returns:
-        A permutation of the N coded inputs.
-    """
-    if code.nodes is None:
-        return list(range(code.num_workers))
-    alpha, beta = (np.asarray(nodes, np.float64) for nodes in (code.nodes.data, code.nodes.workers))
-    nearest = np.abs(beta[:, None] - alpha).argmin(axis=0)
-    order = np.unique(nearest[np.abs(beta[nearest] - alpha) < 1e-9 * (beta[-1] - beta[0])]).tolist() or [0]
-    # Nodes crowd towards the ends in equal angles.
-    middle, radius = (beta[-1] + beta[0]) / 2, (beta[-1] - beta[0]) / 2
-    angle = np.arccos(np.clip((beta - middle) / radius, -1, 1))
-    distance = np.abs(angle[:, None] - angle[order]).min(axis=1)
-    distance[order] = -1
-    while len(order) < len(beta):
-        order.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.abs(angle - angle[order[-1]]))
-        distance[order] = -1
-    return order
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _permute(order, num_data, x):
-    """Returns the order of a batch as `pipeline.group` checks it."""
-    return group(x, num_data, order)[1].permutation
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(static_code, x, index):
-    """Encodes inputs, leaves (inputs, ...), that the index, shape (places,), assigns to the places of groups."""
-    code = static_code.code
-    grouped, _ = group(jax.tree.map(lambda leaf: leaf[index], x), code.num_data, None)
-    return encode(code, None, grouped)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(static_code, output, decoder, answers):
-    """Decodes answers, leaves (N, groups, ...), to results, leaves (places, ...)."""
-    code = static_code.code
-    results = decode(code, decoder, answers, output)
-    num_groups = jax.tree.leaves(results)[0].shape[1]
-    return ungroup(results, Grouping(None, code.num_data * num_groups, code.num_data, num_groups))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _detect(static_code, output, defence, answers, returned):
-    return defence(static_code.code, output.of_answers(answers), returned)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _predict_errors(static_code, output, answers, returned):
-    """Predicts the errors of results, shape (places,)."""
-    return predict_errors(static_code.code, answers, returned, output).T.reshape(-1)
-
-
-def _host_arrays(x):
-    """Fetches a batch as NumPy arrays of the dtypes that JAX gives them in the current precision."""
-
-    def fetch(leaf):
-        leaf = np.asarray(jax.device_get(leaf))
-        # A number that single precision cannot hold becomes infinite, which is found later.
-        with np.errstate(over="ignore"):
-            return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
-
-    return jax.tree.map(fetch, x)
 
 
 def _log_not_finite(finite):
