@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcode import CodedServer, SplineCode, pools, stop
+from jaxcode import SplineCode, pools, stop
 
 from .faults import FileFaults, alive_in_ray, returned, sockets_of, until
 
@@ -189,6 +189,8 @@ def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
 @pytest.mark.long
 def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path, pool):
     """Five hundred requests from eight clients; every second a worker is killed."""
+    from jaxcode import CodedServer
+
     code, faults, clients, requests, limit = SplineCode.systematic(4, 8), FileFaults(tmp_path), 8, 500, 10.0
     rng = np.random.default_rng(0)
 
