@@ -19,6 +19,7 @@ from . import outputs as outputs
 from . import placement as placement
 from . import pools as pools
 from . import robust as robust
+from . import serving as serving
 from . import stop as stop
 from . import stragglers as stragglers
 from ._coded import Coded as Coded
@@ -35,3 +36,5 @@ from .codes import Prior as Prior
 from .codes import ReplicationCode as ReplicationCode
 from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
+from .serving import CodedServer as CodedServer
+from .serving import Prediction as Prediction

@@ -14,8 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from .serve_model import scores
-from .pools.faults import free_port, processes_of_session, sockets_of, until
+from ..pools.faults import free_port, processes_of_session, sockets_of, until
+from .model import scores
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
 JSON, NPY = "application/json", "application/x-npy"
@@ -25,18 +25,18 @@ JSON, NPY = "application/json", "application/x-npy"
 def front(tmp_path_factory):
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
-    arguments = f"--model tests.serve_model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
+    arguments = f"--model tests.serving.model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
     arguments += " --max-body 0.1 --time-limit 20 --no-order"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxcode.serve", *arguments.split()],
+            [sys.executable, "-m", "jaxcode.serving", *arguments.split()],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
         end = time.monotonic() + 120
-        while "Serving tests.serve_model:scores" not in log.read_text():
+        while "Serving tests.serving.model:scores" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
@@ -154,17 +154,17 @@ def test_sigterm_answers_what_is_under_way_and_leaves_nothing(front):
     ("arguments", "message"),
     [
         ("--model nowhere:f", "No module named 'nowhere'"),
-        ("--model tests.serve_model:f", "no attribute 'f'"),
-        ("--model tests.serve_model", "expected module:attribute"),
-        ("--model tests.serve_model:scores --num-workers 0", "above zero"),
-        ("--model tests.serve_model:scores --answers 31", "expected at most as many"),
-        ("--model tests.serve_model:scores --code replication --error-below 1", "predicts no error"),
-        ("--model tests.serve_model:scores --input-shape 3,x", "whole numbers such as"),
-        ("--model tests.serve_model:scores --num-data 1", "num_data"),
+        ("--model tests.serving.model:f", "no attribute 'f'"),
+        ("--model tests.serving.model", "expected module:attribute"),
+        ("--model tests.serving.model:scores --num-workers 0", "above zero"),
+        ("--model tests.serving.model:scores --answers 31", "expected at most as many"),
+        ("--model tests.serving.model:scores --code replication --error-below 1", "predicts no error"),
+        ("--model tests.serving.model:scores --input-shape 3,x", "whole numbers such as"),
+        ("--model tests.serving.model:scores --num-data 1", "num_data"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_started(arguments, message, capsys, unchecked):
-    from jaxcode.serve import main
+    from jaxcode.serving.http import main
 
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())

@@ -1,4 +1,4 @@
-"""A model for `tests.test_serve`, imported by the processes that serve it."""
+"""A model for `tests.serving.test_http`, imported by the processes that serve it."""
 
 import time
 
