@@ -20,6 +20,7 @@ from . import placement as placement
 from . import robust as robust
 from . import stop as stop
 from . import stragglers as stragglers
+from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded
 from ._pytree import pytree as pytree
@@ -34,3 +35,4 @@ from .codes import Prior as Prior
 from .codes import ReplicationCode as ReplicationCode
 from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
+from .tuning import tune as tune
