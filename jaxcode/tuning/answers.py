@@ -4,6 +4,7 @@ import functools
 from typing import final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -139,9 +140,7 @@ class AnswerCache:
             answers = self._compute(code, matrix, workers, int(start), num_groups)
             for i, n in enumerate(workers):
                 self._append(rows[n], jax.tree.map(lambda leaf, i=i: leaf[i], answers))
-        of_workers = [
-            jax.tree.map(lambda leaf: leaf[:num_groups], self._answers_of_row[row.tobytes()]) for row in rows
-        ]
+        of_workers = [jax.tree.map(lambda leaf: leaf[:num_groups], self._answers_of_row[row.tobytes()]) for row in rows]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *of_workers)
 
     def encoder_slope(self, code: AbstractCode, cotangents: PyTree[np.ndarray]) -> float:
@@ -164,8 +163,9 @@ class AnswerCache:
             """Adds what concerns one answer, which all workers with equal rows give."""
             return np.stack([leaf[worker == i].sum(axis=0) for i in range(len(first))])
 
+        x = jax.tree.map(jnp.asarray, self._x)
         coded, tangents = (
-            flatten_groups(encode(code, Dense(split(np.float64(part[first]))), self._x)) for part in (matrix, slopes)
+            flatten_groups(encode(code, Dense(split(np.float64(part[first]))), x)) for part in (matrix, slopes)
         )
         cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
         by_inputs = self._model.pull_back(jax.device_get(coded), cotangents)
@@ -193,7 +193,7 @@ class AnswerCache:
         """Runs the model on the coded inputs of some workers, leaves (chosen, stop - start, ...)."""
         # As many rows as the code has, however few are new: the same shapes, compiled once.
         encoder = Dense(split(np.float64(pad(matrix[workers], code.num_workers))))
-        coded = encode(code, encoder, jax.tree.map(lambda leaf: leaf[:, start:stop], self._x))
+        coded = encode(code, encoder, jax.tree.map(lambda leaf: jnp.asarray(leaf[:, start:stop]), self._x))
         coded = jax.tree.map(lambda leaf: leaf[: len(workers)], jax.device_get(coded))
         return unflatten_groups(self._model(flatten_groups(coded)), len(workers))
 

@@ -170,9 +170,7 @@ def _dense(matrix):
 @functools.partial(jax.jit, static_argnums=6)
 def _square_and_slopes(code, matrices, recovered, answers, targets, mean, output, counted):
     def square(matrices, answers):
-        _, squares = _measure(
-            code, _dense(matrices), recovered, answers, targets, mean, squared_error, output
-        )
+        _, squares = _measure(code, _dense(matrices), recovered, answers, targets, mean, squared_error, output)
         return jnp.mean(squares, where=counted)
 
     return jax.value_and_grad(square, (0, 1))(matrices, answers)

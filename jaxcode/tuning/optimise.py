@@ -149,7 +149,7 @@ def _decoding_error(f, x_sample, code):
     num_groups = batch_size("x_sample", x_sample) // code.num_data
     if not num_groups:
         raise ValueError(f"x_sample has fewer inputs than a group; expected at least num_data, {code.num_data}")
-    complete = jax.tree.map(lambda leaf: leaf[: num_groups * code.num_data], x_sample)
+    complete = jax.tree.map(lambda leaf: jnp.asarray(leaf[: num_groups * code.num_data]), x_sample)
     x, _ = group(complete, code.num_data, None)
     targets = jax.jit(fn)(params, flatten_groups(x))
 

@@ -204,7 +204,8 @@ def _grouped(x, targets, order, num_data):
     def order_of_inputs(tree, num_data):
         return order(tree[0], num_data)
 
-    grouped, grouping = group((x, targets), num_data, None if order is None else order_of_inputs)
+    tree = jax.tree.map(jnp.asarray, (x, targets))
+    grouped, grouping = group(tree, num_data, None if order is None else order_of_inputs)
     chosen = np.random.default_rng(0).permutation(grouping.size // num_data)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:, chosen], grouped)
 

@@ -18,7 +18,7 @@ from .evaluation import Evaluator, Measurement
 from .smoothing import smoothing_of, with_smoothing
 
 # Smoothings that are tried, in units of K^-4: at one unit a curve through K data begins to miss each of them.
-SMOOTHINGS = (0.01, 0.1, 1.0, 10.0)
+_SMOOTHINGS = (0.01, 0.1, 1.0, 10.0)
 # How many of the best are tried with smoothing; the best of them also with smoothing of the encoder.
 _FINALISTS = 3
 
@@ -165,7 +165,7 @@ def _halve(trials):
 
 
 def _grid(trial):
-    return [smoothing * float(trial.option.code.num_data) ** -4 for smoothing in SMOOTHINGS]
+    return [smoothing * float(trial.option.code.num_data) ** -4 for smoothing in _SMOOTHINGS]
 
 
 def _with_smoothing(evaluator, trial, **smoothings):
