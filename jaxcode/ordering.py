@@ -1,35 +1,43 @@
-r"""The order in which a batch meets the curve: like beside like, so that the curve through it is short.
+r"""Orders a batch so that inputs of one group are near each other.
 
-A code's error grows with how much f bends along the curve through a group of inputs. In the order of a shuffled batch
-the curve jumps from one input to any other; along a short tour through the whole batch it goes from each input to one
-like it. An ordering is any function `(x, num_data) -> order`, with `order` a permutation of the batch that is cut into
-groups of num_data; `coded(f, code, order=...)` applies it and gives results back in the caller's order.
+A code fits a curve through the inputs of a group, and its error grows with how much the model bends along that curve.
+In the order of a shuffled batch the curve jumps between unrelated inputs; along a short path through the batch each
+input is followed by a similar one. An ordering is any function `(x, num_data) -> permutation` of the batch, of which
+each num_data consecutive entries make a group; `coded(f, code, order=...)` applies it and returns results in the order
+of the inputs.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ._arrays import as_arrays, sharded_like, unsharded
 from .checks import batch_size, check_count
+from ._pytree import pytree
 from .functions import as_pure_function
 
-# From a batch, leaves (B, ...), and K to a permutation of the batch: entry i names the input that comes i-th.
+__all__ = ["Greedy", "LinearFeatures", "Metric", "Ordering", "greedy", "sensitivity"]
+
+# From a batch, leaves (B, ...), and K to a permutation of the batch: entry i is the index of the input in place i.
 Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
 Metric = Callable[[Any, Any], Float[Array, ""]]
 
-# A batch longer than this is cut into parts, whose distances fit in memory one part at a time (16 MB).
+# A longer batch is split into parts, whose distances fit in memory one part at a time (16 MB).
 MOST_IN_ONE_PATH = 2048
-# Every pass tries the moves of every input; a tour stops getting shorter after five to ten.
+# Each pass tries the moves of every input; a tour stops getting shorter after five to ten passes.
 MOST_PASSES = 16
-# Numbers in all derivatives that are kept of a model (256 MB).
-_MOST_OF_PROBES = 2**26
+# Most numbers in all derivatives of a model that are kept (256 MB).
+_MOST_NUMBERS = 2**26
 
 
 def greedy(
@@ -39,49 +47,98 @@ def greedy(
     key: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
     metric: Metric | None = None,
 ) -> Int[Array, "batch"]:
-    """A short path through the batch, cut where its steps are longest.
+    """Finds a short path through the batch and splits it into groups where its steps are longest.
 
-    A path is laid by greedy nearest neighbour and shortened by 2-opt moves (a stretch of it is walked the other way
-    round where that saves length) until none helps. With a step from its end to its beginning it can be cut into groups
-    in num_data ways: chosen is the one with the longest steps between groups.
+    The path is found by greedy nearest neighbour and shortened by 2-opt moves, which reverse a stretch of it, until
+    none helps. Closed by a step from its end to its start it can be split into groups in num_data ways; the one with
+    the longest steps between groups is returned.
 
-    Batches of more than 2048 are first cut into parts of like inputs, halved again and again across the direction in
-    which they differ most, and each part gets a path of its own: memory O(B D + 2048^2), time O(2048 B D).
+    A batch of more than 2048 is first split into parts of similar inputs, by repeated bisection across the direction of
+    largest variance, and each part gets its own path: memory O(B D + 2048^2), time O(2048 B D).
 
-    Jittable and vmappable; no derivatives pass through an order.
+    Jittable and vmappable; a permutation has no derivatives. Inputs sharded along explicit mesh axes are ordered on
+    every device, by their features alone.
 
     Args:
-        x: The batch, leaves (B, ...), real.
+        x: The batch, leaves (B, ...), real or bool.
         num_data: K, inputs in a group.
         key: From the batch to the features whose distances count, leaves (B, ...): the model's first layer, a random
-            projection. The inputs themselves if not given. For other settings: `functools.partial(greedy, key=...)`.
-        metric: The distance of the features of one input to those of another, both without batch axis, to a number
-            >= 0. Euclidean over all leaves if not given, as one matrix product.
+            projection. The inputs themselves if not given.
+        metric: The distance between the features of two inputs, each without batch axis, a number >= 0. Euclidean over
+            all leaves if not given, as one matrix product. As an `order=` with these settings give `Greedy`.
 
     Returns:
         int32, shape (B,): a permutation of the batch; groups are num_data consecutive entries, the last may be shorter.
-        Inputs with NaN or infinity in their features are far from all others.
+            Inputs with NaN or infinity in their features are far from all others.
 
     Raises:
-        ValueError: If x or the features have no leaves or leading axes that differ, or num_data is not a whole number.
+        ValueError: If x or the features have no leaves, leading axes that differ or numbers that are not real, num_data
+            is not a whole number of at least 1, or key or metric is not as described.
 
     References:
         Croes, A method for solving traveling-salesman problems, Operations Research 6 (1958), for 2-opt;
         arXiv 2609.00552 for curves that follow the data.
 
     >>> x = jnp.array([0.0, 9.0, 1.0, 8.0, 2.0, 10.0])[:, None]
-    >>> sorted(x[order, 0].tolist() for order in greedy(x, 3).reshape(2, 3))
+    >>> sorted(x[group, 0].tolist() for group in greedy(x, 3).reshape(2, 3))
     [[0.0, 1.0, 2.0], [8.0, 9.0, 10.0]]
     """
-    check_count("num_data", num_data)
+    _check_function("key", key, "a function from the batch to its features")
+    _check_function("metric", metric, "a function of the features of two inputs")
+    num_data = check_count("num_data", num_data)
     size = batch_size("x", x)
-    x = jax.tree.map(jnp.asarray, x)
-    features = x if key is None else key(x)
-    found = batch_size("key(x)", features)
-    if found != size:
-        raise ValueError(f"key(x) has {found} rows; expected one for each of the {size} inputs in x")
-    features = jax.tree.map(jax.lax.stop_gradient, features)
-    return _greedy(features, size, min(num_data, size), metric)
+    x = as_arrays("x", x)
+    if key is None:
+        name, features = "x", x
+    else:
+        name = "key(x)"
+        features = as_arrays(name, key(x))
+        num_rows = batch_size(name, features)
+        if num_rows != size:
+            raise ValueError(f"{name} has {num_rows} rows; expected one for each of the {size} inputs in x")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(features):
+        if not (
+            leaf.dtype == np.bool_ or any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        ):
+            raise ValueError(
+                f"{name + jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers: give a key that "
+                "returns real features"
+            )
+    if metric is not None:
+        row = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), unsharded(features))
+        distance = jax.eval_shape(metric, row, row)
+        if np.shape(distance) != ():
+            raise ValueError(
+                f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
+            )
+    features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
+    return _in_automatic_axes(lambda tree: _greedy(tree, size, min(num_data, size), metric))(features)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """Orders a batch by `greedy` with settings of its own: an `Ordering`, equal to others by its settings.
+
+    Attributes:
+        key: From the batch to the features whose distances count, as in `greedy`; hashable.
+        metric: The distance between the features of two inputs, as in `greedy`; hashable.
+
+    >>> order = Greedy(key=sensitivity(lambda x: x[:, 0] ** 2, jnp.ones((4, 2))))
+    >>> order(jnp.array([[0.0, 7.0], [2.0, 1.0], [1.0, 4.0]]), 3).tolist() in ([0, 2, 1], [1, 2, 0])
+    True
+    """
+
+    key: Callable[[PyTree[Array]], PyTree[Array]] | None = None
+    metric: Metric | None = None
+
+    def __post_init__(self):
+        _check_function("key", self.key, "a function from the batch to its features")
+        _check_function("metric", self.metric, "a function of the features of two inputs")
+
+    def __call__(self, x: PyTree[ArrayLike], num_data: int) -> Int[Array, "batch"]:
+        """Finds a permutation of the batch, shape (B,)."""
+        return greedy(x, num_data, key=self.key, metric=self.metric)
 
 
 def sensitivity(
@@ -91,10 +148,10 @@ def sensitivity(
     num_probes: int = 1024,
     model_batch: int = 128,
     key: PRNGKeyArray | None = None,
-) -> Callable[[PyTree[Array]], Float[Array, "batch probes"]]:
-    r"""What a model sees of its inputs: features for `greedy` whose distances are changes of the model's answers.
+) -> "LinearFeatures":
+    r"""Computes features for `greedy` whose distances are changes of a model's answers.
 
-    Two inputs are alike, for coding, if the model's answer changes little between them. To first order, and on average
+    For coding, two inputs are similar if the model's answer changes little between them. To first order, and on average
     over the sample, it changes by
 
     .. math::
@@ -108,11 +165,11 @@ def sensitivity(
         x_sample: Inputs, leaves (B, ...) of real numbers.
         num_probes: n, how many derivatives are taken, each at the cost of two to three runs of the model; fewer for
             inputs so large that they would be more than 2^26 numbers. More resolve more directions.
-        model_batch: Inputs that the model is differentiated on at a time.
+        model_batch: How many inputs the model is differentiated on at a time.
         key: Random key of the directions.
 
     Returns:
-        A function from a batch to its features, (B, n) in float32: `functools.partial(greedy, key=sensitivity(...))`.
+        A function from a batch to its features, (B, n) in float32: `Greedy(key=sensitivity(...))`.
 
     Raises:
         ValueError: If x_sample has no leaves, leading axes that differ or numbers that are not real.
@@ -120,48 +177,92 @@ def sensitivity(
     References:
         Constantine, Dow and Wang, Active subspace methods in theory and practice, arXiv 1304.2070.
 
-    >>> look = sensitivity(lambda x: x[:, 0] ** 2, jnp.array([[1.0, 5.0], [2.0, 6.0]]), num_probes=4)
-    >>> near, far = look(jnp.array([[0.0, 0.0], [0.0, 9.0], [1.0, 0.0]]))[1:]
+    >>> features = sensitivity(lambda x: x[:, 0] ** 2, jnp.array([[1.0, 5.0], [2.0, 6.0]]), num_probes=4)
+    >>> near, far = features(jnp.array([[0.0, 0.0], [0.0, 9.0], [1.0, 0.0]]))[1:]
     >>> bool(jnp.sum(near**2) == 0), bool(jnp.sum(far**2) > 1)
     (True, True)
     """
     check_count("num_probes", num_probes)
     model_batch = check_count("model_batch", model_batch)
     size = batch_size("x_sample", x_sample)
-    x = jax.tree.map(jnp.asarray, x_sample)
+    x = as_arrays("x_sample", x_sample)
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             name = "x_sample" + jax.tree_util.keystr(path)
             raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which have derivatives")
     fn, params = as_pure_function(f)
-    features = sum(leaf.size for leaf in jax.tree.leaves(x)) // size
-    num_probes = max(1, min(num_probes, _MOST_OF_PROBES // features))
+    numbers_per_input = sum(leaf.size for leaf in jax.tree.leaves(x)) // size
+    num_probes = max(1, min(num_probes, _MOST_NUMBERS // max(1, numbers_per_input)))
 
-    @jax.jit
-    def probe(params, x, key):
-        answers, pull = jax.vjp(lambda x: fn(params, x), x)
-        leaves, structure = jax.tree.flatten(answers)
-        keys = jax.random.split(key, len(leaves))
-        directions = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-        return pull(jax.tree.unflatten(structure, directions))[0]
+    # Runs of one size, compiled once, which repeat the sample as often as needed.
+    x, model_batch = unsharded(x), min(model_batch, size)
+    key = jax.random.key(jax.device_put(np.uint32(0))) if key is None else key
+    keys = jax.random.split(key, -(-num_probes // model_batch))
+    rows = (np.arange(len(keys) * model_batch, dtype=np.int32) % size).reshape(-1, model_batch)
+    runs = [
+        _probes(fn, params, x, *jax.device_put((batch_rows, np.int32(run))), keys)
+        for run, batch_rows in enumerate(rows)
+    ]
+    return LinearFeatures(_concatenated(runs, num_probes))
 
-    # The sample over and over, in runs of one size, compiled once.
-    model_batch = min(model_batch, size)
-    keys = jax.random.split(jax.random.key(0) if key is None else key, -(-num_probes // model_batch))
-    rows = jnp.arange(len(keys) * model_batch).reshape(-1, model_batch) % size
-    rounds = [probe(params, jax.tree.map(lambda leaf, i=i: leaf[i], x), k) for i, k in zip(rows, keys, strict=True)]
-    probes = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *rounds)
 
-    def look(x: PyTree[ArrayLike]) -> Float[Array, "batch probes"]:
-        def along(leaf, probe):
-            leaf = jnp.asarray(leaf)
-            rows = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
-            return jnp.matmul(rows, probe.reshape(num_probes, -1).T, precision=jax.lax.Precision.HIGHEST)
+@final
+@pytree(eq=False)
+class LinearFeatures:
+    r"""Computes features that are linear in the inputs: :math:`d_i^T x / \sqrt n` for n directions d.
 
-        seen = jax.tree.leaves(jax.tree.map(along, x, probes))
-        return functools.reduce(jnp.add, seen) / math.sqrt(num_probes)
+    Two of these are equal only if they are the same object.
 
-    return look
+    Attributes:
+        directions: One tree of inputs for each feature, leaves (n, ...).
+    """
+
+    directions: PyTree[Array]
+
+    def __call__(self, x: PyTree[ArrayLike]) -> Float[Array, "batch features"]:
+        """Computes the features of a batch, leaves (B, ...), in float32.
+
+        Raises:
+            ValueError: If x has not the structure and the shapes of the directions.
+        """
+        batch_size("x", x)
+        x = as_arrays("x", x)
+        shapes, expected = (jax.tree.map(lambda leaf: leaf.shape[1:], tree) for tree in (x, self.directions))
+        if shapes != expected:
+            raise ValueError(
+                f"x has leaves of shapes {shapes} without their leading axis; expected {expected}, those of the sample "
+                "that the features were made from: give a batch of such inputs"
+            )
+        return _project(unsharded(x, keep=1), self.directions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probes(fn, params, x, rows, run, keys):
+    """Computes derivatives at some rows of x, each along a random direction of the answers."""
+    batch = jax.tree.map(lambda leaf: leaf[rows], x)
+    answers, pull_back = jax.vjp(lambda batch: fn(params, batch), batch)
+    leaves, structure = jax.tree.flatten(answers)
+    leaf_keys = jax.random.split(keys[run], len(leaves))
+    directions = [
+        sharded_like(jax.random.normal(key, leaf.shape, leaf.dtype), leaf)
+        for key, leaf in zip(leaf_keys, leaves, strict=True)
+    ]
+    return pull_back(jax.tree.unflatten(structure, directions))[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _concatenated(runs, num_probes):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *runs)
+
+
+@jax.jit
+def _project(x, directions):
+    def products(leaf, direction):
+        rows = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
+        return jnp.matmul(rows, direction.reshape(len(direction), -1).T, precision=jax.lax.Precision.HIGHEST)
+
+    features = jax.tree.leaves(jax.tree.map(products, x, directions))
+    return functools.reduce(jnp.add, features) / math.sqrt(features[0].shape[1])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -169,31 +270,30 @@ def _greedy(features, size, num_data, metric):
     vectors = _as_vectors(features, size)
     if metric is None:
         features, metric = vectors, _euclidean
-    # As many parts as the next power of two; what is missing to equal parts are copies of the last input.
+    # The number of parts is a power of two; copies of the last input pad them to equal sizes.
     levels = max(0, math.ceil(math.log2(size / MOST_IN_ONE_PATH)))
     parts = 2**levels
     members = jnp.minimum(jnp.arange(-(-size // parts) * parts, dtype=jnp.int32), size - 1).reshape(1, -1)
     for _ in range(levels):
-        members = jax.vmap(lambda part: _halved(part, vectors[part]))(members).reshape(2 * len(members), -1)
+        members = jax.vmap(lambda part: _bisected(part, vectors[part]))(members).reshape(2 * len(members), -1)
 
     def path_of(part):
-        own = jax.tree.map(lambda leaf: leaf[part], features)
-        distances = _distances(own, metric)
-        # A place as near as can be to everything is where the path begins and the tour closes.
+        distances = _distances(jax.tree.map(lambda leaf: leaf[part], features), metric)
+        # The path starts, and the tour is closed, at an added place at distance 0 from all inputs.
         distances = jnp.pad(distances, (0, 1))
         return part[_shortened(_nearest_neighbours(distances), distances)[1:]]
 
     path = jax.lax.map(path_of, members).reshape(-1) if levels else path_of(members[0])
     if len(path) > size:
         path = _without_copies(path, size)
-    return _cut(path, features, num_data, metric)
+    return _rotated(path, features, num_data, metric)
 
 
 def _as_vectors(features, size):
-    """All leaves side by side, shape (B, D), about their mean: float32, or wider where they are."""
+    """Concatenates all leaves, shape (B, D), about their mean: in float32, or wider where they are."""
     leaves = [leaf.reshape(size, -1) for leaf in jax.tree.leaves(features)]
     vectors = jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
-    mean = jnp.mean(vectors, axis=0, where=jnp.isfinite(vectors))
+    mean = jnp.mean(vectors, axis=0, where=jnp.isfinite(vectors), keepdims=True)
     return vectors - jnp.where(jnp.isfinite(mean), mean, 0)
 
 
@@ -202,24 +302,24 @@ def _euclidean(a, b):
 
 
 def _distances(features, metric):
-    """Of every row to every row."""
+    """Computes the distance of every row to every row."""
     if metric is _euclidean:
         inner = jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
         squares = jnp.sum(features**2, axis=1)
-        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares - 2 * inner, 0)))
-    return _finite(jax.vmap(lambda one: jax.vmap(lambda other: metric(one, other))(features))(features))
+        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares[None] - 2 * inner, 0)))
+    return _finite(jax.vmap(lambda a: jax.vmap(lambda b: metric(a, b))(features))(features))
 
 
 def _finite(distances):
-    """What cannot be measured is farther than what can."""
+    """Replaces NaN and infinity by twice the largest finite distance."""
     known = jnp.isfinite(distances)
     return jnp.where(known, distances, 2 * jnp.max(distances, where=known, initial=0.5))
 
 
-def _halved(part, vectors):
-    """The two halves of a part across the direction in which its vectors differ most, found by power iteration."""
+def _bisected(part, vectors):
+    """Sorts a part along the direction of largest variance of its vectors, found by power iteration."""
     vectors = jnp.nan_to_num(vectors, posinf=0, neginf=0)
-    vectors = vectors - jnp.mean(vectors, axis=0)
+    vectors = vectors - jnp.mean(vectors, axis=0, keepdims=True)
     direction = vectors[jnp.argmax(jnp.sum(vectors**2, axis=1))]
     for _ in range(4):
         direction = direction / jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(direction.dtype).tiny)
@@ -228,68 +328,86 @@ def _halved(part, vectors):
 
 
 def _nearest_neighbours(distances):
-    """From the last, always the nearest of those left."""
+    """Finds a tour that starts at the last place and always goes to the nearest place not visited."""
 
     def step(carry, _):
-        current, left = carry
-        left = left.at[current].set(jnp.inf)
-        return (jnp.argmin(distances[current] + left).astype(jnp.int32), left), current
+        current, visited = carry
+        visited = visited.at[current].set(jnp.inf)
+        return (jnp.argmin(distances[current] + visited).astype(jnp.int32), visited), current
 
-    start = jnp.int32(len(distances) - 1), jnp.zeros(len(distances), distances.dtype)
+    # Made from the distances, so that in `shard_map` the loop starts with values of one shard, as it goes on.
+    start = jnp.full_like(distances[0, 0], len(distances) - 1, dtype=jnp.int32), jnp.zeros_like(distances[0])
     return jax.lax.scan(step, start, length=len(distances))[1]
 
 
 def _shortened(tour, distances):
-    """2-opt: for each step of the closed tour in turn the best partner, until a pass finds nothing.
+    """Shortens a closed tour by 2-opt: the best move of each step in turn, until a pass finds none.
 
     The first place stays the first.
     """
     size = len(tour)
-    place = jnp.arange(size, dtype=jnp.int32)
-    least = 1e-6 * jnp.max(distances)
+    index = jnp.arange(size, dtype=jnp.int32)
+    tolerance = 1e-6 * jnp.max(distances)
 
     def lengths(tour):
         return distances[tour, jnp.roll(tour, -1)]
 
     def try_step(i, carry):
-        tour, steps, _ = carry
-        # Steps a -> b and c -> d become a -> c and b -> d, all between them walked backwards.
+        tour, steps, changed = carry
+        # Steps a -> b and c -> d become a -> c and b -> d, and the stretch between them is reversed.
         a, b = tour[i], tour[jnp.where(i + 1 == size, 0, i + 1)]
-        saved = steps[i] + steps - distances[a][tour] - jnp.roll(distances[b][tour], -1)
-        saved = jnp.where(place == i, 0, saved)
+        saving = steps[i] + steps - distances[a][tour] - jnp.roll(distances[b][tour], -1)
+        saving = jnp.where(index == i, 0, saving)
 
-        def walk_backwards():
-            j = jnp.argmax(saved).astype(jnp.int32)
+        def reverse():
+            j = jnp.argmax(saving).astype(jnp.int32)
             first, last = jnp.minimum(i, j) + 1, jnp.maximum(i, j)
-            turned = tour[jnp.where((place >= first) & (place <= last), first + last - place, place)]
-            return turned, lengths(turned), jnp.bool_(True)
+            reversed_tour = tour[jnp.where((index >= first) & (index <= last), first + last - index, index)]
+            return reversed_tour, lengths(reversed_tour), jnp.ones_like(changed)
 
-        # Most steps have no such partner, and looking is far cheaper than walking.
-        return jax.lax.cond(jnp.max(saved) > least, walk_backwards, lambda: carry)
+        # Most steps have no move that helps, and the search is far cheaper than the reversal.
+        return jax.lax.cond(jnp.max(saving) > tolerance, reverse, lambda: carry)
 
     def one_pass(carry):
-        tour, steps, _, passes = carry
-        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.bool_(False))), passes + 1
+        tour, steps, changed, passes = carry
+        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.zeros_like(changed))), passes + 1
 
     def unfinished(carry):
         return carry[2] & (carry[3] < MOST_PASSES)
 
-    start = tour, lengths(tour), jnp.bool_(True), jnp.int32(0)
+    start = tour, lengths(tour), jnp.ones_like(tour[0], dtype=bool), jnp.int32(0)
     return jax.lax.while_loop(unfinished, one_pass, start)[0]
 
 
 def _without_copies(path, size):
-    """The path without those that it has visited before; padding has put copies of one input into it."""
-    last = path == size - 1
-    again = last & (jnp.cumsum(last, dtype=jnp.int32) > 1)
-    return path[jnp.argsort(again, stable=True)[:size]]
+    """Removes the copies of the last input that padding has put into the path."""
+    is_last = path == size - 1
+    is_copy = is_last & (jnp.cumsum(is_last, dtype=jnp.int32) > 1)
+    return path[jnp.argsort(is_copy, stable=True)[:size]]
 
 
-def _cut(path, features, num_data, metric):
-    """The path, closed and turned so that its steps between groups are the longest."""
+def _rotated(path, features, num_data, metric):
+    """Rotates the closed path so that its steps between groups are the longest."""
     size = len(path)
-    along = jax.tree.map(lambda leaf: leaf[path], features)
-    steps = _finite(jax.vmap(metric)(along, jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), along)))
-    starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)
+    ordered = jax.tree.map(lambda leaf: leaf[path], features)
+    steps = _finite(jax.vmap(metric)(ordered, jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), ordered)))
+    starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)[None]
     between = jnp.sum(steps[(starts - 1) % size], axis=1)
     return jnp.roll(path, -jnp.argmax(between))
+
+
+def _in_automatic_axes(f):
+    """Makes the explicit axes of the current mesh automatic inside f, whose result is replicated.
+
+    Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
+    return jax.sharding.auto_axes(f, axes=explicit, out_sharding=PartitionSpec()) if explicit else f
+
+
+def _check_function(name, value, expected):
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} is {value!r}; expected {expected}, or None")
