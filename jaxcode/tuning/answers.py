@@ -165,7 +165,7 @@ class AnswerCache:
 
         x = jax.tree.map(jnp.asarray, self._x)
         coded, tangents = (
-            flatten_groups(encode(code, Dense(split(np.float64(part[first]))), x)) for part in (matrix, slopes)
+            flatten_groups(encode(code, Dense(split(part[first].astype(np.float64))), x)) for part in (matrix, slopes)
         )
         cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
         by_inputs = self._model.pull_back(jax.device_get(coded), cotangents)
@@ -192,7 +192,7 @@ class AnswerCache:
     ) -> PyTree[np.ndarray]:
         """Runs the model on the coded inputs of some workers, leaves (chosen, stop - start, ...)."""
         # As many rows as the code has, however few are new: the same shapes, compiled once.
-        encoder = Dense(split(np.float64(pad(matrix[workers], code.num_workers))))
+        encoder = Dense(split(np.asarray(pad(matrix[workers], code.num_workers), np.float64)))
         coded = encode(code, encoder, jax.tree.map(lambda leaf: jnp.asarray(leaf[:, start:stop]), self._x))
         coded = jax.tree.map(lambda leaf: leaf[: len(workers)], jax.device_get(coded))
         return unflatten_groups(self._model(flatten_groups(coded)), len(workers))
@@ -215,4 +215,4 @@ def _matrix_and_slope(code, smoothing: Float[Array, ""]):
 
 def _rounded(matrix: Float[np.ndarray, "rows data"]) -> Float[np.ndarray, "rows data"]:
     """Rounds rows so that those of equal workers are equal bit for bit, zeros of both signs too."""
-    return np.float32(np.round(matrix, _DECIMALS)) + np.float32(0)
+    return np.round(matrix, _DECIMALS).astype(np.float32) + np.float32(0)

@@ -21,6 +21,7 @@ from ..outputs import as_returned
 from ..pipeline import decode, encode, flatten_groups, group, unflatten_groups
 from ..stragglers import AbstractStragglers
 from .losses import squared_error
+from .smoothing import smoothing_of
 
 __all__ = ["optimise_nodes"]
 
@@ -122,10 +123,10 @@ def _check_code(code: AbstractCode, needs_smoothing: bool) -> None:
         raise ValueError(
             f"code is {code!r}; expected one with nodes that can be moved, such as SplineCode.chebyshev(20, 30)"
         )
-    if needs_smoothing and not hasattr(getattr(code, "decoder", None), "smoothing"):
+    if needs_smoothing and smoothing_of(code, "decoder") is None:
         raise ValueError(
-            f"code.decoder is {getattr(code, 'decoder', None)!r}; expected jaxcode.interpolants.Spline, whose posterior "
-            "variance is lowered: give f and x_sample to lower the error of the decoded answers instead"
+            f"code.decoder is {getattr(code, 'decoder', None)!r}, which has no posterior variance; expected "
+            "jaxcode.interpolants.Spline, or f and x_sample, to lower the error of the decoded answers instead"
         )
     farthest = np.max(np.abs(code.nodes.workers))  # pyright: ignore[reportOptionalMemberAccess]
     if farthest > 1:

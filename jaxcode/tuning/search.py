@@ -1,6 +1,5 @@
 """The choice of code, order and output space for a model, measured on a sample of its inputs, without labels."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -191,7 +190,7 @@ def standard_orders(
         return orders
     features = sensitivity(x_sample)
     if jnp.all(jnp.isfinite(features)) and jnp.any(features != features[:1]):
-        orders["greedy by sensitivity"] = functools.partial(ordering.greedy, key=sensitivity)
+        orders["greedy by sensitivity"] = ordering.Greedy(key=sensitivity)
     return orders
 
 

@@ -218,6 +218,6 @@ def _descend(evaluator, trial, sides):
 
 
 def _answers_and_targets(option, num_groups):
-    """Returns workers' answers to the first groups and the model's own, leaves (N, groups, ...) and (K, groups, ...)."""
+    """Returns answers to the first groups: the workers', leaves (N, groups, ...), and the model's, (K, groups, ...)."""
     targets = jax.tree.map(lambda leaf: leaf[:, :num_groups], option.cache.targets)
     return option.cache.answers(option.code, num_groups), targets

@@ -74,7 +74,10 @@ def test_strict_promotion_of_dtypes_and_ranks(x64, with_model):
     ("arguments", "message"),
     [
         ({"code": ReplicationCode(K, N)}, "code is .* expected one with nodes that can be moved"),
-        ({"code": jc.BerrutCode.chebyshev(K, N)}, "code.decoder is Berrut.*expected jaxcode.interpolants.Spline"),
+        (
+            {"code": jc.BerrutCode.chebyshev(K, N)},
+            "code.decoder is Berrut.*no posterior variance; expected jaxcode.interpolants.Spline",
+        ),
         ({"f": jnp.sin}, "f and x_sample go together"),
         ({"f": jnp.sin, "x_sample": inputs(3)}, "at least num_data, 5"),
         ({"code": SplineCode(np.arange(5.0), np.arange(8.0))}, "expected nodes on"),
