@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .shards import Shards, real_rows
@@ -42,12 +43,13 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
     w, unravel = ravel_pytree(state.params)
     method, data = with_dtype(method, w.dtype), state.data
 
-    def work(replicated, messages, local, samples, numbers):
+    def work(replicated, messages, local, samples):
         """Returns sums over some machines, and each one's new local state and message."""
-        w, message_sum, step_size, rounds, sizes, active, key = replicated
+        method, w, message_sum, step_size, rounds, sizes, active, key = replicated
         common = Common(w, message_sum, step_size, rounds, unravel, data.num_samples)
         active_sizes = jnp.where(active, sizes, 0)
-        weights = (active_sizes / jnp.maximum(jnp.sum(active_sizes), 1)).astype(w.dtype)
+        total = jnp.maximum(jnp.sum(active_sizes, dtype=active_sizes.dtype), 1)
+        weights = (active_sizes / total).astype(w.dtype)
         round_key = jax.random.fold_in(key, rounds)
 
         def work_alone(message, local, samples, number):
@@ -56,30 +58,17 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
             move = jnp.where(machine.active, machine.weight * move, 0)
             return move, local, jnp.where(machine.active, sent, message)
 
+        numbers = _numbers(method, messages.shape[0])
         moves, local, messages = jax.vmap(work_alone)(messages, local, samples, numbers)
-        return jnp.concatenate([jnp.sum(moves, axis=0), jnp.sum(messages, axis=0)]), local, messages
+        sums = jnp.concatenate([jnp.sum(moves, axis=0), jnp.sum(messages, axis=0)])
+        return _sum_over_devices(method, sums), local, messages
 
-    replicated = w, state.message_sum, state.step_size, state.round, data.sizes, active, key
-    by_machine = state.messages, state.local, data.samples, jnp.arange(method.num_machines, dtype=jnp.int32)
-    if method.mesh is None:
-        sums, local, messages = work(replicated, *by_machine)
-    else:
-        axis = method.mesh.axis_names[0]
-
-        def work_on_device(*arguments):
-            sums, local, messages = work(*arguments)
-            return jax.lax.psum(sums, axis), local, messages
-
-        same, split = PartitionSpec(), PartitionSpec(axis)
-        # With the check, gradients with respect to what is the same on all devices would be summed over machines.
-        distributed = jax.shard_map(
-            work_on_device,
-            mesh=method.mesh,
-            in_specs=(same, split, split, split, split),
-            out_specs=(same, split, split),
-            check_vma=False,
-        )
-        sums, local, messages = distributed(replicated, *by_machine)
+    # Explicit axes do not allow closing over the numbers of the method.
+    replicated = method, w, state.message_sum, state.step_size, state.round, data.sizes, active, key
+    machines = PartitionSpec(_axis(method))
+    sums, local, messages = _on_mesh(
+        method, work, (PartitionSpec(), machines, machines, machines), (PartitionSpec(), machines, machines)
+    )(replicated, state.messages, state.local, data.samples)
     changed = {
         "params": unravel(w + sums[: w.size]),
         "message_sum": sums[w.size :],
@@ -111,21 +100,13 @@ def objective(method: Any, params: PyTree[Array], data: Shards) -> Float[Array, 
     """Returns the mean loss of all samples and the ridge's term."""
     w, _ = ravel_pytree(params)
 
-    def total(samples, sizes):
+    def total(method, params, samples, sizes):
         losses = jax.vmap(jax.vmap(lambda sample: method.loss(params, sample)))(samples)
-        return jnp.sum(jnp.where(real_rows(losses.shape[1], sizes), losses, 0))
+        real = real_rows(losses.shape[1], sizes[_numbers(method, losses.shape[0])])
+        return _sum_over_devices(method, jnp.sum(jnp.where(real, losses, 0)))
 
-    if method.mesh is None:
-        losses = total(data.samples, data.sizes)
-    else:
-        axis = method.mesh.axis_names[0]
-        losses = jax.shard_map(
-            lambda *shards: jax.lax.psum(total(*shards), axis),
-            mesh=method.mesh,
-            in_specs=(PartitionSpec(axis), PartitionSpec(axis)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )(data.samples, data.sizes)
+    specs = PartitionSpec(), PartitionSpec(), PartitionSpec(_axis(method)), PartitionSpec()
+    losses = _on_mesh(method, total, specs, PartitionSpec())(method, params, data.samples, data.sizes)
     return losses / data.num_samples + method.ridge / 2 * jnp.vdot(w, w)
 
 
@@ -147,6 +128,42 @@ def with_dtype(method: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), method)
 
 
-def on_device(tree: PyTree[Any]) -> PyTree[Array]:
-    """Puts numbers and NumPy arrays on the device, explicitly, so that a transfer guard lets them pass."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
+def on_device(tree: PyTree[Any], mesh: Mesh | None = None) -> PyTree[Array]:
+    """Puts numbers and arrays on the device, or on all devices of a mesh.
+
+    Transfers are explicit, so that a transfer guard lets them pass.
+    """
+
+    def put(leaf):
+        if isinstance(leaf, Tracer) or (mesh is None and isinstance(leaf, jax.Array)):
+            return leaf
+        return jax.device_put(leaf, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(put, tree)
+
+
+def shapes_of(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of arrays, without the devices on which they are."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _axis(method):
+    return None if method.mesh is None else method.mesh.axis_names[0]
+
+
+def _on_mesh(method, function, in_specs, out_specs):
+    """Returns the function, applied on each device of the method's mesh to the machines there, if it has one."""
+    if method.mesh is None:
+        return function
+    # With the check, gradients with respect to what is the same on all devices would be summed over machines.
+    return jax.shard_map(function, mesh=method.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _sum_over_devices(method, sums):
+    return sums if method.mesh is None else jax.lax.psum(sums, _axis(method))
+
+
+def _numbers(method, count):
+    """Returns the numbers of machines on this device."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return numbers if method.mesh is None else jax.lax.axis_index(_axis(method)) * count + numbers

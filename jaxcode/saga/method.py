@@ -113,7 +113,9 @@ class AbstractMethod(abc.ABC):
         return _rounds.spread(self, State(**fields, data=shards))
 
     @final
-    def round(self, state: State, key: PRNGKeyArray, returned: Bool[Array, "machines"] | None = None) -> State:
+    def round(
+        self, state: State, key: PRNGKeyArray, returned: Bool[Array | np.ndarray, "machines"] | None = None
+    ) -> State:
         """Computes one round.
 
         Args:
@@ -131,7 +133,8 @@ class AbstractMethod(abc.ABC):
         _check_machines(self, state)
         active = np.ones(self.num_machines, bool) if returned is None else returned
         check_mask("returned", active, self.num_machines)
-        fields = _rounds.advance(*_rounds.on_device((self, state, key, active)))
+        constants = _rounds.on_device((self, key, active), self.mesh)
+        fields = _rounds.advance(constants[0], _rounds.on_device(state), *constants[1:])
         return dataclasses.replace(state, **fields)
 
     @final
@@ -179,11 +182,12 @@ class AbstractMethod(abc.ABC):
             ImportError: If checkpoint is given and orbax is not installed.
         """
         _check_state(self, state)
-        constants = _rounds.on_device((self, key, stragglers))
+        constants = _rounds.on_device((self, key, stragglers), self.mesh)
 
         def advance(state, count):
             method, key, stragglers = constants
-            fields = _rounds.advance_many(method, state, key, jax.device_put(np.int32(count)), stragglers)
+            count = _rounds.on_device(np.int32(count), self.mesh)
+            fields = _rounds.advance_many(method, state, key, count, stragglers)
             return dataclasses.replace(state, **fields)
 
         return run(
@@ -200,9 +204,10 @@ class AbstractMethod(abc.ABC):
         )
 
     @final
-    def objective(self, params: PyTree[Array], state: State) -> Float[Array, ""]:
+    def objective(self, params: PyTree[Any], state: State) -> Float[Array, ""]:
         """Returns F of all samples."""
-        return _rounds.objective(*_rounds.on_device((self, params, state.data)))
+        method, params = _rounds.on_device((self, params), self.mesh)
+        return _rounds.objective(method, params, _rounds.on_device(state.data))
 
     @final
     def floats_per_round(self, state: State) -> int:
@@ -273,6 +278,12 @@ def _step_size(method, params, shards):
     return step_size.astype(dtype)
 
 
+def local_shapes(method: AbstractMethod, state: State) -> PyTree[jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of machines' local states."""
+    arguments = _rounds.shapes_of((state.params, state.data, state.step_size))
+    return jax.eval_shape(_rounds.begin, method, *arguments)["local"]
+
+
 def _check_machines(method, state):
     machines = state.messages.shape[0]
     if machines != method.num_machines:
@@ -284,7 +295,7 @@ def _check_machines(method, state):
 
 def _check_state(method, state):
     _check_machines(method, state)
-    expected = jax.eval_shape(_rounds.begin, method, state.params, state.data, state.step_size)["local"]
+    expected = local_shapes(method, state)
     found, wanted = (jax.tree.map(np.shape, local) for local in (state.local, expected))
     if found != wanted:
         raise ValueError(

@@ -16,7 +16,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ..workers.compute import packed, unpacked
 from ..workers.ray_pool import connect
 from . import _rounds
-from .method import AbstractMethod, prepare
+from .method import AbstractMethod, local_shapes, prepare
 from .run import DivergenceError, History, run
 from .state import Common, Machine, State
 
@@ -337,8 +337,7 @@ class RayMachines:
 
     def _template(self, state):
         """Returns the state with the shapes of machines' local states."""
-        shapes = jax.eval_shape(_rounds.begin, self.method, state.params, state.data, state.step_size)
-        return dataclasses.replace(state, local=shapes["local"])
+        return dataclasses.replace(state, local=local_shapes(self.method, state))
 
     def _collect(self, state):
         """Returns the state with machines' local states, None if not all machines answer in time."""

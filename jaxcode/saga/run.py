@@ -131,7 +131,7 @@ class _Objective:
 
     def __init__(self, method, state):
         self._method, self._data = method, state
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.params)
+        zeros = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.params))
         values = [abs(self(params)) for params in (state.params, zeros)]
         # Where the fit is perfect, rounding errors are no divergence.
         self._reference = max([1e-6, *(value for value in values if np.isfinite(value))])

@@ -124,11 +124,16 @@ def _begin(params, num_samples, table_dtype):
     """Returns the state before the first update."""
 
     def sums():
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
+        # In float32 at least; strict promotion has no rule for that.
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, max(leaf.dtype, jnp.float32, key=_bits)), params)
 
     table = jax.tree.map(lambda leaf: jnp.zeros((num_samples, *leaf.shape), table_dtype or leaf.dtype), params)
     # Two arrays of zeros, because a state that is donated must not contain one twice.
     return ScaleBySagaState(table, sums(), sums())
+
+
+def _bits(dtype):
+    return jnp.finfo(dtype).bits
 
 
 @jax.jit
