@@ -8,7 +8,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, PyTree
+from jaxtyping import Array, Integer, PyTree, UInt32
 
 from ._fingerprint import fingerprint, fingerprint_of_function
 from .state import State
@@ -76,6 +76,10 @@ class Checkpoints:
             except Exception as failure:
                 failures[step] = failure
                 continue
+            # Outside of the try: a failure here is no damage.
+            if not np.array_equal(found.pop("checksum"), checksums(found)):
+                failures[step] = OSError("wrong checksum")
+                continue
             for name, digest in self._digests.items():
                 if not np.array_equal(found[name], digest):
                     raise ValueError(
@@ -101,7 +105,7 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Writes a state; only the newest two are kept."""
         arrays = _by_number(jax.tree.leaves(state.without_data())) | self._digests
-        arrays["checksum"] = checksums(arrays)
+        arrays["checksum"] = jax.device_put(checksums(arrays))
         self._manager.save(int(jax.device_get(state.round)), args=self._args.StandardSave(arrays))
 
     def __enter__(self):
@@ -121,11 +125,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for name, leaf in stored.items()
         }
-        found = dict(self._manager.restore(step, args=self._args.StandardRestore(like)))
-        checksum = found.pop("checksum")
-        if not np.array_equal(checksum, checksums(found)):
-            raise OSError("wrong checksum")
-        return found
+        return dict(self._manager.restore(step, args=self._args.StandardRestore(like)))
 
 
 _DIFFERENCES = {
@@ -151,38 +151,35 @@ def problem_digests(method: Any, state: State) -> dict[str, Integer[Array, "..."
         "loss": loss,
         "prox": fingerprint("none") if prox is None else fingerprint_of_function(prox, params, step_size),
     }
-    return {
-        **{name: jax.device_put(digest) for name, digest in digests.items()},
-        "samples": checksums(state.data.samples),
-    }
+    return jax.device_put({**digests, "samples": checksums(state.data.samples)})
 
 
-@jax.jit
-def checksums(tree: PyTree[Array]) -> Integer[Array, "leaves"]:
+def checksums(tree: PyTree[Array]) -> UInt32[np.ndarray, "leaves"]:
     """Returns a number for each array, the same on all devices, that other entries or another order would hardly have.
 
     References:
         Appleby, MurmurHash3: the last step for 32 bits, of each entry and its position.
     """
+    return np.stack([jax.device_get(_checksum(leaf)) for leaf in jax.tree.leaves(tree)])
 
-    def checksum(leaf):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
-        bits = leaf.astype(jnp.uint32)
-        if leaf.dtype.itemsize == 8:
-            bits = bits ^ (leaf >> 32).astype(jnp.uint32)
-        # The flat position, without a reshape, which arrays distributed over a mesh would not allow.
-        position, stride = jnp.zeros((), jnp.uint32), 1
-        for axis in reversed(range(leaf.ndim)):
-            steps = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            position, stride = position + steps * np.uint32(stride % 2**32), stride * leaf.shape[axis]
-        mixed = bits + position * np.uint32(0x9E3779B1)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
-        # Modulo 2^32, a sum does not depend on its order.
-        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+@jax.jit
+def _checksum(leaf):
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
+    bits = leaf.astype(jnp.uint32)
+    if leaf.dtype.itemsize == 8:
+        bits = bits ^ (leaf >> 32).astype(jnp.uint32)
+    # The flat position, without a reshape, which arrays distributed over a mesh would not allow.
+    position, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        position, stride = position + steps * np.uint32(stride % 2**32), stride * leaf.shape[axis]
+    mixed = bits + position * np.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    # Modulo 2^32, a sum does not depend on its order.
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _by_number(leaves):

@@ -181,7 +181,7 @@ def test_where_all_are_damaged_it_says_so(tmp_path, damage):
     METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)
     for step in ("1", "2"):
         damage(tmp_path / step)
-    with pytest.raises(ValueError, match="cannot be read .*delete it to start from the beginning"):
+    with pytest.raises(ValueError, match=r"cannot be read .*delete it to start from the beginning"):
         METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)
 
 
