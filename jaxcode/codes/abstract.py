@@ -115,7 +115,7 @@ class AbstractCode(abc.ABC):
         Arguments, returns and errors as for `recovered`.
         """
 
-    def encode(self, x: PyTree[Array], plan: Plan | None = None) -> PyTree[Array]:
+    def encode(self, x: PyTree[ArrayLike], plan: Plan | None = None) -> PyTree[Array]:
         """Encodes inputs.
 
         Args:
@@ -131,7 +131,7 @@ class AbstractCode(abc.ABC):
         """
         return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
 
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> PyTree[Array]:
+    def decode(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> PyTree[Array]:
         """Decodes the answers that came.
 
         Args:

@@ -84,12 +84,14 @@ def _merge_sites(solver):
     """Has a solver see each site once, by its first live knot, and averages the data of live knots at one site."""
 
     def merged_solver(knots, points, live):
-        index = jnp.arange(knots.shape[0])
-        site = jnp.cumsum(jnp.diff(knots, prepend=knots[:1]) > SAME_SITE * (knots[-1] - knots[0]))
+        # Indices are int32 throughout: with x64 off, parts that are lowered later would return these for int64.
+        index = jnp.arange(knots.shape[0], dtype=jnp.int32)
+        gaps = jnp.diff(knots, prepend=knots[:1])
+        site = jnp.cumsum(gaps > SAME_SITE * (knots[-1] - knots[0]), dtype=jnp.int32)
         live_neighbour = (site[:, None] == site[None]) & live[None]
-        first_live = jnp.argmax(live_neighbour, axis=1)
+        first_live = jax.lax.argmax(live_neighbour, 1, jnp.int32)
         matrix = solver(knots, points, live & (first_live == index))
-        share = live / jnp.maximum(jnp.sum(live_neighbour, axis=1), 1)
+        share = live / jnp.maximum(jnp.sum(live_neighbour, axis=1, dtype=knots.dtype), 1)
         return matrix[:, first_live] * share[None]
 
     return in_float64(jax.jit(merged_solver))
