@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcode._checks import check_count, check_scalar, static_value
+from jaxcode.checks import check_count, check_scalar, static_value
 
 KNOWN = {
     "a-float": 1.5,

@@ -120,7 +120,7 @@ _apply_and_check_compiled = jax.jit(_apply_and_check, inline=True, static_argnum
 def apply_to_tree(
     name: str,
     linop: AbstractLinop,
-    tree: PyTree[Array],
+    tree: PyTree[Array | np.ndarray],
     num_rows: int,
     *,
     precisely: bool = True,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from ..checks import on_host
+from ..checks import static_value
 
 Labels = Shaped[Array | np.ndarray, "n"]
 
@@ -24,7 +24,7 @@ def check_signs(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
     # In an unsigned dtype -1 is 255 or more.
     if y.dtype == np.bool_ or jnp.issubdtype(y.dtype, jnp.unsignedinteger):
         raise ValueError(f"y has dtype {y.dtype}, which has no -1; {remedy}")
-    values = static_values(y)
+    values = static_value(y)
     if values is not None and not np.all(np.abs(values) == 1):
         raise ValueError(f"y has the values {_some(values)}; {remedy}")
     return y.astype(margin.dtype)
@@ -42,7 +42,7 @@ def check_classes(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
     y = _vector(y, remedy)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"y has dtype {y.dtype}; {remedy}: y.astype(int)")
-    values = static_values(y)
+    values = static_value(y)
     if values is not None and (values.min() < 0 or values.max() >= classes):
         raise ValueError(f"y has the values {_some(values)}; {remedy}, as params has {classes} classes: start at 0")
     return y.astype(np.int32)
@@ -69,19 +69,11 @@ def check_finite(name: str, value: Any) -> None:
     Raises:
         ValueError: If one is not.
     """
-    values = static_values(value) if jnp.issubdtype(value.dtype, jnp.floating) else None
+    values = static_value(value) if jnp.issubdtype(value.dtype, jnp.floating) else None
     if values is None or np.isfinite(values).all():
         return
     place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
     raise ValueError(f"{name}[{', '.join(map(str, place))}] is {values[place]}; expected finite numbers")
-
-
-def static_values(value: Any) -> np.ndarray | None:
-    """Returns an array's values if the host knows them now, None if it is traced or lies on an accelerator."""
-    if isinstance(value, np.ndarray):
-        return value
-    values = on_host(value)
-    return values if isinstance(values, np.ndarray) else None
 
 
 def _vector(y, remedy):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..checks import batch_size
+from ..checks import batch_size, static_value
 from ._labels import check_finite, static_values
 from .linear import LinearLoss, kernel_and_bias
 from .sparse import SparseRows, is_foreign_sparse, to_sparse_rows
@@ -139,7 +139,7 @@ def _check_indices(x):
         raise ValueError(f"x.indices has shape {np.shape(x.indices)}; expected {np.shape(x.values)}, as x.values")
     if not jnp.issubdtype(x.indices.dtype, jnp.integer):
         raise ValueError(f"x.indices has dtype {x.indices.dtype}; expected integers")
-    indices = static_values(x.indices)
+    indices = static_value(x.indices)
     if indices is not None and indices.size:
         least, most = int(indices.min()), int(indices.max())
         if least < 0 or most >= x.num_columns:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ..checks import check_count, check_mask, is_concrete
+from ..checks import check_count, check_mask, static_value
 from ..stragglers import AbstractStragglers
 from . import _rounds
 from ._samples import check_params, check_samples
@@ -232,7 +232,7 @@ def check_method(method: AbstractMethod) -> None:
         raise ValueError(f"loss is {method.loss!r}; expected a function of parameters and one sample")
     for name, least in (("ridge", "0 or more"), ("step_size", "above 0, or None"), ("decay", "0 or more")):
         value = getattr(method, name, None)
-        if value is None or not is_concrete(value):
+        if value is None or static_value(value) is None:
             continue
         try:
             number = float(value)

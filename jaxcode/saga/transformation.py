@@ -9,8 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Integer, PyTree
 
-from ..checks import check_count
-from ._labels import static_values
+from ..checks import check_count, static_value
 from ._rounds import on_device
 from ._samples import check_params
 from ._tables import append_axes, compensated_add, first_occurrences, two_sum
@@ -178,7 +177,7 @@ def _check_update(index, updates, table):
             f"updates are a tree {jax.tree.structure(updates)}; expected {jax.tree.structure(table)}, as the parameters"
         )
     count = jax.tree.leaves(table)[0].shape[0]
-    values = static_values(index)
+    values = static_value(index)
     if not index.size or (values is not None and (values.min() < 0 or values.max() >= count)):
         raise ValueError(f"index is {index}; expected at least one number, from 0 to {count - 1}")
     for (path, leaf), entries in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(table), strict=True):
