@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._arrays import as_arrays, sharded_like, unsharded
-from .checks import batch_size, check_count
 from ._pytree import pytree
+from .checks import batch_size, check_count
 from .functions import as_pure_function
 
 __all__ = ["Greedy", "LinearFeatures", "Metric", "Ordering", "greedy", "sensitivity"]

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
+from jaxcode._maps import Matrix
 from scipy.interpolate import CubicSpline
 
 from jaxcode import BerrutCode, ReplicationCode, SplineCode, UncodedCode, coded
 from jaxcode._float64 import halve
-from jaxcode._maps import Matrix
 from jaxcode.codes.abstract import AbstractLinearCode
 
 K, N = 5, 12

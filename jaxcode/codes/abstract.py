@@ -131,7 +131,9 @@ class AbstractCode(abc.ABC):
         """
         return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
 
-    def decode(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> PyTree[Array]:
+    def decode(
+        self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> PyTree[Array]:
         """Decodes the answers that came.
 
         Args:

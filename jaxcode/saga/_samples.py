@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
 from ..checks import batch_size, static_value
-from ._labels import check_finite, static_values
+from ._labels import check_finite
 from .linear import LinearLoss, kernel_and_bias
 from .sparse import SparseRows, is_foreign_sparse, to_sparse_rows
 

@@ -10,7 +10,6 @@ from numpy.polynomial import chebyshev, polynomial
 
 from jaxcode import LagrangeCode, SplineCode, nodes
 
-from .cases import LAYOUTS as TABLE_LAYOUTS
 from .cases import (
     CODES,
     MASKS,
@@ -24,14 +23,13 @@ from .cases import (
     normal,
     returned_of,
 )
+from .cases import LAYOUTS as TABLE_LAYOUTS
 
 FloaterHormann = getattr(scipy.interpolate, "FloaterHormannInterpolator", None)
 needs_floater_hormann = pytest.mark.skipif(FloaterHormann is None, reason="SciPy 1.15 brought Floater-Hormann")
 
 SPLINES = [
-    name
-    for name in CODES
-    if name.startswith("spline") and name not in MERGES_SITES and name != "spline-then-berrut"
+    name for name in CODES if name.startswith("spline") and name not in MERGES_SITES and name != "spline-then-berrut"
 ]
 RATIONAL = [name for name in CODES if name.startswith(("berrut", "floater"))]
 LAYOUTS = {"chebyshev": SplineCode.chebyshev, "systematic": SplineCode.systematic}

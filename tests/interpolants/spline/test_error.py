@@ -9,7 +9,8 @@ from scipy.interpolate import make_interp_spline
 from scipy.stats import spearmanr
 
 import jaxcode as jc
-from jaxcode.interpolants.spline import error as posterior, wiener
+from jaxcode.interpolants.spline import error as posterior
+from jaxcode.interpolants.spline import wiener
 
 RNG = np.random.default_rng(0)
 KNOTS = np.sort(RNG.uniform(-1, 1, 10))
