@@ -44,7 +44,7 @@ class Faults:
 
 
 class FileFaults:
-    """Replaces the computation of workers in other processes by what a file for each worker says, and notes their pids."""
+    """Replaces the computation of workers in other processes by what a file says; notes their pids."""
 
     def __init__(self, folder):
         self.folder = str(folder)
