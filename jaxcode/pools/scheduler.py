@@ -165,9 +165,10 @@ class Scheduler:
 
     def _hedge(self):
         """Assigns shares whose answers are overdue to workers that are idle too; one timer for all requests."""
-        hedged = [(request.again_after, request) for request in self._requests if request.again_after is not None]
+        # Each with the seconds after which its shares are overdue.
+        requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
         idle = self._supervisor.idle()
-        for _, request in hedged:
+        for _, request in requests:
             if not idle:
                 break
             for share in request.overdue():
@@ -177,9 +178,9 @@ class Scheduler:
                 idle.remove(slot)
                 request.note_assigned(share)
                 self._compute(slot, request, share)
-        self._hedging = bool(hedged)
-        if hedged:
-            self._loop.call_later(min(seconds for seconds, _ in hedged) / 4, self._hedge)
+        self._hedging = bool(requests)
+        if requests:
+            self._loop.call_later(min(seconds for seconds, _ in requests) / 4, self._hedge)
 
     def _on_answer(self, request, share, slot, future):
         failure = future.exception()
@@ -236,7 +237,7 @@ class Scheduler:
     # ---- on the loop's thread: workers ---------------------------------------------------------------------
 
     def _prepare(self, slot):
-        """Has a worker that has just been started compile for what others have been able to compute."""
+        """Has a worker that has just been started compile for the examples that have been computed before."""
         for request in self._requests:
             request.allow(slot.number)
         self._compiled[slot.number] = set()
@@ -256,7 +257,7 @@ class Scheduler:
         self._conclude_reached()
 
     def _add_example(self, example):
-        """The milestone at which all workers have compiled for such batches."""
+        """Returns the milestone at which all workers have compiled for such batches."""
         milestone = next((milestone for milestone in self._milestones if milestone.example is example), None)
         if milestone is None:
             milestone = _Milestone("compute such a batch", example)
@@ -290,10 +291,10 @@ class Scheduler:
         self._conclude_reached()
 
     def _conclude_reached(self):
-        """Wakes those who wait for what all workers that run have done or failed at."""
+        """Concludes milestones that every worker but quarantined ones has reached or failed at."""
         for milestone in list(self._milestones):
-            waited_for = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
-            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in waited_for):
+            running = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
+            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running):
                 self._conclude(milestone)
 
     def _conclude(self, milestone):
@@ -330,7 +331,7 @@ class _Milestone:
         name: The infinitive of it, for errors.
         example: What is compiled for; None for the start.
         ready: Workers that have done it.
-        failures: What it was that others failed with.
+        failures: Exceptions of the workers that failed at it.
         done: Set when all that run have tried.
         on_ready: Called for each worker that has done it.
     """
@@ -363,7 +364,7 @@ class _Milestone:
             self.failures[number] = failure
 
     def conclude(self, limit: float) -> None:
-        """Wakes those who wait, with an error if no worker has done it."""
+        """Sets the outcome: an error if no worker has done it."""
         if self.ready:
             self.done.set_result(None)
             return

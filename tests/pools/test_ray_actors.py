@@ -174,7 +174,7 @@ def test_every_start_has_arguments_of_its_own_and_ends_the_actor_before(ray):
     cluster.close()
 
 
-def test_what_the_actor_raised_is_told_apart_from_its_death(ray):
+def test_an_exception_of_the_actor_differs_from_its_death(ray):
     cluster = connect()
     actor = actor_of(cluster)
     actor.start()
