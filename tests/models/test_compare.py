@@ -24,7 +24,9 @@ def run(tmp_path_factory):
 
     def some_schemes(num_data, num_workers, tune):
         """Leaves out most schemes: compiling them all takes a minute."""
-        kept = [s for s in all_schemes(num_data, num_workers, tune) if s.name in ("uncoded", "replication", "nercc", "lcc")]
+        kept = [
+            s for s in all_schemes(num_data, num_workers, tune) if s.name in ("uncoded", "replication", "nercc", "lcc")
+        ]
         assert len(kept) == 4
         return tuple(kept)
 
