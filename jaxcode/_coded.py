@@ -8,11 +8,13 @@ from typing import Any, final
 import jax
 import numpy as np
 from flax import linen, nnx
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from ._float64 import x64_is_on
 from ._pytree import pytree
+from ._sharding import with_auto_axes
 from .checks import check_mask, is_static, static_value
 from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
@@ -186,11 +188,22 @@ class Coded:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(setting, params, traced_code, x, decoder, returned):
+    def specs(batch):
+        # Results are sharded along the batch as the inputs are; what the defence found is everywhere.
+        return PartitionSpec(*jax.tree.leaves(batch)[0][:1]), PartitionSpec()
+
+    def run(x, *arguments):
+        return _run_with_auto_axes(setting, x, *arguments)
+
+    return with_auto_axes(run, x, params, traced_code, decoder, returned, specs=specs)
+
+
+def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     code = traced_code if setting.static_code is None else setting.static_code.code
     placement = setting.placement
     grouped, grouping = group(placement.place(x), code.num_data, setting.order)
     plans = make_plans(code, setting.planner, grouped)
-    sent = encode(code, None, grouped, plans)
+    sent = encode(code, None, grouped, plans, one_pass=placement.spread)
     answers = placement.answer(setting.fn, params, sent)
     detection = None
     if setting.defence is not None:

@@ -97,7 +97,12 @@ def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Arra
 
 
 def encode(
-    code: AbstractCode, encoder: AbstractLinop | None, grouped: PyTree[Array], plans: Plan | None = None
+    code: AbstractCode,
+    encoder: AbstractLinop | None,
+    grouped: PyTree[Array],
+    plans: Plan | None = None,
+    *,
+    one_pass: bool = False,
 ) -> PyTree[Array]:
     """Encodes groups, leaves (K, groups, ...) to (N, groups, ...).
 
@@ -106,9 +111,11 @@ def encode(
         encoder: Its encoder; not read with plans, which may change it.
         grouped: The inputs.
         plans: Of all groups.
+        one_pass: As for `decode`.
     """
     if plans is None:
-        return apply_to_tree("x", encoder or code.encoder_linop(), grouped, code.num_data, precisely=False)
+        encoder = code.encoder_linop() if encoder is None else encoder
+        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
     return jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
 
 

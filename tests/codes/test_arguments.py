@@ -188,7 +188,10 @@ def test_lost_inputs_are_marked_as_documented(dtype, lost):
 
 PLANS = {
     "short": (lambda: Plan(assignment=np.zeros(11, int)), r"plan\.assignment has shape \(11,\).*\(12,\)"),
-    "real": (lambda: Plan(assignment=np.zeros(12)), r"plan\.assignment has .*dtype float64; expected the number of an input"),
+    "real": (
+        lambda: Plan(assignment=np.zeros(12)),
+        r"plan\.assignment has .*dtype float64; expected the number",
+    ),
     "beyond": (lambda: Plan(assignment=np.full(12, 5)), r"plan\.assignment is \[5 .*from 0 to 4"),
     "negative": (lambda: Plan(assignment=np.arange(12) - 1), r"plan\.assignment is .*from 0 to 4"),
 }

@@ -10,7 +10,6 @@ from numpy.polynomial import chebyshev, polynomial
 
 from jaxcode import LagrangeCode, SplineCode, nodes
 
-from .cases import LAYOUTS as TABLE_LAYOUTS
 from .cases import (
     CODES,
     MASKS,
@@ -24,14 +23,13 @@ from .cases import (
     normal,
     returned_of,
 )
+from .cases import LAYOUTS as TABLE_LAYOUTS
 
 FloaterHormann = getattr(scipy.interpolate, "FloaterHormannInterpolator", None)
 needs_floater_hormann = pytest.mark.skipif(FloaterHormann is None, reason="SciPy 1.15 brought Floater-Hormann")
 
 SPLINES = [
-    name
-    for name in CODES
-    if name.startswith("spline") and name not in MERGES_SITES and name != "spline-then-berrut"
+    name for name in CODES if name.startswith("spline") and name not in MERGES_SITES and name != "spline-then-berrut"
 ]
 RATIONAL = [name for name in CODES if name.startswith(("berrut", "floater"))]
 LAYOUTS = {"chebyshev": SplineCode.chebyshev, "systematic": SplineCode.systematic}
@@ -159,10 +157,7 @@ def test_rational_encoder_is_scipys(name):
 def test_rational_decoder_is_scipys_through_who_returned(name, mask):
     code, returned, y = CODES[name], returned_of(mask, name), normal(NUM_WORKERS, 2, dtype=float)
     t, mean, _ = merged(code.nodes.workers[returned], y[returned])
-    if len(t) == 1:
-        expected = np.broadcast_to(mean, (NUM_DATA, 2))
-    else:
-        expected = rational(code.decoder, t, mean, code.nodes.data)
+    expected = np.repeat(mean, NUM_DATA, 0) if len(t) == 1 else rational(code.decoder, t, mean, code.nodes.data)
     assert_close(decoded(code, y, returned), expected)
 
 
