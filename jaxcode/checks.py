@@ -14,24 +14,27 @@ from jax.core import Tracer
 
 
 def static_value(value: Any) -> np.ndarray | None:
-    """Returns a copy of a value that the host knows now, without waiting for any device; None of all others.
+    """Returns a copy of a value that the host knows now, None for all others.
 
     Args:
         value: A number, a sequence of them, or an array.
 
     Returns:
-        The value in NumPy: of numbers, NumPy arrays, and JAX arrays in the host's memory. None of what is being traced,
-        and of arrays on accelerators or other hosts, which are never fetched.
+        The value in NumPy of numbers, NumPy arrays, and JAX arrays in the host's memory; one that is still being
+        computed there is waited for. None for what is being traced, and for arrays on accelerators or other hosts,
+        which are never fetched.
     """
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, Tracer):
         return None
-    if isinstance(value, jax.Array) and not (
-        value.is_fully_addressable and all(device.platform == "cpu" for device in value.devices())
-    ):
+    if isinstance(value, jax.Array) and not _in_host_memory(value):
         return None
     return np.array(value)
+
+
+def _in_host_memory(array: jax.Array) -> bool:
+    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
 
 
 def is_static(tree: Any) -> bool:

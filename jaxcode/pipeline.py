@@ -210,6 +210,23 @@ class StaticCode:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, StaticCode) and self._key == other._key)
 
+    def __repr__(self) -> str:
+        return f"StaticCode({describe_code(self.code)})"
+
+    def __reduce__(self):
+        # Without the hash, which is another one in other processes.
+        return StaticCode, (self.code,)
+
+
+def describe_code(code: AbstractCode) -> str:
+    """Describes a code in one short line, without its nodes.
+
+    >>> from jaxcode.codes import SplineCode
+    >>> describe_code(SplineCode.systematic(num_data=20, num_workers=30))
+    'InterpolatingCode(num_data=20, num_workers=30)'
+    """
+    return f"{type(code).__name__}(num_data={code.num_data}, num_workers={code.num_workers})"
+
 
 @functools.lru_cache(maxsize=256)
 def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractLinop:
