@@ -190,7 +190,7 @@ PLANS = {
     "short": (lambda: Plan(assignment=np.zeros(11, int)), r"plan\.assignment has shape \(11,\).*\(12,\)"),
     "real": (
         lambda: Plan(assignment=np.zeros(12)),
-        r"plan\.assignment has .*dtype float64; expected the number of an input",
+        r"plan\.assignment has .*dtype float64; expected the number",
     ),
     "beyond": (lambda: Plan(assignment=np.full(12, 5)), r"plan\.assignment is \[5 .*from 0 to 4"),
     "negative": (lambda: Plan(assignment=np.arange(12) - 1), r"plan\.assignment is .*from 0 to 4"),

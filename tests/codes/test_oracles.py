@@ -157,10 +157,7 @@ def test_rational_encoder_is_scipys(name):
 def test_rational_decoder_is_scipys_through_who_returned(name, mask):
     code, returned, y = CODES[name], returned_of(mask, name), normal(NUM_WORKERS, 2, dtype=float)
     t, mean, _ = merged(code.nodes.workers[returned], y[returned])
-    if len(t) == 1:
-        expected = np.broadcast_to(mean, (NUM_DATA, 2))
-    else:
-        expected = rational(code.decoder, t, mean, code.nodes.data)
+    expected = np.repeat(mean, NUM_DATA, 0) if len(t) == 1 else rational(code.decoder, t, mean, code.nodes.data)
     assert_close(decoded(code, y, returned), expected)
 
 
