@@ -128,7 +128,9 @@ def _gaussian_process(knots, weights, points, smoothing, order=2, jump_share=0.0
                 if jump < low:
                     jumps += mpmath.mpf(float(share)) * ((s - jump) * (t - jump)) ** (order - 1)
             process = (1 - mpmath.mpf(jump_share)) * uniform + mpmath.mpf(jump_share) * jumps
-            return process / mpmath.factorial(order - 1) ** 2 + mpmath.mpf(10) ** 40 * sum((s * t) ** j for j in range(order))
+            return process / mpmath.factorial(order - 1) ** 2 + mpmath.mpf(10) ** 40 * sum(
+                (s * t) ** j for j in range(order)
+            )
 
         # This noise is negligible, but with it knots at one place do not make the matrix singular.
         noise = mpmath.mpf(smoothing) + mpmath.mpf(10) ** -40
