@@ -19,9 +19,11 @@ from . import outputs as outputs
 from . import placement as placement
 from . import pools as pools
 from . import robust as robust
+from . import saga as saga
 from . import serving as serving
 from . import stop as stop
 from . import stragglers as stragglers
+from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded
 from ._pytree import pytree as pytree
@@ -38,3 +40,4 @@ from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
 from .serving import CodedServer as CodedServer
 from .serving import Prediction as Prediction
+from .tuning import tune as tune

@@ -8,17 +8,19 @@ from typing import Any, final
 import jax
 import numpy as np
 from flax import linen, nnx
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
 
 from ._float64 import x64_is_on
 from ._pytree import pytree
+from ._sharding import with_auto_axes
 from .checks import check_mask, is_static, static_value
 from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
-from .pipeline import Planner, StaticCode, decode, encode, group, known_decoder, make_plans, ungroup
+from .pipeline import Planner, StaticCode, decode, describe_code, encode, group, known_decoder, make_plans, ungroup
 from .placement import AbstractPlacement, vmap
 from .robust import Defence, Detection
 
@@ -40,7 +42,9 @@ def coded(
     :math:`\lceil B/K \rceil` groups, and the results are decoded from the workers that returned.
 
     What is returned is compiled on first use and composes with jit, vmap, grad, jacfwd and remat. A new mask does not
-    recompile, nor does another call of `coded` for a model of the same structure, after a training step for instance.
+    recompile, nor does another call of `coded` for a model of the same structure, after a training step for instance,
+    if code and options are equal. Functions made anew, lambdas and partial functions, are not: keep one and pass it
+    again.
 
     Args:
         f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It is given and
@@ -109,7 +113,17 @@ class Setting:
 
     @functools.cached_property
     def _hash(self):
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+        return hash(self._values())
+
+    def __reduce__(self):
+        # Without the hash, which is another one in other processes.
+        return Setting, self._values()
+
+    def _values(self):
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+_DEFAULTS = {"output": as_returned, "placement": vmap()}
 
 
 @final
@@ -137,7 +151,16 @@ class Coded:
         assert static is not None or self.traced_code is not None
         return self.traced_code if static is None else static.code  # pyright: ignore[reportReturnType]
 
-    def __call__(self, x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
+    def __repr__(self) -> str:
+        setting = self.setting
+        parts = [f"code={describe_code(self.code)}", f"parameters={sum(map(np.size, jax.tree.leaves(self.params)))}"]
+        for name in ("order", "output", "defence", "planner", "placement"):
+            value = getattr(setting, name)
+            if value is not None and value != _DEFAULTS.get(name):
+                parts.append(f"{name}={getattr(value, '__name__', value)}")
+        return f"Coded({', '.join(parts)})"
+
+    def __call__(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
         """Answers a batch from the workers that returned.
 
         Args:
@@ -157,7 +180,7 @@ class Coded:
         return self.inspect(x, returned)[0]
 
     def inspect(
-        self, x: PyTree[Array], returned: Bool[ArrayLike, "workers"] | None = None
+        self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None
     ) -> tuple[PyTree[Array], Detection | None]:
         """Answers a batch and reports which workers the defence flagged.
 
@@ -176,9 +199,12 @@ class Coded:
         if returned is None:
             returned = np.ones(num_workers, bool)
         check_mask("returned", returned, num_workers)
-        mask = returned if isinstance(returned, np.ndarray) else static_value(returned)
-        if setting.static_code is None or setting.defence is not None or setting.planner is not None or mask is None:
-            decoder, mask = None, returned if mask is None else jax.device_put(mask)
+        # A copy: what is dispatched may run after the caller has changed the array.
+        mask = static_value(returned)
+        if mask is None:
+            decoder, mask = None, returned
+        elif setting.static_code is None or setting.defence is not None or setting.planner is not None:
+            decoder, mask = None, jax.device_put(mask)
         else:
             decoder, mask = known_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
         return _run(setting, self.params, self.traced_code, x, decoder, mask)
@@ -186,11 +212,22 @@ class Coded:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(setting, params, traced_code, x, decoder, returned):
+    def specs(batch):
+        # Results are sharded along the batch as the inputs are; what the defence found is everywhere.
+        return PartitionSpec(*jax.tree.leaves(batch)[0][:1]), PartitionSpec()
+
+    def run(x, *arguments):
+        return _run_with_auto_axes(setting, x, *arguments)
+
+    return with_auto_axes(run, x, params, traced_code, decoder, returned, specs=specs)
+
+
+def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     code = traced_code if setting.static_code is None else setting.static_code.code
     placement = setting.placement
     grouped, grouping = group(placement.place(x), code.num_data, setting.order)
     plans = make_plans(code, setting.planner, grouped)
-    sent = encode(code, None, grouped, plans)
+    sent = encode(code, None, grouped, plans, one_pass=placement.spread)
     answers = placement.answer(setting.fn, params, sent)
     detection = None
     if setting.defence is not None:

@@ -32,13 +32,13 @@ def static_value(x: Any) -> np.ndarray | None:
     """
     if isinstance(x, np.ndarray):
         return None if x.dtype == object else x.copy()
-    if not all(_is_on_host(leaf) for leaf in jax.tree.leaves(x)):
+    if not all(_in_host_memory(leaf) for leaf in jax.tree.leaves(x)):
         return None
     value = np.array(x)
     return None if value.dtype == object else value
 
 
-def _is_on_host(leaf):
+def _in_host_memory(leaf):
     if not isinstance(leaf, jax.Array):
         return True
     if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):

@@ -123,8 +123,8 @@ def repeated(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
 def mixed(data: int | Float[np.ndarray, "data"], num_workers: int, num_between: int) -> Nodes:
     """Places a worker at every input, some between inputs, and the rest at inputs again.
 
-    From `repeated` (num_between = 0) to `systematic` (N - K) in steps of one. The N - K - num_between further copies are
-    of inputs spread evenly over the curve, so that an input with one copy has neighbours with two.
+    From `repeated` (num_between = 0) to `systematic` (N - K) in steps of one. The N - K - num_between further copies
+    are of inputs spread evenly over the curve, so that an input with one copy has neighbours with two.
 
     Args:
         data: As for `systematic`.

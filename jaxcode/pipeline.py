@@ -97,7 +97,12 @@ def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Arra
 
 
 def encode(
-    code: AbstractCode, encoder: AbstractLinop | None, grouped: PyTree[Array], plans: Plan | None = None
+    code: AbstractCode,
+    encoder: AbstractLinop | None,
+    grouped: PyTree[Array],
+    plans: Plan | None = None,
+    *,
+    one_pass: bool = False,
 ) -> PyTree[Array]:
     """Encodes groups, leaves (K, groups, ...) to (N, groups, ...).
 
@@ -106,9 +111,11 @@ def encode(
         encoder: Its encoder; not read with plans, which may change it.
         grouped: The inputs.
         plans: Of all groups.
+        one_pass: As for `decode`.
     """
     if plans is None:
-        return apply_to_tree("x", encoder or code.encoder_linop(), grouped, code.num_data, precisely=False)
+        encoder = code.encoder_linop() if encoder is None else encoder
+        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
     return jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
 
 
@@ -165,12 +172,12 @@ def predict_errors(
     return jnp.sqrt(jnp.mean(squares, axis=-1))
 
 
-def flatten_groups(tree: PyTree[Array]) -> PyTree[Array]:
+def flatten_groups(tree: PyTree[Array | np.ndarray]) -> PyTree[Array | np.ndarray]:
     """Makes one batch of all members of all groups, leaves (N, groups, ...) to (N groups, ...), as a model takes it."""
     return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:]), tree)
 
 
-def unflatten_groups(tree: PyTree[Array], num_members: int) -> PyTree[Array]:
+def unflatten_groups(tree: PyTree[Array | np.ndarray], num_members: int) -> PyTree[Array | np.ndarray]:
     """Takes a model's batch, leaves (N groups, ...), back to leaves (N, groups, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(num_members, -1, *leaf.shape[1:]), tree)
 
@@ -202,6 +209,23 @@ class StaticCode:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, StaticCode) and self._key == other._key)
+
+    def __repr__(self) -> str:
+        return f"StaticCode({describe_code(self.code)})"
+
+    def __reduce__(self):
+        # Without the hash, which is another one in other processes.
+        return StaticCode, (self.code,)
+
+
+def describe_code(code: AbstractCode) -> str:
+    """Describes a code in one short line, without its nodes.
+
+    >>> from jaxcode.codes import SplineCode
+    >>> describe_code(SplineCode.systematic(num_data=20, num_workers=30))
+    'InterpolatingCode(num_data=20, num_workers=30)'
+    """
+    return f"{type(code).__name__}(num_data={code.num_data}, num_workers={code.num_workers})"
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .functions import PureFunction, check_answers
@@ -22,6 +22,7 @@ __all__ = ["AbstractPlacement", "pmap", "shard_map", "vmap"]
 
 # Answers with so many numbers each are decoded in parts, one on each device; narrower ones are not worth spreading.
 _WIDE = 1024
+_NO_MESH = AbstractMesh((), ())
 
 
 class AbstractPlacement(abc.ABC):
@@ -169,12 +170,21 @@ class _OverDevices(AbstractPlacement):
 
     def answer(self, fn, params, coded):
         devices = jax.local_devices() if self.devices is None else list(self.devices)
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.size != len(devices):
+            raise ValueError(
+                f"placement is pmap over {len(devices)} devices inside a mesh of {mesh.size} devices; expected all "
+                "devices of the mesh, or no mesh: leave out devices, or use shard_map(mesh)"
+            )
         mapped = jax.pmap(lambda params, share: _answer_groups(fn, params, share), in_axes=(None, 0), devices=devices)
         num_workers = jax.tree.leaves(coded)[0].shape[0]
         shares = jax.tree.map(
             lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _pad_workers(coded, len(devices))
         )
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_workers], mapped(params, shares))
+        # pmap makes a mesh of its own.
+        with jax.sharding.use_abstract_mesh(_NO_MESH):
+            answers = mapped(params, shares)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_workers], answers)
 
 
 def _answer_groups(fn, params, coded):

@@ -1,17 +1,19 @@
-"""What all tests share: the runtime type checker, exact matmuls' dtypes, and random masks."""
+"""What all tests share: the runtime type checker, the compiler's flags, and a limit on compiled programs."""
 
 import importlib.metadata
 import os
 import pathlib
 
-# Most of the tests' time is the compiler's, which unoptimised takes a quarter less of it, and by the older of its two
-# ways to emit loops, where it still knows that, less than half.
-_FLAGS = ["--xla_backend_optimization_level=0"]
-if [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# Most of the tests' time is the compiler's. At its lowest optimisation level it takes a quarter less, and with the older
+# of its two ways to emit loops, where jaxlib still has it, less than half. `make test-optimised` runs the tests of numbers
+# at the default level, which users have.
+if not os.environ.get("JAXCODE_TEST_OPTIMISED"):
+    _FLAGS = ["--xla_backend_optimization_level=0"]
+    if [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # Before anything imports jaxcode: every annotated call is checked against its shapes and dtypes.
 install_import_hook("jaxcode", "beartype.beartype")
@@ -20,13 +22,13 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# For what spreads workers over devices; all else runs on the first.
+# For placements that spread workers over devices; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items):
-    """First what waits for other processes, beside which there is time for all else."""
-    waiting = ("test_ray", "test_serve")
+    """Starts with the tests that wait for other processes, because the others run while these wait."""
+    waiting = ("test_ray", "test_ray_pool", "test_serve", "test_http")
     items.sort(key=lambda item: item.path.stem not in waiting)
 
 

@@ -7,10 +7,10 @@ import pytest
 from flax import linen
 from scipy.interpolate import CubicSpline
 
-from jaxcode import BerrutCode, ReplicationCode, SplineCode, UncodedCode, coded
-from jaxcode._float64 import halve
-from jaxcode._maps import Matrix
-from jaxcode.codes.abstract import AbstractLinearCode
+import jaxcode as jc
+from jaxcode import BerrutCode, ReplicationCode, SplineCode, UncodedCode, coded, linops
+
+from .codes.nearest_code import NearestCode
 
 K, N = 5, 12
 SPLINE = SplineCode.systematic(K, N, decoder_smoothing=1e-3)
@@ -19,6 +19,7 @@ CODES = {
     "berrut": BerrutCode.chebyshev(K, N),
     "replication": ReplicationCode(K, N),
     "uncoded": UncodedCode(K),
+    "outside": NearestCode(K, N),
 }
 each_code = pytest.mark.parametrize("name", CODES)
 
@@ -72,7 +73,7 @@ def test_replication_with_every_answer_is_exact(name):
 
 
 @each_code
-def test_returned_left_out_means_everyone(name):
+def test_returned_left_out_means_all_workers(name):
     predict, x = coded(curve, CODES[name]), jnp.asarray(normal(6, 2))
     np.testing.assert_array_equal(predict(x), predict(x, np.ones(CODES[name].num_workers, bool)))
     np.testing.assert_array_equal(predict(x), predict(x, None))
@@ -87,6 +88,8 @@ def test_returned_left_out_means_everyone(name):
         ("berrut", [4], []),
         ("replication", [1, 6, 3], [1, 3]),
         ("uncoded", [0], [0]),
+        ("outside", [0], [0, 1, 2, 3, 4]),
+        ("outside", [], []),
     ],
 )
 def test_inputs_that_cannot_be_recovered_are_nan(name, present, recovered):
@@ -110,14 +113,14 @@ def test_many_nodes_keep_their_digits_in_any_mode():
     """A hundred inputs and four thousand workers: ends closer than float32 tells apart."""
     code = SplineCode.chebyshev(100, 4000)
     returned = np.random.default_rng(1).random(4000) > 0.3
-    encoder = CubicSpline(code.data_nodes, np.eye(100), bc_type="natural")
-    inside = np.clip(code.worker_nodes, code.data_nodes[0], code.data_nodes[-1])
-    expected = encoder(inside) + encoder(inside, 1) * (code.worker_nodes - inside)[:, None]
+    encoder = CubicSpline(code.nodes.data, np.eye(100), bc_type="natural")
+    inside = np.clip(code.nodes.workers, code.nodes.data[0], code.nodes.data[-1])
+    expected = encoder(inside) + encoder(inside, 1) * (code.nodes.workers - inside)[:, None]
     np.testing.assert_allclose(np.asarray(code.encoder_matrix()), expected, rtol=0, atol=1e-5)
     at = np.flatnonzero(returned)[[0, 700, -1]]
-    column = CubicSpline(code.worker_nodes[returned], np.eye(4000)[returned][:, at], bc_type="natural")
+    column = CubicSpline(code.nodes.workers[returned], np.eye(4000)[returned][:, at], bc_type="natural")
     matrix = np.asarray(code.decoder_matrix(returned))
-    np.testing.assert_allclose(matrix[:, at], column(code.data_nodes), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(matrix[:, at], column(code.nodes.data), rtol=0, atol=1e-5)
 
 
 # ---- transformations ---------------------------------------------------------------------------------------
@@ -154,22 +157,30 @@ def test_a_known_mask_may_come_first_inside_or_outside_of_jit(code):
     np.testing.assert_allclose(made_inside[0](x, returned), inside, rtol=1e-5, atol=1e-5)
 
 
-class Converted(AbstractLinearCode):
-    """A code of one's own, whose maps go through JAX and back to NumPy."""
+@jc.pytree("num_data", "num_workers")
+class Converted(jc.AbstractCode):
+    """A code whose operators go through JAX and back to NumPy."""
 
-    num_data, num_workers = K, N
+    num_data: int = K
+    num_workers: int = N
+    nodes = None
+    predicts_error = False
 
-    def encoder_map(self):
-        return SPLINE.encoder_map()
+    def encoder_linop(self, plan=None):
+        return SPLINE.encoder_linop()
 
-    def decoder_map(self, returned):
-        return Matrix(halve(np.asarray(2 * jnp.asarray(SPLINE.decoder_matrix(returned)), np.float64)))
+    def decoder_linop(self, returned, plan=None):
+        doubled = np.asarray(2 * jnp.asarray(SPLINE.decoder_matrix(returned)), np.float64)
+        return linops.Dense(linops.split(doubled))
 
-    def recovered(self, returned):
+    def recovered(self, returned, plan=None):
         return SPLINE.recovered(returned)
 
+    def exact(self, returned, plan=None):
+        return SPLINE.exact(returned)
 
-def test_a_code_of_ones_own_may_convert_what_it_knows():
+
+def test_a_code_may_convert_what_the_host_knows():
     x, returned = jnp.asarray(normal(6, 2)), mask(SPLINE)
     predict = coded(curve, Converted())
     inside = jax.jit(lambda x: predict(x, returned))(x)
@@ -188,7 +199,7 @@ def test_one_predict_serves_both_precisions():
     np.testing.assert_array_equal(predict(jnp.asarray(x, jnp.float32), returned), single)
 
 
-@pytest.mark.parametrize("name", ["spline", "replication"])
+@pytest.mark.parametrize("name", ["spline", "replication", "outside"])
 def test_jit_vmap_and_remat_compute_the_same(name):
     code, predict = CODES[name], coded(curve, CODES[name])
     x = jnp.asarray(normal(3, 6, 2))
@@ -201,7 +212,7 @@ def test_jit_vmap_and_remat_compute_the_same(name):
     np.testing.assert_allclose(several[2], predict(x[0], masks[2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["spline", "replication"])
+@pytest.mark.parametrize("name", ["spline", "replication", "outside"])
 def test_jacobians_and_gradients_agree(name):
     code = CODES[name]
     x, returned = jnp.asarray(normal(6, 2)), jnp.asarray(mask(code))
@@ -219,8 +230,8 @@ def test_jacobians_and_gradients_agree(name):
     np.testing.assert_allclose(gradient, 2 * np.einsum("bi,bicj->cj", predict(x), backward), rtol=1e-3, atol=1e-3)
 
 
-def test_workers_that_answer_garbage_but_are_missing_move_no_gradient():
-    """Worker 3 computes NaN and is not among those that returned."""
+def test_garbage_of_missing_workers_moves_no_gradient():
+    """Worker 3 computes NaN and has not returned."""
     returned = jnp.asarray(mask(SPLINE, [3]))
 
     def loss(bias):
@@ -272,7 +283,7 @@ class Dense(linen.Module):
 X = jnp.ones((6, 2))
 REFUSED = {
     "code-is-not-one": (lambda: coded(curve, (K, N)), r"code is \(5, 12\); expected a code such as SplineCode"),
-    "code-is-a-class": (lambda: coded(curve, SplineCode), "code is <class"),
+    "code-is-a-constructor": (lambda: coded(curve, SplineCode), "code is <constructor SplineCode>; expected a code"),
     "f-is-a-class": (lambda: coded(Dense, SPLINE), "f is <class .*not its class"),
     "f-is-a-number": (lambda: coded(2.0, SPLINE), r"f is 2\.0; expected a callable"),
     "linen-without-variables": (lambda: coded(Dense(), SPLINE), "Dense without variables; expected the pair"),
@@ -292,7 +303,11 @@ REFUSED = {
         lambda: coded(lambda x: {"out": jnp.ones((3, 2))}, SPLINE)(X),
         r"f's result\['out'\] has shape \(3, 2\) for a batch of 24; expected the batch as its leading axis",
     ),
-    "f-returns-classes": (lambda: coded(lambda x: jnp.argmax(x, -1), SPLINE)(X), "f's result has dtype int.*logits"),
+    "f-returns-classes": (
+        lambda: coded(lambda x: jnp.argmax(x, -1), SPLINE)(X),
+        "f's result has dtype int.*mixes|f's result has dtype int.*logits",
+    ),
+    "tokens": (lambda: coded(curve, SPLINE)(jnp.ones((6, 2), int)), "x has dtype int32.*code the embeddings"),
     "f-returns-complex": (lambda: coded(lambda x: x + 1j, SPLINE)(X), "f's result has dtype complex.*real"),
 }
 

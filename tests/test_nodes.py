@@ -51,9 +51,26 @@ def test_one_node_of_the_first_kind_is_the_middle():
 
 
 def test_the_papers_pair():
-    alpha, beta = nodes.chebyshev_pair(5, 12)
-    np.testing.assert_array_equal(alpha, nodes.chebyshev_first(5))
-    np.testing.assert_array_equal(beta, nodes.chebyshev_second(12))
+    placed = nodes.chebyshev(5, 12)
+    np.testing.assert_array_equal(placed.data, nodes.chebyshev_first(5))
+    np.testing.assert_array_equal(placed.workers, nodes.chebyshev_second(12))
+
+
+@pytest.mark.parametrize("layout", [nodes.systematic, nodes.repeated, lambda *sizes: nodes.mixed(*sizes, 2)])
+def test_a_number_of_inputs_stands_for_chebyshev_nodes(unchecked, layout):
+    for given in (5, np.int64(5), nodes.chebyshev_first(5)):
+        placed = layout(given, 12)
+        np.testing.assert_array_equal(placed.data, nodes.chebyshev_first(5))
+        np.testing.assert_array_equal(placed.workers, layout(nodes.chebyshev_first(5), 12).workers)
+
+
+def test_a_layout_keeps_float64_and_is_a_copy():
+    """Lists, float32 and arrays that the caller changes later are stored in float64 of the layout's own."""
+    mine = np.array([0.0, 0.5, 1.0])
+    placed = nodes.Nodes(mine, np.array([0.0, 1.0], np.float32))
+    mine[:] = 7
+    np.testing.assert_array_equal(placed.data, [0.0, 0.5, 1.0])
+    assert placed.data.dtype == placed.workers.dtype == np.float64
 
 
 @pytest.mark.parametrize("kind", [int, np.int32, np.int64])
@@ -70,7 +87,7 @@ def test_counts_of_any_whole_type(unchecked, kind):
 def test_systematic_contains_the_data_and_is_distinct(layout, size):
     num_data, num_workers = size
     alpha = layout(num_data)
-    beta = nodes.systematic(alpha, num_workers)
+    beta = nodes.systematic(alpha, num_workers).workers
     assert beta.dtype == np.float64
     assert beta.shape == (num_workers,)
     assert np.isin(alpha, beta).all()
@@ -81,7 +98,7 @@ def test_systematic_contains_the_data_and_is_distinct(layout, size):
 @pytest.mark.parametrize(("num_data", "num_workers"), [(2, 2), (5, 12), (20, 30), (20, 400), (100, 101)])
 def test_systematic_workers_are_spread_evenly(num_data, num_workers):
     """No gap in angle is much wider than it would be if all workers were dealt out evenly."""
-    beta = nodes.systematic(nodes.chebyshev_first(num_data), num_workers)
+    beta = nodes.systematic(nodes.chebyshev_first(num_data), num_workers).workers
     widest = np.diff(np.arcsin(beta)).max()
     assert widest <= np.pi / num_data * (1 + 1e-9)
     if num_workers >= 4 * num_data:
@@ -90,7 +107,7 @@ def test_systematic_workers_are_spread_evenly(num_data, num_workers):
 
 def test_systematic_with_as_many_workers_is_the_data():
     alpha = nodes.chebyshev_first(7)
-    np.testing.assert_array_equal(nodes.systematic(alpha, 7), alpha)
+    np.testing.assert_array_equal(nodes.systematic(alpha, 7).workers, alpha)
 
 
 @few
@@ -98,7 +115,7 @@ def test_systematic_with_as_many_workers_is_the_data():
 def test_repeated_deals_the_data_out(size):
     num_data, num_workers = size
     alpha = nodes.chebyshev_first(num_data)
-    beta = nodes.repeated(alpha, num_workers)
+    beta = nodes.repeated(alpha, num_workers).workers
     assert beta.dtype == np.float64
     found, counts = np.unique(beta, return_counts=True)
     np.testing.assert_array_equal(found, alpha)
@@ -113,7 +130,7 @@ def test_mixed_nodes_are_data_nodes_copies_and_nodes_between(size, share):
     num_data, num_workers = size
     alpha = nodes.chebyshev_first(num_data)
     between = round(share * (num_workers - num_data))
-    beta = nodes.mixed(alpha, num_workers, between)
+    beta = nodes.mixed(alpha, num_workers, between).workers
     assert beta.shape == (num_workers,)
     assert (np.diff(beta) >= 0).all()
     counts = np.sum(beta[:, None] == alpha, axis=0)
@@ -122,7 +139,7 @@ def test_mixed_nodes_are_data_nodes_copies_and_nodes_between(size, share):
     # Copies are spread: any stretch of inputs has as many as its length asks for, give or take one.
     first, last = num_data // 4, num_data // 2
     assert abs(counts[first:last].sum() - (last - first) * counts.mean()) <= 1
-    np.testing.assert_array_equal(np.unique(beta), nodes.systematic(alpha, num_data + between))
+    np.testing.assert_array_equal(np.unique(beta), nodes.systematic(alpha, num_data + between).workers)
 
 
 # ---- bad arguments -----------------------------------------------------------------------------------------
@@ -136,14 +153,17 @@ REFUSED = {
     "a-fraction": (lambda: nodes.uniform(2.0), r"count is 2\.0; expected a whole number"),
     "a-truth": (lambda: nodes.chebyshev_first(True), "count is True"),
     "a-word": (lambda: nodes.chebyshev_first("3"), "count is '3'"),
-    "one-input": (lambda: nodes.chebyshev_pair(1, 5), "num_data is 1"),
-    "one-worker": (lambda: nodes.chebyshev_pair(5, 1), "num_workers is 1"),
+    "one-input": (lambda: nodes.chebyshev(1, 5), "num_data is 1"),
+    "one-worker": (lambda: nodes.chebyshev(5, 1), "num_workers is 1"),
     "too-few-systematic": (lambda: nodes.systematic(UP, 2), "num_workers is 2; .* 3 data nodes"),
     "too-few-repeated": (lambda: nodes.repeated(UP, 2), "num_workers is 2; .* 3 data nodes"),
     "descending": (lambda: nodes.systematic(UP[::-1], 5), r"data_nodes\[0:2\] is \(0\.5, 0\.0\).*ascending"),
     "equal": (lambda: nodes.repeated(np.array([0.0, 0.0]), 5), "no two equal"),
     "beyond-one": (lambda: nodes.systematic(2 * UP * 2, 5), r"data_nodes reach from -2\.0 to 2\.0; .*\[-1, 1\]"),
     "not-a-number": (lambda: nodes.systematic(np.array([0.0, np.nan]), 5), "finite"),
+    "layout-descending": (lambda: nodes.Nodes(UP[::-1], UP), r"data_nodes\[0:2\].*ascending"),
+    "workers-descending": (lambda: nodes.Nodes(UP, UP[::-1]), r"worker_nodes\[0:2\].*ascending"),
+    "inputs-half": (lambda: nodes.systematic(2.5, 5), r"num_data is 2\.5"),
     "a-matrix": (lambda: nodes.repeated(np.ones((2, 2)), 5), r"data_nodes has shape \(2, 2\)"),
 }
 

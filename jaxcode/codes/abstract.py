@@ -5,9 +5,11 @@ import abc
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._sharding import with_auto_axes
 from ..linops import AbstractLinop, apply_to_tree
 from ..nodes import Nodes
 from .plan import Plan
@@ -115,12 +117,12 @@ class AbstractCode(abc.ABC):
         Arguments, returns and errors as for `recovered`.
         """
 
-    def encode(self, x: PyTree[Array], plan: Plan | None = None) -> PyTree[Array]:
+    def encode(self, x: PyTree[ArrayLike], plan: Plan | None = None) -> PyTree[Array]:
         """Encodes inputs.
 
         Args:
-            x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32); of any
-                dtype where it does not.
+            x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32): one
+                NaN makes that number of every coded input NaN. Of any dtype where it does not.
             plan: What was decided about these inputs; None for nothing.
 
         Returns:
@@ -129,9 +131,15 @@ class AbstractCode(abc.ABC):
         Raises:
             ValueError: If a leaf's leading axis is not K, or its dtype cannot be mixed.
         """
-        return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
 
-    def decode(self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> PyTree[Array]:
+        def encode(x):
+            return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
+
+        return with_auto_axes(encode, x, specs=_replicate_rows)
+
+    def decode(
+        self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> PyTree[Array]:
         """Decodes the answers that came.
 
         Args:
@@ -142,23 +150,16 @@ class AbstractCode(abc.ABC):
 
         Returns:
             The results, leaves of shape (K, ...) in the dtype of the answers. An input that is not `recovered` is NaN
-            (the lowest number of an integer dtype, the highest of an unsigned one), or its prior mean.
+            (False, the lowest number of an integer dtype, the highest of an unsigned one), or its prior mean.
 
         Raises:
             ValueError: If a leaf's leading axis is not N, its dtype cannot be mixed, or returned is not bool (N,).
         """
-        linop = self.decoder_linop(returned, plan)
-        if plan is None or plan.prior is None:
-            return apply_to_tree("y", linop, y, self.num_workers)
-        residuals = jax.tree.map(lambda answer, mean: answer - mean, y, plan.prior.workers)
-        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
-        recovered = jnp.asarray(self.recovered(returned, plan))
 
-        def add_mean(residual, mean):
-            known = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
-            return jnp.where(known, residual, jnp.zeros((), residual.dtype)) + mean
+        def decode(y):
+            return self._decode(y, returned, plan)
 
-        return jax.tree.map(add_mean, decoded, plan.prior.data)
+        return with_auto_axes(decode, y, specs=_replicate_rows)
 
     def encoder_matrix(self, plan: Plan | None = None) -> Float[Array, "workers data"]:
         """Forms the matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""
@@ -172,3 +173,24 @@ class AbstractCode(abc.ABC):
         Columns of workers that did not return are zero, rows of inputs that are not recovered are NaN.
         """
         return self.decoder_linop(returned, plan).matrix()
+
+    def _decode(self, y, returned, plan):
+        linop = self.decoder_linop(returned, plan)
+        if plan is None or plan.prior is None:
+            return apply_to_tree("y", linop, y, self.num_workers)
+        residuals = jax.tree.map(lambda answer, mean: answer - mean, y, plan.prior.workers)
+        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
+        recovered = jnp.asarray(self.recovered(returned, plan))
+
+        def add_mean(residual, mean):
+            known = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
+            return jnp.where(known, residual, jnp.zeros((), residual.dtype)) + mean
+
+        return jax.tree.map(add_mean, decoded, plan.prior.data)
+
+
+def _replicate_rows(specs):
+    """Has results sharded along their features as the data are, with every row on each device."""
+    return jax.tree.map(
+        lambda spec: PartitionSpec(None, *spec[1:]), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
+    )

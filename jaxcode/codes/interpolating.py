@@ -107,7 +107,7 @@ class InterpolatingCode(AbstractCode):
         return (computed & mask[None]).any(axis=1) & self.recovered(mask)
 
     def decode_with_error(
-        self, y: PyTree[Array], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+        self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         r"""Decodes the answers that came and predicts the error of each result, before any truth is known.
 

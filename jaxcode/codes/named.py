@@ -14,6 +14,7 @@ from ..interpolants import AbstractInterpolant, Berrut, FloaterHormann, NotAKnot
 from ..nodes import Nodes
 from .interpolating import InterpolatingCode
 
+# The parameters of a family's constructor that follow the layout, such as a smoothing or a degree.
 Settings = ParamSpec("Settings")
 
 
@@ -28,6 +29,9 @@ class CodeConstructor(Generic[Settings]):
     def __init__(self, build: Callable[Concatenate[Nodes, Settings], InterpolatingCode]):
         self._build = build
         functools.update_wrapper(self, build)
+
+    def __repr__(self) -> str:
+        return f"<constructor {self._build.__name__}>"
 
     def __call__(
         self,

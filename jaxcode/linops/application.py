@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from .abstract import AbstractLinop, Results, Rows, is_static
@@ -120,7 +121,7 @@ _apply_and_check_compiled = jax.jit(_apply_and_check, inline=True, static_argnum
 def apply_to_tree(
     name: str,
     linop: AbstractLinop,
-    tree: PyTree[Array],
+    tree: PyTree[ArrayLike],
     num_rows: int,
     *,
     precisely: bool = True,
@@ -148,11 +149,21 @@ def apply_to_tree(
         leaf = as_mixable(leaf_name, leaf) if linop.mixes else jnp.asarray(leaf)
         if leaf.ndim < 1 or leaf.shape[0] != num_rows:
             raise ValueError(f"{leaf_name} has shape {leaf.shape}; expected a leading axis of {num_rows}")
+        if one_pass and leaf.ndim > 1:
+            return _apply_along_axes(linop, leaf)
         rows = leaf.reshape(num_rows, math.prod(leaf.shape[1:]))
-        results = apply_compiled(linop, rows) if one_pass else apply(linop, rows, precisely=precisely)
+        results = apply(linop, rows, precisely=precisely)
         return results.reshape(results.shape[0], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)
+
+
+def _apply_along_axes(linop, leaf):
+    """Applies an operator without flattening the trailing axes: data spread along one of them would be gathered."""
+    product = functools.partial(apply_compiled, linop)
+    for _ in range(leaf.ndim - 2):
+        product = jax.vmap(product, in_axes=-1, out_axes=-1)
+    return product(leaf)
 
 
 def as_mixable(name: str, leaf: Array | np.ndarray) -> Array:

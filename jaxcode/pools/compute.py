@@ -1,5 +1,6 @@
 """Computes a model inside a worker: compiled, with its parameters on the worker's device, from NumPy to NumPy."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -88,10 +89,18 @@ def shapes_of(batch: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
     )
 
 
-def shapes_key(shapes: PyTree[jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
-    """Returns the structure and the shapes and dtypes of a batch as a key for a dictionary."""
-    leaves, structure = jax.tree.flatten(shapes)
-    return structure, tuple(leaves)
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
+    """Shapes and dtypes of the batches of a kind and of the model's answers to them; a pool has one object of each.
+
+    Attributes:
+        batch: Leaves (batch, ...).
+        answers: Leaves (batch, ...).
+    """
+
+    batch: PyTree[jax.ShapeDtypeStruct]
+    answers: PyTree[jax.ShapeDtypeStruct]
 
 
 def x64_enabled() -> bool:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..checks import batch_size
 from ..functions import PureFunction
 from ..stop import AbstractStop
-from .compute import answer_shapes, shapes_key, shapes_of, x64_enabled
+from .compute import Signature, answer_shapes, shapes_of, x64_enabled
 from .request import Request
 from .responses import Enough, PredictedError, Responses
 from .scheduler import Scheduler
@@ -152,8 +152,8 @@ class WorkerPool(AbstractPool):
         self._fn, self._params, self._on_close = fn, params, on_close
         self._x64 = x64_enabled()
         self._num_workers = len(workers)
-        self._answer_shapes: dict[Any, PyTree[jax.ShapeDtypeStruct]] = {}
-        examples = [] if example is None else [self._shapes(example)]
+        self._signatures: dict[Any, Signature] = {}
+        examples = [] if example is None else [self._signature(example)]
         self._scheduler = Scheduler(workers, examples, stuck_after=stuck_after, start_limit=start_limit)
         try:
             with tqdm(total=len(workers), desc="starting workers", disable=not progress, file=sys.stderr) as bar:
@@ -191,14 +191,13 @@ class WorkerPool(AbstractPool):
         if unchecked_rows is not None:
             _check_rows(unchecked_rows, jax.tree.leaves(coded)[0].shape[1])
         stop.check(num_shares, error is not None)
-        shapes = self._shapes(jax.tree.map(lambda leaf: leaf[0], coded))
-        expected = self._expected(shapes, self._x64)
-        request = Request(coded, shapes, expected, order, again_after, unchecked_rows, began)
+        signature = self._signature(jax.tree.map(lambda leaf: leaf[0], coded))
+        request = Request(coded, signature, order, again_after, unchecked_rows, began)
         with self._scheduler.working_on(request):
             return request.gather(stop, time_limit, enough, error)
 
     def warm_up(self, example: PyTree[Any]) -> None:
-        self._scheduler.warm_up(self._shapes(example))
+        self._scheduler.warm_up(self._signature(example))
 
     def states(self) -> list[str]:
         return self._scheduler.states()
@@ -211,32 +210,31 @@ class WorkerPool(AbstractPool):
         on_close, self._on_close = self._on_close, lambda: None
         on_close()
 
-    def _shapes(self, batch):
-        """The shapes and dtypes of a batch at the workers, for which f's answers are known to be usable."""
+    def _signature(self, batch):
+        """Shapes and dtypes of a batch and of f's answers at the workers; checks that the caller expects the same."""
         x64 = x64_enabled()
         if x64 == self._x64:
-            shapes = shapes_of(batch)
-            self._expected(shapes, x64)
-            return shapes
-        of_caller = shapes_of(batch)
+            return self._find_signature(batch, x64)
+        expected = self._find_signature(batch, x64)
         with jax.enable_x64(self._x64):
-            shapes = shapes_of(batch)
-            found = self._expected(shapes, self._x64)
-        wanted = self._expected(of_caller, x64)
-        if shapes_key((of_caller, wanted)) != shapes_key((shapes, found)):
+            signature = self._find_signature(batch, self._x64)
+        if _dtypes(expected) != _dtypes(signature):
             raise ValueError(
-                f"jax_enable_x64 is {x64} but was {self._x64} when the pool was made, and the request's dtypes "
-                f"{_dtypes((of_caller, wanted))} would be {_dtypes((shapes, found))}; make the pool and its requests "
-                f"under the same setting, such as jax.enable_x64({x64})"
+                f"jax_enable_x64 is {x64} but was {self._x64} when the pool was made; f would take and return "
+                f"{_dtypes(signature)}, expected {_dtypes(expected)}: make the pool and its requests under the same "
+                f"setting, such as with jax.enable_x64({x64})"
             )
-        return shapes
+        return signature
 
-    def _expected(self, shapes, x64):
-        """The shapes and dtypes of f's answers to a batch, at this setting of jax_enable_x64, which is that of now."""
-        key = shapes_key(shapes), x64
-        if key not in self._answer_shapes:
-            self._answer_shapes[key] = answer_shapes(self._fn, self._params, shapes)
-        return self._answer_shapes[key]
+    def _find_signature(self, batch, x64):
+        """The signature at this setting of jax_enable_x64, which is that of now."""
+        shapes = shapes_of(batch)
+        leaves, structure = jax.tree.flatten(shapes)
+        key = structure, tuple(leaves), x64
+        if key not in self._signatures:
+            # Of threads that find it missing at the same time, all take the one that is entered first.
+            self._signatures.setdefault(key, Signature(shapes, answer_shapes(self._fn, self._params, shapes)))
+        return self._signatures[key]
 
 
 def _check_rows(rows, size):
@@ -248,5 +246,7 @@ def _check_rows(rows, size):
         )
 
 
-def _dtypes(tree):
-    return ", ".join(str(leaf.dtype) for leaf in jax.tree.leaves(tree))
+def _dtypes(signature):
+    return " and ".join(
+        ", ".join(str(leaf.dtype) for leaf in jax.tree.leaves(tree)) for tree in (signature.batch, signature.answers)
+    )

@@ -202,11 +202,11 @@ def _initialise(ray, address):
             ray.init(address=address, **_QUIET)
             return
         # What Ray makes of a loopback address.
-        listens = ray.util.get_node_ip_address()
-        if not ipaddress.ip_address(listens).is_loopback:
+        host = ray.util.get_node_ip_address()
+        if not ipaddress.ip_address(host).is_loopback:
             name, value = _LOOPBACK
             raise RuntimeError(
-                f"Ray, which was imported before, would start a cluster that listens on {listens}, which other "
+                f"Ray, which was imported before, would start a cluster that listens on {host}, which other "
                 f"machines can reach; set {name}={value} in the environment before Ray is imported, or import it after "
                 "the pool is made, or start a cluster yourself: by ray.init(), or by ray start, whose address is given"
             )
@@ -215,7 +215,7 @@ def _initialise(ray, address):
                 address="local",
                 include_dashboard=False,
                 object_store_memory=_LOCAL_STORE,
-                _node_ip_address=listens,
+                _node_ip_address=host,
                 **_QUIET,
             )
 
@@ -231,14 +231,14 @@ def _is_current(ray, session):
 
 
 @contextlib.contextmanager
-def _environment(*wanted):
+def _environment(*settings):
     """Sets what Ray reads when it is imported and when it starts processes; replaces nothing that the user has set."""
-    added = {name: value for name, value in wanted if name not in os.environ}
-    os.environ.update(added)
+    variables = {name: value for name, value in settings if name not in os.environ}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in added:
+        for name in variables:
             os.environ.pop(name, None)
 
 

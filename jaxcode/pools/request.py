@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, PyTree
 
 from ..stop import AbstractStop, Progress
-from .compute import shapes_key
+from .compute import Signature
 from .responses import Enough, Fault, NotEnoughAnswers, PredictedError, Responses
 
 # Whether a request can make progress: work is under way or can be assigned; a worker must be started before; or nobody
@@ -31,15 +31,13 @@ class Request:
 
     Args:
         shares: Leaves (shares, batch, ...).
-        shapes: Shapes and dtypes of one share's batch.
-        expected: What the answer to one share looks like.
+        signature: Shapes and dtypes of one share's batch and of its answer.
         order: In which order shares are assigned.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
         unchecked_rows: Rows of every share's answer that need not be finite, bool, shape (batch,).
         began: Monotonic time at which the request was made, in seconds; now if None.
 
     Attributes:
-        key: Identifies the shapes of a share.
         returned: To which shares answers came, bool, shape (shares,).
         faults: What went wrong.
         compiling: Workers that compile for this request.
@@ -50,23 +48,21 @@ class Request:
     def __init__(
         self,
         shares: PyTree[np.ndarray],
-        shapes: PyTree[jax.ShapeDtypeStruct],
-        expected: PyTree[jax.ShapeDtypeStruct],
+        signature: Signature,
         order: Sequence[int],
         again_after: float | None = None,
         unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
         began: float | None = None,
     ):
         number = len(order)
-        self._shares, self.expected = shares, expected
+        self._shares, self.signature = shares, signature
         self.again_after, self.unchecked_rows = again_after, unchecked_rows
-        self.key = shapes_key(shapes)
         self.returned = np.zeros(number, bool)
         self.faults: list[Fault] = []
         self.compiling: set[int] = set()
         self.in_flight = 0
         self.finished = False
-        self._values = jax.tree.map(lambda leaf: np.zeros((number, *leaf.shape), leaf.dtype), expected)
+        self._values = jax.tree.map(lambda leaf: np.zeros((number, *leaf.shape), leaf.dtype), signature.answers)
         self._latency = np.full(number, np.inf)
         self._queued = collections.deque(int(share) for share in order)
         self._attempts = np.zeros(number, int)

@@ -12,9 +12,8 @@ from concurrent.futures import Future
 from typing import Any, final
 
 import jax
-from jaxtyping import PyTree
 
-from .compute import refusal, shapes_key
+from .compute import Signature, refusal
 from .event_loop import EventLoop
 from .request import Request
 from .responses import Fault, PoolClosed
@@ -38,7 +37,7 @@ class Scheduler:
     def __init__(
         self,
         workers: Sequence[AbstractWorker],
-        examples: Sequence[PyTree[jax.ShapeDtypeStruct]],
+        examples: Sequence[Signature],
         *,
         stuck_after: float | None,
         start_limit: float,
@@ -63,9 +62,9 @@ class Scheduler:
         self._milestones = [self._startup]
         # What restarted workers compile for, and what is still to be compiled by those that run.
         self._examples = list(examples)
-        # Per worker, the shapes that its process has compiled for; and the shapes that were logged.
-        self._compiled: list[set[Any]] = [set() for _ in workers]
-        self._logged: set[Any] = set()
+        # Per worker, what its process has compiled for; and what was logged.
+        self._compiled: list[set[Signature]] = [set() for _ in workers]
+        self._logged: set[Signature] = set()
 
     # ---- called from any thread ----------------------------------------------------------------------------
 
@@ -83,14 +82,14 @@ class Scheduler:
         self._loop.post(self._supervisor.start)
         self._wait(self._startup)
 
-    def warm_up(self, shapes: PyTree[jax.ShapeDtypeStruct]) -> None:
+    def warm_up(self, example: Signature) -> None:
         """Has all workers compile for such batches and waits for those that run; others do when they are started.
 
         Raises:
             RuntimeError: If no worker can compute such a batch within the limit, which is forgotten then.
             PoolClosed: If the pool is closed before.
         """
-        self._wait(self._loop.ask(functools.partial(self._add_example, shapes)))
+        self._wait(self._loop.ask(functools.partial(self._add_example, example)))
 
     @contextlib.contextmanager
     def working_on(self, request: Request) -> Iterator[None]:
@@ -144,28 +143,32 @@ class Scheduler:
 
     def _assign(self):
         """Assigns something to do to all workers that are idle."""
+        if not self._requests and not self._milestones:
+            return
         for slot in self._supervisor.idle():
-            if not self._compile_next(slot):
-                for request in self._requests:
-                    share = request.take(slot.number)
-                    if share is not None:
-                        self._compute(slot, request, share)
-                        break
+            if self._milestones and self._compile_next(slot):
+                continue
+            for request in self._requests:
+                share = request.take(slot.number)
+                if share is not None:
+                    self._compute(slot, request, share)
+                    break
 
     def _compute(self, slot, request, share):
         compiled = self._compiled[slot.number]
-        if request.key not in compiled:
+        if request.signature not in compiled:
             request.compiling.add(slot.number)
-            self._log_compilation(request.key)
+            self._log_compilation(request.signature)
         submit = functools.partial(self._workers[slot.number].call, request.batch(share))
         self._supervisor.call(slot, submit, functools.partial(self._on_answer, request, share))
         self._update_progress([request])
 
     def _hedge(self):
         """Assigns shares whose answers are overdue to workers that are idle too; one timer for all requests."""
-        hedged = [(request.again_after, request) for request in self._requests if request.again_after is not None]
+        # Each with the seconds after which its shares are overdue.
+        requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
         idle = self._supervisor.idle()
-        for _, request in hedged:
+        for _, request in requests:
             if not idle:
                 break
             for share in request.overdue():
@@ -175,9 +178,9 @@ class Scheduler:
                 idle.remove(slot)
                 request.note_assigned(share)
                 self._compute(slot, request, share)
-        self._hedging = bool(hedged)
-        if hedged:
-            self._loop.call_later(min(seconds for seconds, _ in hedged) / 4, self._hedge)
+        self._hedging = bool(requests)
+        if requests:
+            self._loop.call_later(min(seconds for seconds, _ in requests) / 4, self._hedge)
 
     def _on_answer(self, request, share, slot, future):
         failure = future.exception()
@@ -188,8 +191,8 @@ class Scheduler:
         elif failure is not None:
             fault = Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}")
         else:
-            self._compiled[slot.number].add(request.key)
-            problem = refusal(future.result(), request.expected, request.unchecked_rows)
+            self._compiled[slot.number].add(request.signature)
+            problem = refusal(future.result(), request.signature.answers, request.unchecked_rows)
             fault = None if problem is None else Fault(slot.number, "refused", problem)
         if fault is None:
             request.accept(share, slot.number, future.result())
@@ -234,18 +237,17 @@ class Scheduler:
     # ---- on the loop's thread: workers ---------------------------------------------------------------------
 
     def _prepare(self, slot):
-        """Has a worker that has just been started compile for what others have been able to compute."""
+        """Has a worker that has just been started compile for the examples that have been computed before."""
         for request in self._requests:
             request.allow(slot.number)
         self._compiled[slot.number] = set()
         examples = list(self._examples)
-        future = self._workers[slot.number].warm_up(examples)
-        return _mapped(future, [shapes_key(shapes) for shapes in examples])
+        return _mapped(self._workers[slot.number].warm_up([example.batch for example in examples]), examples)
 
-    def _on_ready(self, slot, keys):
-        self._compiled[slot.number].update(keys)
+    def _on_ready(self, slot, examples):
+        self._compiled[slot.number].update(examples)
         for milestone in self._milestones:
-            if milestone.key is None or milestone.key in keys:
+            if milestone.example is None or milestone.example in examples:
                 milestone.record_ready(slot.number)
         self._conclude_reached()
 
@@ -254,24 +256,23 @@ class Scheduler:
             milestone.record_failure(slot.number, failure)
         self._conclude_reached()
 
-    def _add_example(self, shapes):
-        """The milestone at which all workers have compiled for such batches."""
-        key = shapes_key(shapes)
-        milestone = next((milestone for milestone in self._milestones if milestone.key == key), None)
+    def _add_example(self, example):
+        """Returns the milestone at which all workers have compiled for such batches."""
+        milestone = next((milestone for milestone in self._milestones if milestone.example is example), None)
         if milestone is None:
-            milestone = _Milestone("compute such a batch", key, shapes)
-            milestone.ready.update(slot.number for slot in self._supervisor.slots if key in self._compiled[slot.number])
+            milestone = _Milestone("compute such a batch", example)
+            milestone.ready.update(n for n, compiled in enumerate(self._compiled) if example in compiled)
             self._milestones.append(milestone)
-            if milestone.ready and shapes not in self._examples:
-                self._examples.append(shapes)
+            if milestone.ready and example not in self._examples:
+                self._examples.append(example)
             self._on_change()
         return milestone
 
     def _compile_next(self, slot):
         """Has an idle worker compile for an example that it has not tried yet, if there is one."""
         for milestone in self._milestones:
-            if milestone.shapes is not None and not milestone.tried_by(slot.number):
-                submit = functools.partial(self._workers[slot.number].warm_up, [milestone.shapes])
+            if milestone.example is not None and not milestone.tried_by(slot.number):
+                submit = functools.partial(self._workers[slot.number].warm_up, [milestone.example.batch])
                 self._supervisor.call(slot, submit, functools.partial(self._on_compiled, milestone))
                 return True
         return False
@@ -279,10 +280,10 @@ class Scheduler:
     def _on_compiled(self, milestone, slot, future):
         failure = future.exception()
         if failure is None:
-            self._compiled[slot.number].add(milestone.key)
+            self._compiled[slot.number].add(milestone.example)
             milestone.record_ready(slot.number)
-            if milestone.shapes not in self._examples:
-                self._examples.append(milestone.shapes)
+            if milestone.example not in self._examples:
+                self._examples.append(milestone.example)
         elif not isinstance(failure, WorkerDied):
             # Nothing is wrong with a worker whose batch cannot be computed.
             self._count_fault(Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}"))
@@ -290,10 +291,10 @@ class Scheduler:
         self._conclude_reached()
 
     def _conclude_reached(self):
-        """Wakes those who wait for what all workers that run have done or failed at."""
+        """Concludes milestones that every worker but quarantined ones has reached or failed at."""
         for milestone in list(self._milestones):
-            waited_for = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
-            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in waited_for):
+            running = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
+            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running):
                 self._conclude(milestone)
 
     def _conclude(self, milestone):
@@ -301,11 +302,11 @@ class Scheduler:
             self._milestones.remove(milestone)
             milestone.conclude(self._start_limit)
 
-    def _log_compilation(self, key):
-        if key not in self._logged:
-            self._logged.add(key)
-            waiting = sum(key not in compiled for compiled in self._compiled)
-            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in key[1])
+    def _log_compilation(self, signature):
+        if signature not in self._logged:
+            self._logged.add(signature)
+            waiting = sum(signature not in compiled for compiled in self._compiled)
+            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(signature.batch))
             log.warning(
                 "compiling for batches of %s on up to %d workers during a request; warm_up does so beforehand",
                 shapes,
@@ -328,16 +329,15 @@ class _Milestone:
 
     Attributes:
         name: The infinitive of it, for errors.
-        key: Identifies the example's shapes; None for the start.
-        shapes: The example's; None for the start.
+        example: What is compiled for; None for the start.
         ready: Workers that have done it.
-        failures: What it was that others failed with.
+        failures: Exceptions of the workers that failed at it.
         done: Set when all that run have tried.
         on_ready: Called for each worker that has done it.
     """
 
-    def __init__(self, name: str, key: Any = None, shapes: Any = None):
-        self.name, self.key, self.shapes = name, key, shapes
+    def __init__(self, name: str, example: Signature | None = None):
+        self.name, self.example = name, example
         self.ready: set[int] = set()
         self.failures: dict[int, Exception] = {}
         self.done: Future[None] = Future()
@@ -364,7 +364,7 @@ class _Milestone:
             self.failures[number] = failure
 
     def conclude(self, limit: float) -> None:
-        """Wakes those who wait, with an error if no worker has done it."""
+        """Sets the outcome: an error if no worker has done it."""
         if self.ready:
             self.done.set_result(None)
             return

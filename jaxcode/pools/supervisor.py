@@ -171,7 +171,7 @@ class Supervisor:
         finally:
             failure = future.exception()
             if isinstance(failure, WorkerDied):
-                self._bury(slot, failure)
+                self._replace_dead(slot, failure)
             elif slot.state == "busy":
                 self._release(slot)
         self._on_change()
@@ -195,9 +195,9 @@ class Supervisor:
             slot.state = "idle"
             self._on_ready(slot, future.result())
         elif not isinstance(failure, WorkerDied):
-            self._bury(slot, WorkerDied(f"it could not get ready: {type(failure).__name__}: {failure}"))
+            self._replace_dead(slot, WorkerDied(f"it could not get ready: {type(failure).__name__}: {failure}"))
 
-    def _bury(self, slot, failure):
+    def _replace_dead(self, slot, failure):
         """Ends what may be left of a worker that died, and starts it again: immediately, or later if it keeps dying."""
         self._counters["deaths"] += 1
         log.warning("worker %d died: %s", slot.number, failure, extra={"worker": slot.number, "kind": "died"})

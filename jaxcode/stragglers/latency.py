@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from .._arrays import as_float
-from ..checks import check_count, check_durations, check_not_negative, check_positive
 from .._pytree import pytree
+from ..checks import check_count, check_durations, check_not_negative, check_positive
 
 
 class AbstractLatency(abc.ABC):

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PRNGKeyArray, Real
 
 from .._arrays import as_float, as_int
-from ..checks import check_at_most, check_count, check_scalar
 from .._pytree import pytree
+from ..checks import check_at_most, check_count, check_scalar
 from .latency import AbstractLatency
 
 

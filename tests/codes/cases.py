@@ -6,61 +6,67 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcode import (
-    BerrutCode,
-    BSplineCode,
-    FloaterHormannCode,
-    LagrangeCode,
-    ReplicationCode,
-    SplineCode,
-    UncodedCode,
-    nodes,
-)
+import jaxcode as jc
+from jaxcode import interpolants, nodes
+
+from .nearest_code import NearestCode
 
 NUM_DATA, NUM_WORKERS = 5, 12
 
+_sizes = (NUM_DATA, NUM_WORKERS)
+LAYOUTS = {
+    "chebyshev": nodes.chebyshev(*_sizes),
+    "systematic": nodes.systematic(*_sizes),
+    "repeated": nodes.repeated(*_sizes),
+    "mixed": nodes.mixed(*_sizes, num_between=3),
+}
+FAMILIES = {
+    "spline": jc.SplineCode,
+    "berrut": jc.BerrutCode,
+    "floater-hormann-3": functools.partial(jc.FloaterHormannCode, degree=3),
+    "lagrange-2": functools.partial(jc.LagrangeCode, degree=2),
+    "bspline": jc.BSplineCode,
+}
 
-def _own_nodes():
+
+def _irregular_nodes():
     """Nodes a user might choose: irregular, some workers outside the data's range and outside [-1, 1]."""
     rng = np.random.default_rng(1)
     return [reach * (nodes.uniform(n) + rng.uniform(-0.6, 0.6, n) / n) for reach, n in ((0.8, 5), (1.2, 12))]
 
 
-_sizes = (NUM_DATA, NUM_WORKERS)
-_alpha = nodes.chebyshev_first(NUM_DATA)
-_systematic = (_alpha, nodes.systematic(_alpha, NUM_WORKERS))
-
 CODES = {
-    "spline-chebyshev": SplineCode.chebyshev(*_sizes),
-    "spline-systematic": SplineCode.systematic(*_sizes),
-    "spline-repeated": SplineCode.repeated(*_sizes),
-    "spline-own": SplineCode(*_own_nodes()),
-    "spline-smoothed": SplineCode.chebyshev(*_sizes, encoder_smoothing=1e-3, decoder_smoothing=1e-2),
-    "berrut": BerrutCode.chebyshev(*_sizes),
-    "berrut-systematic": BerrutCode(*_systematic),
-    "floater-hormann-0": FloaterHormannCode.chebyshev(*_sizes, degree=0),
-    "floater-hormann-3": FloaterHormannCode.chebyshev(*_sizes, degree=3),
-    "floater-hormann-3-systematic": FloaterHormannCode(*_systematic, degree=3),
-    "lagrange-2": LagrangeCode.chebyshev(*_sizes, degree=2),
-    "bspline-berrut": BSplineCode.chebyshev(*_sizes, encoder="berrut"),
-    "bspline-lagrange": BSplineCode.chebyshev(*_sizes, encoder="lagrange"),
-    "replication": ReplicationCode(*_sizes),
-    "uncoded": UncodedCode(NUM_DATA),
+    f"{family}-{layout}": construct(placed.data, placed.workers)
+    for family, construct in FAMILIES.items()
+    for layout, placed in LAYOUTS.items()
+} | {
+    "spline-irregular": jc.SplineCode(*_irregular_nodes()),
+    "spline-smoothed": jc.SplineCode.chebyshev(*_sizes, encoder_smoothing=1e-3, decoder_smoothing=1e-2),
+    "spline-smoothed-mixed": jc.SplineCode.mixed(*_sizes, 3, encoder_smoothing=1e-3, decoder_smoothing=1e-2),
+    "floater-hormann-0": jc.FloaterHormannCode.chebyshev(*_sizes, degree=0),
+    "bspline-lagrange": jc.BSplineCode.chebyshev(*_sizes, encoder=interpolants.Polynomial()),
+    "spline-then-berrut": jc.InterpolatingCode(LAYOUTS["systematic"], interpolants.Spline(), interpolants.Berrut()),
+    "replication": jc.ReplicationCode(*_sizes),
+    "uncoded": jc.UncodedCode(NUM_DATA),
+    "outside": NearestCode(*_sizes),
 }
 # One of each program: codes that differ only in nodes and smoothing share what is compiled.
 PROGRAMS = [
     "spline-smoothed",
-    "berrut",
-    "floater-hormann-3",
-    "lagrange-2",
-    "bspline-berrut",
+    "berrut-chebyshev",
+    "floater-hormann-3-chebyshev",
+    "lagrange-2-chebyshev",
+    "bspline-repeated",
     "bspline-lagrange",
     "replication",
     "uncoded",
+    "outside",
 ]
-INTERPOLATING = [name for name in CODES if name not in ("replication", "uncoded")]
-ENCODES_LINES = [name for name in INTERPOLATING if "berrut" not in name and not name.endswith("-0")]
-DECODES_LINES = [*ENCODES_LINES, "bspline-berrut"]
+MOVES_ROWS = ["replication", "uncoded", "outside"]
+INTERPOLATING = [name for name in CODES if name not in MOVES_ROWS]
+MERGES_SITES = [name for name in INTERPOLATING if name.endswith(("-repeated", "-mixed"))]
+ENCODES_LINES = [name for name in INTERPOLATING if not name.startswith(("berrut", "floater-hormann-0", "bspline"))]
+DECODES_LINES = [name for name in INTERPOLATING if "berrut" not in name and name != "floater-hormann-0"]
 
 _returned = {
     "all": lambda n: np.ones(n, bool),
@@ -109,6 +115,11 @@ def encoder_matrix(code):
 @in_x64
 def decoder_matrix(code, returned):
     return code.decoder_matrix(returned)
+
+
+def sites(code, returned):
+    """How many distinct nodes the workers that returned sit at."""
+    return len(np.unique(code.nodes.workers[returned]))
 
 
 def normal(*shape, seed=0, dtype=np.float32):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxcode import BSplineCode, SplineCode
+from jaxcode.interpolants import Berrut, Polynomial
 
 from .cases import CODES, each_code
 
@@ -29,13 +30,13 @@ def test_leaves_may_stand_for_arrays(name, stand_in):
 
 
 def test_settings_are_static():
-    structures = [jax.tree.structure(CODES[name]) for name in ("floater-hormann-0", "floater-hormann-3")]
+    structures = [jax.tree.structure(CODES[name]) for name in ("floater-hormann-0", "floater-hormann-3-chebyshev")]
     assert structures[0] != structures[1]
-    berrut, lagrange = (BSplineCode.chebyshev(3, 6, encoder=encoder) for encoder in ("berrut", "lagrange"))
+    berrut, lagrange = (BSplineCode.chebyshev(3, 6, encoder=encoder) for encoder in (Berrut(), Polynomial()))
     assert jax.tree.structure(berrut) != jax.tree.structure(lagrange)
 
 
 def test_nodes_keep_float64_whatever_x64_mode():
     code = SplineCode.chebyshev(5, 12)
-    assert code.data_nodes.dtype == code.worker_nodes.dtype == np.float64
-    assert isinstance(code.data_nodes, np.ndarray)
+    assert code.nodes.data.dtype == code.nodes.workers.dtype == np.float64
+    assert isinstance(code.nodes.data, np.ndarray)

@@ -13,6 +13,7 @@ from .cases import (
     ENCODES_LINES,
     INTERPOLATING,
     MASKS,
+    MERGES_SITES,
     all_masks,
     assert_near,
     decoder_matrix,
@@ -23,6 +24,7 @@ from .cases import (
     in_x64,
     normal,
     returned_of,
+    sites,
 )
 
 # Whole chains of terms, in float32: nine roundings of the largest.
@@ -130,9 +132,10 @@ def test_fewer_than_two_answers_are_nan(name, present):
     assert np.isnan(decoder_matrix(code, returned)).all()
 
 
-def test_two_answers_at_one_node_are_their_mean():
-    code = CODES["spline-repeated"]
-    assert code.worker_nodes[0] == code.worker_nodes[1] < code.worker_nodes[-1]
+@pytest.mark.parametrize("name", [name for name in MERGES_SITES if name.endswith("-repeated")])
+def test_two_answers_at_one_node_are_their_mean(name):
+    code = CODES[name]
+    assert code.nodes.workers[0] == code.nodes.workers[1] < code.nodes.workers[-1]
     y = normal(code.num_workers, 3)
     decoded = decode(code, y, np.arange(code.num_workers) < 2)
     np.testing.assert_allclose(decoded, np.broadcast_to(y[:2].mean(axis=0), (code.num_data, 3)), rtol=1e-5)
@@ -166,23 +169,26 @@ def test_constants_are_reproduced(name, mask):
 @pytest.mark.parametrize("name", ENCODES_LINES)
 def test_straight_lines_are_encoded(name):
     code = CODES[name]
-    coded = encoder_matrix(code) @ (2 - 3 * code.data_nodes)
-    np.testing.assert_allclose(coded, 2 - 3 * code.worker_nodes, atol=1e-9)
+    coded = encoder_matrix(code) @ (2 - 3 * code.nodes.data)
+    np.testing.assert_allclose(coded, 2 - 3 * code.nodes.workers, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", DECODES_LINES)
 @each_mask
 def test_straight_lines_are_decoded(name, mask):
-    code = CODES[name]
-    decoded = decoder_matrix(code, returned_of(mask, name)) @ (2 - 3 * code.worker_nodes)
-    np.testing.assert_allclose(decoded, 2 - 3 * code.data_nodes, atol=1e-9)
+    code, returned = CODES[name], returned_of(mask, name)
+    if sites(code, returned) < 2:
+        return  # the curve through a single node is constant
+    decoded = decoder_matrix(code, returned) @ (2 - 3 * code.nodes.workers)
+    np.testing.assert_allclose(decoded, 2 - 3 * code.nodes.data, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", MERGES_SITES)
 @each_mask
-def test_workers_at_one_node_may_be_exchanged(mask):
-    code, returned = CODES["spline-repeated"], returned_of(mask, "spline-repeated")
+def test_workers_at_one_node_may_be_exchanged(name, mask):
+    code, returned = CODES[name], returned_of(mask, name)
     y = normal(code.num_workers, 3)
-    shuffled = np.lexsort([np.random.default_rng(5).permutation(code.num_workers), code.worker_nodes])
+    shuffled = np.lexsort([np.random.default_rng(5).permutation(code.num_workers), code.nodes.workers])
     assert (shuffled != np.arange(code.num_workers)).any()
     exchanged = decode(code, y[shuffled], returned[shuffled])
     np.testing.assert_allclose(exchanged, decode(code, y, returned), rtol=1e-5, atol=1e-5)
@@ -254,7 +260,7 @@ def test_vmap_over_data(name):
 
 
 def test_vmap_over_codes():
-    names = [name for name in CODES if name.startswith("spline")]
+    names = [name for name in CODES if name.startswith("spline") and name != "spline-then-berrut"]
     codes = jax.tree.map(lambda *leaves: np.stack(leaves), *(CODES[name] for name in names))
     y, returned = normal(12, 3, dtype=np.float64), returned_of("alternating", names[0])
     together = decode_with_each_code(codes, y, returned)
@@ -284,15 +290,6 @@ def test_another_leaf_changes_nothing(name):
     alone = decode(code, y, returned)
     accompanied = decode(code, {"y": y, "wide": normal(code.num_workers, 7, seed=1) * 1e6}, returned)["y"]
     np.testing.assert_allclose(accompanied, alone, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["berrut", "replication"])
-def test_integers_are_decoded_as_float32(name):
-    y = np.arange(CODES[name].num_workers)
-    returned = returned_of("all", name)
-    decoded = decode(CODES[name], y, returned)
-    assert decoded.dtype == np.float32
-    np.testing.assert_allclose(decoded, decode(CODES[name], y.astype(np.float32), returned), rtol=1e-6)
 
 
 @each_program

@@ -1,4 +1,4 @@
-"""What goes wrong with workers in tests, and how what comes of it is seen."""
+"""Injects faults into workers, and observes processes and sockets."""
 
 import contextlib
 import ipaddress
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Faults:
-    """What each worker of this process does in place of computing, while it is set."""
+    """Replaces the computation of workers that are threads of this process."""
 
     def __init__(self):
         self.does = {}
@@ -23,7 +23,7 @@ class Faults:
         return self.does.get(worker, lambda compute, batch: compute(batch))(compute, batch)
 
     def waits(self, *numbers):
-        """Has workers wait until they are told to go on."""
+        """Has workers wait until `go_on`."""
         go = threading.Event()
         self._waiting_for.append(go)
 
@@ -34,7 +34,7 @@ class Faults:
         self.does.update(dict.fromkeys(numbers, wait))
 
     def go_on(self):
-        """From now on everyone computes, those who wait too."""
+        """Has all workers compute again, those that wait too."""
         self.does.clear()
         while self._waiting_for:
             self._waiting_for.pop().set()
@@ -44,7 +44,7 @@ class Faults:
 
 
 class FileFaults:
-    """In place of computing, a worker leaves its process's number and does what a file of its number says, if any."""
+    """Replaces the computation of workers in other processes by what a file says; notes their pids."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -54,8 +54,8 @@ class FileFaults:
         if not own.exists() or own.read_text() != str(os.getpid()):
             own.with_suffix(".new").write_text(str(os.getpid()))
             own.with_suffix(".new").replace(own)
-        told = Path(self.folder) / f"does{worker}"
-        does = told.read_text() if told.exists() else ""
+        file = Path(self.folder) / f"does{worker}"
+        does = file.read_text() if file.exists() else ""
         if does.startswith("wait"):
             time.sleep(float(does.split()[1]))
         if does == "raise":

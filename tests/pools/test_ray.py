@@ -53,12 +53,12 @@ def test_every_worker_answers_and_listens_to_this_machine_only(pool):
     responses = pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
     assert responses.returned.all()
     check(responses)
-    mine = sockets_of(_of_the_cluster)
+    mine = sockets_of(of_the_cluster)
     assert mine
     assert all(address.is_loopback for address in mine), mine
 
 
-def _of_the_cluster(process, command):
+def of_the_cluster(process, command):
     import ray  # after the pool has: it reads its environment then
 
     return ray._private.worker._global_node.session_name in command or command.startswith("ray::")

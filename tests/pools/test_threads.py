@@ -39,7 +39,7 @@ def test_every_worker_answers_its_own_batch(pool):
     assert responses.faults == ()
 
 
-def test_late_workers_are_not_waited_for_and_their_answers_harm_nobody(pool, faults):
+def test_late_workers_are_not_waited_for_and_their_answers_change_nothing(pool, faults):
     faults.waits(1, 3)
     responses = pool.run(BATCH, stop.answers(3))
     assert returned(responses) == [0, 2, 4]
@@ -53,7 +53,7 @@ def test_late_workers_are_not_waited_for_and_their_answers_harm_nobody(pool, fau
     np.testing.assert_allclose(pool.run(BATCH, stop.answers(N)).values, np.sin(BATCH), rtol=1e-6)
 
 
-def test_nobody_waits_behind_a_worker_that_is_busy_others_do_its_part(pool, faults):
+def test_shares_do_not_wait_for_busy_workers(pool, faults):
     faults.waits(0, 3)
     pool.run(BATCH, stop.answers(3))
     responses = pool.run(2 * BATCH, stop.answers(N))
@@ -61,7 +61,7 @@ def test_nobody_waits_behind_a_worker_that_is_busy_others_do_its_part(pool, faul
     np.testing.assert_allclose(responses.values, np.sin(2 * BATCH), rtol=1e-6)
 
 
-def test_shares_may_be_more_or_fewer_than_workers_and_are_given_out_in_order(pool, faults):
+def test_shares_may_be_more_or_fewer_than_workers_and_are_assigned_in_order(pool, faults):
     faults.waits(1, 2, 3, 4)
     pool.run(BATCH, stop.answers(1))
     many = np.arange(12 * 2 * 3, dtype=np.float32).reshape(12, 2, 3) / 10
@@ -73,7 +73,7 @@ def test_shares_may_be_more_or_fewer_than_workers_and_are_given_out_in_order(poo
     assert pool.run(BATCH[:2], stop.answers(2)).values.shape == (2, 2, 3)
 
 
-def test_what_has_no_answer_for_long_is_given_to_another_worker_too(pool, faults):
+def test_shares_whose_answers_are_overdue_are_assigned_to_another_worker_too(pool, faults):
     faults.waits(1, 3)
     responses = pool.run(BATCH, stop.answers(N), again_after=0.1)
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
@@ -116,7 +116,8 @@ WRONG = {
     "shape": (lambda compute, batch: compute(batch)[:1], "refused", r"shape \(1, 3\)"),
     "dtype": (lambda compute, batch: compute(batch).astype(np.float64), "refused", "float64"),
     "structure": (lambda compute, batch: {"a": compute(batch)}, "refused", "PyTreeDef"),
-    "not an array": (lambda compute, batch: "no", "refused", "str"),
+    "not an array": (lambda compute, batch: "no", "refused", "a str; expected a NumPy array"),
+    "a Python number": (lambda compute, batch: 1.0, "refused", "a float; expected a NumPy array, float32 of shape"),
 }
 
 
@@ -132,7 +133,7 @@ def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
     assert pool.counters()[kind] == 1
 
 
-def test_who_keeps_failing_rests_longer_each_time_and_comes_back_when_well(pool, faults):
+def test_workers_that_keep_failing_are_quarantined_and_return_when_they_can_compute(pool, faults):
     faults.fails(3, _raise)
     for _ in range(3):
         pool.run(BATCH, stop.answers(N))
@@ -149,7 +150,7 @@ def test_who_keeps_failing_rests_longer_each_time_and_comes_back_when_well(pool,
     assert pool.states()[3] == "idle"
 
 
-def test_a_request_that_everyone_fails_at_is_not_held_against_the_workers(pool):
+def test_requests_that_every_worker_fails_at_do_not_count_as_failures_of_workers(pool):
     for _ in range(4):
         with pytest.raises(pools.NotEnoughAnswers, match="NaN"):
             pool.run(np.full_like(BATCH, np.inf), stop.answers(N), time_limit=0.5)
@@ -157,7 +158,7 @@ def test_a_request_that_everyone_fails_at_is_not_held_against_the_workers(pool):
     assert pool.run(BATCH, stop.answers(N)).returned.all()
 
 
-def test_requests_of_several_threads_are_answered_apart(pool):
+def test_requests_of_several_threads_do_not_mix(pool):
     wrong = []
 
     def client(scale):
@@ -244,6 +245,8 @@ def test_what_makes_no_sense_is_refused(pool, unchecked):
         (lambda: pools.ThreadPool("sin", 2), "expected a callable"),
         (lambda: pools.ThreadPool(lambda x: x.sum(), 2, example=BATCH[0]), "expected the batch as its leading axis"),
         (lambda: pools.ThreadPool(lambda x: x.argmax(-1), 2, example=BATCH[0]), "logits, not classes"),
+        (lambda: pools.ThreadPool(lambda x: {}, 2, example=BATCH[0]), "expected at least one array"),
+        (lambda: pools.ThreadPool(lambda x: 1.0, 2, example=BATCH[0]), "expected the batch as its leading axis"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcode.splines import fit_and_evaluate
+from jaxcode.interpolants.spline import fit_and_evaluate
 
 from . import cases
 from .reference import exact_spline, scipy_spline

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcode import SplineCode, coded, ordering, workers
+from jaxcode import SplineCode, coded, ordering, placement
 
 
 def main(port: str, number: str) -> None:
@@ -21,11 +21,11 @@ def main(port: str, number: str) -> None:
     def f(batch):
         return jnp.tanh(batch @ jnp.ones((16, 3)))
 
-    def predict(x, **spread):
-        return coded(f, code, order=ordering.greedy, **spread)(x, mask)
+    def predict(x, **options):
+        return coded(f, code, order=ordering.greedy, **options)(x, mask)
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = jax.jit(lambda x: predict(x, workers=workers.shard_map(mesh)), out_shardings=everywhere)(x)
+    found = jax.jit(lambda x: predict(x, placement=placement.shard_map(mesh)), out_shardings=everywhere)(x)
     expected = predict(x)
     error = np.abs(np.asarray(found.addressable_data(0)) - np.asarray(expected)).max()
     print(f"{jax.device_count()} devices, the values of one: {error < 1e-6}")

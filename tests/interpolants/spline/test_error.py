@@ -9,7 +9,8 @@ from scipy.interpolate import make_interp_spline
 from scipy.stats import spearmanr
 
 import jaxcode as jc
-from jaxcode.splines import posterior, wiener
+from jaxcode.interpolants.spline import error as posterior
+from jaxcode.interpolants.spline import wiener
 
 RNG = np.random.default_rng(0)
 KNOTS = np.sort(RNG.uniform(-1, 1, 10))
@@ -19,11 +20,11 @@ WEIGHTS = np.array([1, 2, 0, 1, 1, 3, 1, 1, 1, 0.5])
 SITES = np.unique(KNOTS[WEIGHTS > 0])
 CODE = jc.SplineCode.systematic(6, 12)
 MASK = np.arange(12) % 5 != 1
-OWN = np.isin(CODE.data_nodes, CODE.worker_nodes[MASK])
+OWN = np.isin(CODE.nodes.data, CODE.nodes.workers[MASK])
 
 
 def values(code=CODE, scale=1.0):
-    t = np.asarray(code.worker_nodes)
+    t = np.asarray(code.nodes.workers)
     return scale * np.stack([np.sin(3 * t), np.abs(t - 0.1)], axis=1)
 
 
@@ -155,7 +156,7 @@ def test_intervals_hold_nine_truths_of_ten_and_errors_rank_the_true_ones():
             )
         )
         for layout, (code, lost) in LAYOUTS.items():
-            encoder, alpha, beta = np.asarray(code.encoder_matrix()), code.data_nodes, code.worker_nodes
+            encoder, alpha, beta = np.asarray(code.encoder_matrix()), code.nodes.data, code.nodes.workers
             masks = np.stack([np.isin(np.arange(len(beta)), rng.permutation(len(beta))[lost:]) for _ in range(8)])
             decoders = np.stack([np.asarray(code.decoder_matrix(mask)) for mask in masks])
             for name, f in FUNCTIONS.items():
@@ -191,7 +192,7 @@ def test_an_answer_to_the_input_itself_is_exact_and_others_are_not():
 
 
 def test_results_are_those_of_decode_and_errors_are_like_them():
-    y = {"logits": jnp.asarray(values(), jnp.bfloat16), "count": jnp.arange(12)}
+    y = {"logits": jnp.asarray(values(), jnp.bfloat16), "image": jnp.arange(12, dtype=jnp.uint8)}
     results, error = CODE.decode_with_error(y, MASK)
     expected = CODE.decode(y, MASK)
     for name in y:
@@ -208,7 +209,7 @@ def test_errors_have_the_unit_of_the_answers():
 
 
 def test_straight_lines_have_no_error_and_no_say():
-    line = 3 - 2 * np.asarray(CODE.worker_nodes)
+    line = 3 - 2 * np.asarray(CODE.nodes.workers)
     with jax.enable_x64(True):
         alone, _ = (np.asarray(CODE.decode_with_error(jnp.stack([c, c], 1), MASK)[1]) for c in (line, line))
         beside = np.asarray(CODE.decode_with_error(jnp.stack([values()[:, 0], line], 1), MASK)[1])
@@ -229,7 +230,7 @@ def test_rows_that_did_not_return_are_not_read():
 @pytest.mark.parametrize("count", range(7))
 def test_few_answers_say_what_they_can(count):
     returned = np.isin(np.arange(12), np.argsort(np.abs(np.arange(12) - 5.2))[:count])
-    own = np.isin(CODE.data_nodes, CODE.worker_nodes[returned])
+    own = np.isin(CODE.nodes.data, CODE.nodes.workers[returned])
     error = errors(values(), returned)
     assert not np.isnan(error).any()
     if count < 2:
@@ -245,13 +246,13 @@ def test_workers_at_one_node_count_as_one_with_their_mean():
     returned = np.isin(np.arange(12), [0, 1, 2, 5, 6, 9])
     y = values(code) + RNG.normal(size=(12, 2))
     single = np.stack([y[[0, 1]].mean(0), y[2], y[5], y[6], y[9]])
-    sites = code.worker_nodes[[0, 2, 5, 6, 9]]
+    sites = code.nodes.workers[[0, 2, 5, 6, 9]]
     assert len(np.unique(sites)) == 5
     with jax.enable_x64(True):
         merged = code.decode_with_error(jnp.asarray(y), returned)[1]
         filled = np.append(sites, np.linspace(1.5, 2, 7))
         rows = np.concatenate([single, np.full((7, 2), np.nan)])
-        expected = posterior.predicted_errors(filled, jnp.asarray(rows), code.data_nodes, np.arange(12) < 5)
+        expected = posterior.predicted_errors(filled, jnp.asarray(rows), code.nodes.data, np.arange(12) < 5)
     np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -266,7 +267,7 @@ def test_vmap_over_masks_is_a_loop():
 @pytest.mark.long
 def test_derivatives_are_finite_and_agree_with_finite_differences():
     masks = np.stack([MASK, np.ones(12, bool), np.arange(12) < 2, np.arange(12) < 4])
-    t = np.asarray(CODE.worker_nodes)
+    t = np.asarray(CODE.nodes.workers)
     data = [values(), np.zeros((12, 2)), np.stack([t, 1 + t], 1)]
     smoothings = np.array([0.0, 1e-4])
 
@@ -283,9 +284,9 @@ def test_derivatives_are_finite_and_agree_with_finite_differences():
         for smoothing in smoothings:
             for y in data:
                 for mask in masks:
-                    found = slopes(smoothing, t, CODE.data_nodes, y, mask)
+                    found = slopes(smoothing, t, CODE.nodes.data, y, mask)
                     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-        at = (1e-4, t, CODE.data_nodes, values())
+        at = (1e-4, t, CODE.nodes.data, values())
         _, slope = slopes(*at, MASK)
         for which in range(4):
             direction = np.random.default_rng(which).normal(size=np.shape(at[which]))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import make_smoothing_spline
 
-from jaxcode.splines import fit_and_evaluate, smoother_matrix, spline_matrix
+from jaxcode.interpolants.spline import fit_and_evaluate, smoother_matrix, spline_matrix
 
 from . import cases
 
