@@ -4,20 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test long lint types accuracy experiments bench clean
+.PHONY: demo serve test test-optimised long lint types accuracy experiments bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
 
 # LeNet5 on digits over worker processes of this machine, until Ctrl-C: http://127.0.0.1:8000/
 serve: $(VENV)/.demo,models,serve
-	$(BIN)/python -m jaxcode.serve --model models.networks:digits --factory --input-shape 28,28,1 \
+	$(BIN)/python -m jaxcode.serving --model models.networks:digits --factory --input-shape 28,28,1 \
 	  --num-data 6 --num-workers 9 $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# What is left out there: recorded figures with many trials, five hundred requests while workers are killed.
+# The other tests run at XLA's lowest optimisation level, which compiles faster. These are about numbers, and run at the
+# default level, as users' programs do.
+test-optimised: $(VENV)/.test
+	JAXCODE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/codes tests/interpolants $(ARGS)
+	$(BIN)/python -m tests.benchmarks.accuracy
+
+# Tests that `make test` leaves out because they take long: recorded figures with many trials, five hundred requests while workers are killed.
 long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long $(ARGS)
 
@@ -28,7 +34,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# How far each spline is from its oracle, and the published experiments beside our figures.
+# The error of each spline against its oracle, and the published experiments with our figures.
 accuracy: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
 
@@ -47,7 +53,7 @@ $(VENV)/bin/python:
 	  || { echo "jaxcode needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras: what is installed already is not installed again.
+# One stamp for each set of extras, so that nothing is installed twice.
 $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	@echo "Installing jaxcode[$*] into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'

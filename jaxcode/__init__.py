@@ -17,9 +17,13 @@ from . import nodes as nodes
 from . import ordering as ordering
 from . import outputs as outputs
 from . import placement as placement
+from . import pools as pools
 from . import robust as robust
+from . import saga as saga
+from . import serving as serving
 from . import stop as stop
 from . import stragglers as stragglers
+from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded
 from ._pytree import pytree as pytree
@@ -34,3 +38,6 @@ from .codes import Prior as Prior
 from .codes import ReplicationCode as ReplicationCode
 from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
+from .serving import CodedServer as CodedServer
+from .serving import Prediction as Prediction
+from .tuning import tune as tune

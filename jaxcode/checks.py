@@ -1,10 +1,10 @@
-"""Refusing arguments that make no sense, where their values are known.
+"""Checks arguments: their shapes and dtypes always, their values where the host knows them.
 
-Under `jit` a value may not be known while the program is being traced; shapes and dtypes always are. A check looks at
-what is known and says what was given, what was expected and what to do.
+An error names the argument, its value, what was expected and the remedy.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,28 +13,37 @@ import numpy as np
 from jax.core import Tracer
 
 
-def static_value(value: Any) -> np.ndarray | None:
-    """Returns a copy of a value that the host knows now, None for all others.
+def static_value(x: Any) -> np.ndarray | None:
+    """Copies the value of an array to NumPy if the host knows it now.
+
+    A copy, so that what the caller writes to the array later is not seen.
 
     Args:
-        value: A number, a sequence of them, or an array.
+        x: An array, a number or a sequence of them.
 
     Returns:
-        The value in NumPy of numbers, NumPy arrays, and JAX arrays in the host's memory; one that is still being
-        computed there is waited for. None for what is being traced, and for arrays on accelerators or other hosts,
-        which are never fetched.
+        The value, if x is NumPy's, a Python number or a `jax.Array` on CPU devices of this process. None for a tracer,
+            for an array on an accelerator, which is never fetched, and for what holds no numbers.
+
+    >>> static_value([1, 2])
+    array([1, 2])
+    >>> jax.jit(lambda x: static_value(x) is None)(1.0).item()
+    True
     """
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, Tracer):
+    if isinstance(x, np.ndarray):
+        return None if x.dtype == object else x.copy()
+    if not all(_in_host_memory(leaf) for leaf in jax.tree.leaves(x)):
         return None
-    if isinstance(value, jax.Array) and not _in_host_memory(value):
-        return None
-    return np.array(value)
+    value = np.array(x)
+    return None if value.dtype == object else value
 
 
-def _in_host_memory(array: jax.Array) -> bool:
-    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+def _in_host_memory(leaf):
+    if not isinstance(leaf, jax.Array):
+        return True
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
 
 
 def is_static(tree: Any) -> bool:
@@ -43,7 +52,12 @@ def is_static(tree: Any) -> bool:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`, as a Python int."""
+    """Converts a whole number of at least `least` to a Python int."""
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"{name} is the tracer {value}; expected a whole number known to the host, since it fixes a shape: close "
+            "over it or make it a static argument"
+        )
     try:
         count = operator.index(value)
     except TypeError:
@@ -53,8 +67,70 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return count
 
 
+def check_scalar(
+    name: str, value: Any, valid: Callable[[np.ndarray], Any], expected: str, *, integer: bool = False
+) -> None:
+    """Checks that a value, which may be traced, is one real number, and a valid one where the host knows it.
+
+    Args:
+        name: Name of the argument.
+        value: Any object.
+        valid: Says of the number, as a NumPy array of shape (), whether it is in range.
+        expected: What the error says was expected: "a number in [0, 1]: give ...".
+        integer: Whether only integer dtypes pass.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        shape, dtype = np.shape(value), _dtype(value)
+    except (TypeError, ValueError):
+        shape, dtype = None, np.dtype(object)
+    # jnp's test, since bfloat16 is no floating dtype to NumPy.
+    kinds = (jnp.integer,) if integer else (jnp.integer, jnp.floating)
+    if shape == () and any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        number = static_value(value)
+        if number is None or valid(number):
+            return
+    raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def check_positive(name: str, value: Any, remedy: str) -> None:
+    """Checks that a value is a finite number above 0."""
+    check_scalar(name, value, lambda number: 0 < number < np.inf, f"a number in (0, inf): {remedy}")
+
+
+def check_not_negative(name: str, value: Any, remedy: str) -> None:
+    """Checks that a value is a finite number, 0 or more."""
+    check_scalar(name, value, lambda number: 0 <= number < np.inf, f"a number in [0, inf): {remedy}")
+
+
+def check_at_most(name: str, value: Any, most: int, most_name: str) -> None:
+    """Checks that an integer is at most another argument."""
+    expected = f"an integer of at most {most_name}={most}: give {most} or fewer, or raise {most_name}"
+    check_scalar(name, value, lambda number: number <= most, expected, integer=True)
+
+
+def check_durations(name: str, value: Any) -> None:
+    """Checks that an array holds at least one duration in seconds: not negative, no NaN, inf allowed."""
+    if np.ndim(value) != 1 or np.size(value) == 0:
+        raise ValueError(
+            f"{name} has shape {np.shape(value)}; expected shape (n,) with n >= 1: give one latency in seconds for "
+            "each call measured"
+        )
+    numbers = static_value(value)
+    if numbers is None:
+        return
+    wrong = np.flatnonzero(~(numbers >= 0))
+    if wrong.size:
+        raise ValueError(
+            f"{name}[{wrong[0]}] is {numbers[wrong[0]]}; expected seconds, 0 or more and not NaN: leave failed "
+            "measurements out, or give inf for a call that was never answered"
+        )
+
+
 def check_vector(name: str, value: Any, least: int = 2) -> None:
-    """A one-dimensional array of finite real numbers, at least `least` of them."""
+    """Checks that an array is one-dimensional, with at least `least` finite real numbers."""
     try:
         shape, dtype = np.shape(value), _dtype(value)
     except (TypeError, ValueError):
@@ -68,7 +144,7 @@ def check_vector(name: str, value: Any, least: int = 2) -> None:
 
 
 def check_ascending(name: str, value: Any, *, strictly: bool = False) -> None:
-    """Entries in ascending order; `strictly` also refuses equal ones."""
+    """Checks that entries are in ascending order; `strictly` also refuses equal ones."""
     static = static_value(value)
     if static is None:
         return
@@ -82,7 +158,7 @@ def check_ascending(name: str, value: Any, *, strictly: bool = False) -> None:
 
 
 def check_smoothing(name: str, value: Any) -> None:
-    """One real number, zero or more."""
+    """Checks that a smoothing parameter is one real number, 0 or more."""
     if np.shape(value) != ():
         raise ValueError(f"{name} has shape {np.shape(value)}; expected a single number, 0 or more")
     if (static := static_value(value)) is not None:
@@ -95,13 +171,13 @@ def check_smoothing(name: str, value: Any) -> None:
 
 
 def check_values(name: str, value: Any, count: int) -> None:
-    """An array whose leading axis is the knots."""
+    """Checks that the leading axis of an array is the knots."""
     if np.ndim(value) < 1 or np.shape(value)[0] != count:
         raise ValueError(f"{name} has shape {np.shape(value)}; expected its leading axis to be the {count} knots")
 
 
 def check_weights(name: str, value: Any, count: int) -> None:
-    """One finite number, zero or more, per knot."""
+    """Checks that weights are finite numbers, 0 or more, one for each knot."""
     if np.shape(value) != (count,):
         raise ValueError(f"{name} has shape {np.shape(value)}; expected one weight per knot, shape ({count},)")
     if (static := static_value(value)) is not None:
@@ -111,7 +187,7 @@ def check_weights(name: str, value: Any, count: int) -> None:
 
 
 def check_mask(name: str, value: Any, count: int) -> None:
-    """A bool array with one entry per worker (or knot)."""
+    """Checks that a mask is a bool array with one entry for each worker (or knot)."""
     if isinstance(value, np.ndarray) and value.shape == (count,) and value.dtype == np.bool_:
         return
     try:
@@ -128,7 +204,7 @@ def check_mask(name: str, value: Any, count: int) -> None:
 
 
 def batch_size(name: str, tree: Any) -> int:
-    """The length of the leading axis, at least 1, that all leaves share."""
+    """Returns the length of the leading axis, at least 1, that all leaves share."""
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError(f"{name} is {tree!r}; expected at least one array with a leading axis, the batch")

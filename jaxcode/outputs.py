@@ -1,43 +1,80 @@
-"""In which space a model's answers are decoded: as the model returns them, as logits, or as probabilities.
+"""Output spaces, in which a model's answers are decoded: as returned, as logits, or as probabilities.
 
-The decoder's curve goes through numbers, and which numbers those are is a choice: of a classifier, logits usually bend
-less along the curve than the probabilities that they become. Results come back as the model would return them.
+A decoder fits a curve to the answers, and a classifier's logits usually bend less along that curve than the
+probabilities computed from them. Results are transformed back to the space in which the model answers.
 """
 
 from collections.abc import Callable
+from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from ._arrays import as_arrays
 from ._pytree import pytree
 
+__all__ = ["OutputSpace", "as_returned", "logits", "probabilities"]
 
+
+@final
 @pytree("name", "of_answers", "to_results")
 class OutputSpace:
-    """Where the decoder's curve is drawn.
+    """Transforms answers before they are decoded, and results back.
 
     Attributes:
-        name: What it is called in reports.
-        of_answers: From what the model returns, leaves (B, ...), to what is decoded.
-        to_results: Back again.
+        name: Its name in reports.
+        of_answers: From the answers as the model returns them, leaves (B, ...), to the numbers that are decoded.
+        to_results: The inverse, from decoded numbers, leaves (B, ...), to results.
     """
 
     name: str
-    of_answers: Callable[[PyTree[Array]], PyTree[Array]]
-    to_results: Callable[[PyTree[Array]], PyTree[Array]]
+    of_answers: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    to_results: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
 
 
-def _softmax(tree: PyTree[Array]) -> PyTree[Array]:
+def _identity(tree: PyTree[ArrayLike]) -> PyTree[ArrayLike]:
+    return tree
+
+
+def _softmax(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    return _softmax_of_arrays(_checked("outputs", tree))
+
+
+def _log(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    return _log_of_answers(_checked("answers", tree))
+
+
+def _log_of_decoded(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    return _log_of_results(_checked("results", tree))
+
+
+def _checked(name, tree):
+    """Returns a tree of floating-point arrays with at least one axis."""
+    tree = as_arrays(name, tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.ndim < 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{name + jax.tree_util.keystr(path)} has shape {leaf.shape} and dtype {leaf.dtype}; expected "
+                "floating-point numbers with the classes as last axis: use outputs.as_returned for all else"
+            )
+    return tree
+
+
+@jax.jit
+def _softmax_of_arrays(tree):
     return jax.tree.map(lambda leaf: jax.nn.softmax(leaf, axis=-1), tree)
 
 
-def _log(tree: PyTree[Array]) -> PyTree[Array]:
+@jax.jit
+def _log_of_answers(tree):
     return jax.tree.map(lambda leaf: _log_above(jnp.finfo(leaf.dtype).tiny, leaf), tree)
 
 
-def _log_of_decoded(tree: PyTree[Array]) -> PyTree[Array]:
-    # Decoded probabilities come out as zero or less, too; their last digits mean nothing.
+@jax.jit
+def _log_of_results(tree):
+    # Decoded probabilities may be 0 or negative, and their last digits are noise.
     return jax.tree.map(lambda leaf: _log_above(jnp.finfo(leaf.dtype).eps, leaf), tree)
 
 
@@ -45,6 +82,6 @@ def _log_above(least, leaf: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.log(jnp.maximum(leaf, jnp.asarray(least, leaf.dtype)))
 
 
-as_returned = OutputSpace("as returned", lambda y: y, lambda y: y)
+as_returned = OutputSpace("as returned", _identity, _identity)
 probabilities = OutputSpace("probabilities", _softmax, _log_of_decoded)
 logits = OutputSpace("logits", _log, _softmax)

@@ -172,12 +172,12 @@ def predict_errors(
     return jnp.sqrt(jnp.mean(squares, axis=-1))
 
 
-def flatten_groups(tree: PyTree[Array]) -> PyTree[Array]:
+def flatten_groups(tree: PyTree[Array | np.ndarray]) -> PyTree[Array | np.ndarray]:
     """Makes one batch of all members of all groups, leaves (N, groups, ...) to (N groups, ...), as a model takes it."""
     return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:]), tree)
 
 
-def unflatten_groups(tree: PyTree[Array], num_members: int) -> PyTree[Array]:
+def unflatten_groups(tree: PyTree[Array | np.ndarray], num_members: int) -> PyTree[Array | np.ndarray]:
     """Takes a model's batch, leaves (N groups, ...), back to leaves (N, groups, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(num_members, -1, *leaf.shape[1:]), tree)
 

@@ -1,26 +1,30 @@
-"""When to stop waiting for answers.
+"""Policies that decide when a request stops waiting for answers.
 
-A policy looks at the answers so far and says whether they are enough. Policies combine: `answers(25) | deadline(0.2)`
-stops at whichever comes first, `answers(25) & error_below(0.1)` when both hold. Whatever the policy says, nobody stops
-before the code can decode from the answers that came, nor waits beyond the server's time limit.
+A policy decides from the answers so far whether they are enough. Policies combine: `answers(25) | deadline(0.2)` stops
+at whichever comes first, `answers(25) & error_below(0.1)` when both hold. With any policy, a request waits until the
+code can decode from the answers that came, and never beyond the server's time limit.
 """
 
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import final
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .checks import check_count
+from .checks import check_count, check_scalar
+
+__all__ = ["AbstractStop", "Progress", "answers", "deadline", "error_below"]
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What is known of a request that is under way.
+    """Describes the progress of a request.
 
     Attributes:
-        returned: Whose answers came and are right in shape and dtype, bool, shape (N,).
+        returned: Which workers have answered, with the right shape and dtype, bool, shape (N,).
         elapsed: Seconds since the request was made.
         error: Computes the predicted error of each input from the answers so far, shape (B,); takes milliseconds.
             None where the code predicts none.
@@ -32,29 +36,39 @@ class Progress:
 
 
 class AbstractStop(abc.ABC):
-    """Says when answers are enough."""
+    """Decides when answers are enough."""
 
     @abc.abstractmethod
     def reached(self, progress: Progress) -> bool:
-        """Whether to stop waiting now. Asked whenever an answer comes, and at `moments`."""
+        """Returns whether to stop waiting; called whenever an answer comes, and at `moments`."""
 
     @abc.abstractmethod
     def moments(self) -> tuple[float, ...]:
-        """Seconds after the request was made at which it may say otherwise although no answer came."""
+        """Returns the times, in seconds since the request, at which `reached` may change although no answer comes."""
 
     @abc.abstractmethod
     def check(self, num_workers: int, predicts_error: bool) -> None:
-        """Raises ValueError where it could never be reached, with so many workers and predicted errors or none."""
+        """Checks that the policy can be reached.
+
+        Args:
+            num_workers: N, how many workers may answer.
+            predicts_error: Whether the code predicts errors.
+
+        Raises:
+            ValueError: If it can never be reached.
+        """
 
     def __or__(self, other: "AbstractStop") -> "AbstractStop":
+        """Stops when either policy does."""
         return _Combined((self, other), any)
 
     def __and__(self, other: "AbstractStop") -> "AbstractStop":
+        """Stops when both policies do."""
         return _Combined((self, other), all)
 
 
 def answers(number: int) -> AbstractStop:
-    """Stops when so many workers have answered, usually N - S.
+    """Stops when a number of workers, usually N - S, have answered.
 
     Raises:
         ValueError: If number is not a whole number of at least 1; on use, if there are fewer workers.
@@ -67,35 +81,33 @@ def answers(number: int) -> AbstractStop:
 
 
 def deadline(seconds: float) -> AbstractStop:
-    """Stops so many seconds after the request was made, if what has come can be decoded; else as soon as it can.
+    """Stops a number of seconds after the request was made, or as soon after that as the answers can be decoded.
 
     Raises:
         ValueError: If seconds is not a positive number.
     """
-    return _Deadline(_check_positive("seconds", seconds))
+    check_scalar("seconds", seconds, lambda number: number > 0, "a positive number: give the wait in seconds, e.g. 0.2")
+    return _Deadline(float(seconds))
 
 
 def error_below(tolerance: float, share: float = 1.0) -> AbstractStop:
     """Stops when the predicted error is at most the tolerance, for a share of the batch's inputs.
 
     Args:
-        tolerance: In the unit of the answers, as `Answer.error`.
-        share: The part of the inputs that must be so good, in (0, 1].
+        tolerance: The largest predicted error, in the units of the answers.
+        share: The share of the inputs that must be within the tolerance, in (0, 1].
 
     Raises:
         ValueError: If tolerance is not a positive number or share not in (0, 1]; on use, if the code predicts no error.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; expected the part of the inputs, above 0 and at most 1")
-    return _ErrorBelow(_check_positive("tolerance", tolerance), float(share))
+    expected = "a number in (0, 1]: give the share of the inputs that must be within the tolerance"
+    check_scalar("share", share, lambda number: 0 < number <= 1, expected)
+    expected = "a positive number: give the largest predicted error, in the units of the answers"
+    check_scalar("tolerance", tolerance, lambda number: number > 0, expected)
+    return _ErrorBelow(float(tolerance), float(share))
 
 
-def _check_positive(name, value):
-    if not value > 0:
-        raise ValueError(f"{name} is {value!r}; expected a positive number")
-    return float(value)
-
-
+@final
 @dataclasses.dataclass(frozen=True)
 class _Answers(AbstractStop):
     number: int
@@ -108,9 +120,13 @@ class _Answers(AbstractStop):
 
     def check(self, num_workers, predicts_error):
         if self.number > num_workers:
-            raise ValueError(f"stop waits for answers({self.number}) of {num_workers}; expected at most as many")
+            raise ValueError(
+                f"stop has answers({self.number}) with {num_workers} workers; expected at most as many answers as "
+                f"workers: wait for {num_workers} or fewer"
+            )
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class _Deadline(AbstractStop):
     seconds: float
@@ -125,6 +141,7 @@ class _Deadline(AbstractStop):
         pass
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class _ErrorBelow(AbstractStop):
     tolerance: float
@@ -138,16 +155,20 @@ class _ErrorBelow(AbstractStop):
 
     def check(self, num_workers, predicts_error):
         if not predicts_error:
-            raise ValueError("stop has error_below, but the code predicts no error; expected a SplineCode")
+            raise ValueError(
+                "stop has error_below with a code that predicts no error; expected one whose predicts_error is True: "
+                "use a spline code, or stop by answers or deadline"
+            )
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class _Combined(AbstractStop):
     parts: tuple[AbstractStop, AbstractStop]
-    needs: Callable[[Iterable[bool]], bool]
+    combine: Callable[[Iterable[bool]], bool]
 
     def reached(self, progress):
-        return self.needs(part.reached(progress) for part in self.parts)
+        return self.combine(part.reached(progress) for part in self.parts)
 
     def moments(self):
         return tuple(moment for part in self.parts for moment in part.moments())

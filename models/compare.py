@@ -1,4 +1,4 @@
-"""Every code on a trained network, at several sizes: ``python -m models.compare``."""
+"""Compares every code on a trained network, at several sizes: `python -m models.compare`."""
 
 import argparse
 import csv
@@ -37,7 +37,7 @@ order of the batch. A lost input counts as wrong, and in the RMSE as equal proba
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train or load a network, tune a code for it at every size, compare; exits with code 2 on bad arguments."""
+    """Trains or loads a network, tunes a code for it at every size and compares; exits with 2 on bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write(compared, args.out / "figures.csv")
     _plot(compared, f"{name} on {args.dataset}", args.out / "loss.png")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: figures.csv, loss.png, and for every size")
-    print("tuned-N-K-S.txt and tuned-N-K-S.png, what the tuned code was chosen from.")
+    print("tuned-N-K-S.txt and tuned-N-K-S.png, the candidates of the tuned code.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     number("--batch-size", 400, "test images in a batch")
     number("--num-batches", 5, "batches to average over")
-    number("--num-sets", 20, "straggler sets that each request of a batch meets")
+    number("--num-sets", 20, "straggler sets for each request of a batch")
     number("--seed", 0, "seed of weights, batches and stragglers")
     parser.add_argument(
         "--weights", type=Path, help="safetensors file with the network's weights; trained and written if not there"
@@ -118,16 +118,16 @@ def _setting(text: str) -> Setting:
 
 
 def _compare(model: nnx.Module, data: Dataset, setting: Setting, args: argparse.Namespace) -> Comparison:
-    """Tunes on one batch of test images, compares on the others."""
+    """Tunes a code on one batch of test images and compares all schemes on the others."""
     num_workers, num_data, num_stragglers = setting
     print(f"(N, K, S) = {setting}", flush=True)
     stragglers = jc.stragglers.Uniform(num_stragglers)
-    seen = data.x_test[: args.batch_size]
-    tune = functools.partial(jc.tune, model, seen, num_data, num_workers, stragglers)
+    sample = data.x_test[: args.batch_size]
+    tune = functools.partial(jc.tune, model, sample, num_data, num_workers, stragglers)
     tuned = tune()
-    where = args.out / ("tuned-" + "-".join(map(str, setting)))
-    where.with_suffix(".txt").write_text(f"{tuned}\n")
-    tuned.plot(where.with_suffix(".png"))
+    path = args.out / ("tuned-" + "-".join(map(str, setting)))
+    path.with_suffix(".txt").write_text(f"{tuned}\n")
+    tuned.plot(path.with_suffix(".png"))
     return compare(
         model,
         data.x_test[args.batch_size :],
@@ -169,7 +169,9 @@ def _tables(compared: dict[Setting, Comparison], args: argparse.Namespace) -> st
             lines.append(f"{_label(scheme):30}" + "".join(f"{cell:>16}" for cell in cells))
         parts.append("\n".join(lines))
     shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in compared.values())
-    parts.append(f"What tuned loses of the classes that replication loses\n{head}\n{'tuned':30}{shares}")
+    parts.append(
+        f"Classes lost by the tuned code, as a share of those lost by replication\n{head}\n{'tuned':30}{shares}"
+    )
     parts.append(_FOOTNOTE.format(**vars(args)))
     return "\n\n".join(parts)
 
@@ -183,9 +185,9 @@ def _label(scheme: Scheme) -> str:
     return "uncoded, K workers" if scheme.name == "uncoded" else scheme.label
 
 
-def _lost_classes(comparison: Comparison, name: str) -> Float[np.ndarray, " batches"]:
-    at = [scheme.name for scheme in comparison.schemes].index(name)
-    return 1 - comparison.values["agreement"][at, 0]
+def _lost_classes(comparison: Comparison, name: str) -> Float[np.ndarray, "batches"]:
+    index = [scheme.name for scheme in comparison.schemes].index(name)
+    return 1 - comparison.values["agreement"][index, 0]
 
 
 def _share_of_replication(comparison: Comparison) -> float:
@@ -203,7 +205,7 @@ def _write(compared: dict[Setting, Comparison], path: Path) -> None:
 
 
 def _plot(compared: dict[Setting, Comparison], title: str, path: Path) -> None:
-    """What each scheme loses, beside what replication loses."""
+    """Draws the share of classes that each scheme loses, and that of replication as a line."""
     figure = Figure(figsize=(3 * len(compared) + 2.5, 5), layout="constrained")
     figure.suptitle(f"{title}: classes lost to stragglers (mean and 95 % interval over batches)")
     panels = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""The schemes that the demo compares: same model, same inputs, same stragglers."""
+"""Compares schemes on the same model, the same inputs and the same stragglers."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ METRICS = ("accuracy", "relative_accuracy", "agreement", "rmse", "mean_error_nor
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to have N workers answer K inputs.
+    """One way for N workers to answer K inputs.
 
     Attributes:
-        name: short name, for files.
-        label: what the table and the plot call it.
-        code: the code; a code for fewer than N workers uses the first of them.
-        decodes: whether the code decodes the model's logits or their softmax.
-        order: how the images of a batch are put into order before they are cut into requests; None for as they come.
+        name: Short name, for files.
+        label: Its name in tables and plots.
+        code: The code; a code for fewer than N workers uses the first of them.
+        decodes: Whether the code decodes the model's logits or their softmax.
+        order: Orders the images of a batch before they are grouped into requests; None for their own order.
     """
 
     name: str
@@ -41,32 +41,32 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` measured.
+    """The metrics of schemes.
 
     Attributes:
-        schemes: what was compared.
-        straggler_counts: how many of the N workers did not reply.
-        values: by name in ``METRICS``, float32 of shape (schemes, straggler counts, seeds).
-        base_accuracy: accuracy of the model itself, no stragglers, on the images of each seed.
+        schemes: The schemes.
+        straggler_counts: How many of the N workers did not reply.
+        values: By name in `METRICS`, float32 of shape (schemes, straggler counts, seeds).
+        base_accuracy: Accuracy of the model itself, no stragglers, on the images of each seed.
     """
 
     schemes: tuple[Scheme, ...]
     straggler_counts: tuple[int, ...]
     values: dict[str, Float32[np.ndarray, "schemes counts seeds"]]
-    base_accuracy: Float32[np.ndarray, " seeds"]
+    base_accuracy: Float32[np.ndarray, "seeds"]
 
     def interval(self, metric: str) -> tuple[Float[np.ndarray, "schemes counts"], Float[np.ndarray, "schemes counts"]]:
-        """Mean over seeds, and half the width of its 95 % confidence interval (Student's t)."""
+        """Computes the mean over seeds, and half the width of its 95 % confidence interval (Student's t)."""
         return mean_and_half_width(self.values[metric])
 
 
 def mean_and_half_width(
     values: Float[np.ndarray, "*rest seeds"],
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
-    """Mean over the last axis and half the width of its 95 % confidence interval, by Student's t.
+    """Computes the mean over the last axis and half the width of its 95 % confidence interval, by Student's t.
 
     Raises:
-        ValueError: if there are fewer than two values, which have no interval.
+        ValueError: If there are fewer than two values, which have no interval.
     """
     values = np.asarray(values, np.float64)
     num = values.shape[-1]
@@ -77,7 +77,7 @@ def mean_and_half_width(
 
 
 def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
-    """Published schemes as published, and what jaxcode makes of them.
+    """Makes the published schemes as published, and improved ones.
 
     LeTCC (arXiv 2406.00300) and BACC (2009.08327) have the nodes of their papers and decode softmax outputs,
     as in their experiments. LeTCC's smoothing is the best of a grid on digits with (N, K, S) = (60, 20, 20),
@@ -88,7 +88,7 @@ def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
         num_workers: N, at least K.
 
     Returns:
-        What users do today, the published codes, then jaxcode's.
+        Schemes without coding, the published codes, then those that jaxcode adds.
     """
     size = {"num_data": num_data, "num_workers": num_workers}
     smoothed = jc.SplineCode.chebyshev(**size, decoder_smoothing=1e-8)
@@ -106,7 +106,7 @@ def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
 
 
 def tuned_scheme(tuned: jc.tuning.Tuned) -> Scheme:
-    """What tuning chose, for a model that returns logits."""
+    """Makes the scheme that tuning chose, for a model that returns logits."""
     decodes = "softmax" if tuned.output is jc.outputs.probabilities else "logits"
     return Scheme("tuned", "tuned", tuned.code, decodes, tuned.order)
 
@@ -114,7 +114,7 @@ def tuned_scheme(tuned: jc.tuning.Tuned) -> Scheme:
 def compare(
     model: nnx.Module,
     x: Float32[np.ndarray, "images height width channels"],
-    y: Int[np.ndarray, " images"],
+    y: Int[np.ndarray, "images"],
     schemes: Sequence[Scheme],
     straggler_counts: Sequence[int],
     *,
@@ -126,26 +126,26 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Run every scheme on the same batches under the same stragglers.
+    """Measures every scheme on the same batches under the same stragglers.
 
-    For each seed a batch is drawn from the images and cut into requests of K, and every request loses random
-    sets of workers of its own. A smaller straggler count loses a part of the same set. The model runs once for
-    each scheme and batch, since what a worker computes does not depend on who else replies; only the decoding
-    is done for every mask.
+    For each seed a batch is drawn from the images and grouped into requests of K, and for each request random sets of
+    stragglers are drawn. The set of a smaller straggler count is a part of that of a larger one. The model runs once
+    for each scheme and batch, since a worker's answer does not depend on which others reply; only the decoding is done
+    for every mask.
 
     Args:
-        model: classifier in evaluation mode, from images to logits.
-        x: images to draw from.
-        y: their classes.
-        schemes: what to compare.
-        straggler_counts: how many of the N workers do not reply; each at most N - 2.
+        model: Classifier in evaluation mode, from images to logits.
+        x: Images to draw from.
+        y: Their classes.
+        schemes: The schemes.
+        straggler_counts: How many of the N workers do not reply; each at most N - 2.
         num_data: K, inputs in a request.
         num_workers: N.
-        batch_size: images in a batch, at most the number of images; rounded down to a multiple of K.
-        num_seeds: number of batches, at least 2 for an interval.
-        num_sets: how many straggler sets each request meets; figures of a batch are means over them.
-        seed: seed of batches and stragglers.
-        progress: whether to show a progress bar on standard error.
+        batch_size: Images in a batch, at most the number of images; rounded down to a multiple of K.
+        num_seeds: Number of batches, at least 2 for an interval.
+        num_sets: How many straggler sets are drawn for each request; figures of a batch are means over them.
+        seed: Seed of batches and stragglers.
+        progress: Whether to show a progress bar on standard error.
 
     Returns:
         Metrics of every scheme, straggler count and seed.
@@ -168,12 +168,13 @@ def compare(
             drawn = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
             images, labels = jnp.asarray(x[drawn]), jnp.asarray(y[drawn])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
-            paths = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
+            permutations = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
             targets = base(state, images)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
             for j, scheme in enumerate(schemes):
-                path = paths[scheme.order] if scheme.order else np.arange(len(drawn))
-                measured = run[scheme.code, scheme.decodes](state, images[path], labels[path], targets[path], masks)
+                index = permutations[scheme.order] if scheme.order else np.arange(len(drawn))
+                batch = images[index], labels[index], targets[index]
+                measured = run[scheme.code, scheme.decodes](state, *batch, masks)
                 for metric in METRICS:
                     values[metric][j, :, i] = np.mean(measured[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
@@ -181,7 +182,7 @@ def compare(
 
 
 def figures(comparison: Comparison) -> Iterator[tuple[str, int, str, str, str, str]]:
-    """Scheme, straggler count, metric, and in digits the mean over seeds and the ends of its 95 % interval."""
+    """Yields scheme, straggler count, metric, and in digits the mean over seeds and the ends of its 95 % interval."""
     for metric in METRICS:
         mean, half = comparison.interval(metric)
         for i, scheme in enumerate(comparison.schemes):
@@ -191,7 +192,7 @@ def figures(comparison: Comparison) -> Iterator[tuple[str, int, str, str, str, s
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Write one row for each scheme, straggler count and metric: mean and 95 % interval over seeds."""
+    """Writes one row for each scheme, straggler count and metric: mean and 95 % interval over seeds."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("scheme", "num_stragglers", "metric", "mean", "low", "high"))
@@ -199,16 +200,16 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 
 def _sample_masks(
-    key: PRNGKeyArray, counts: Int[Array, " counts"], *, num_sets: int, requests: int, num_workers: int
+    key: PRNGKeyArray, counts: Int[Array, "counts"], *, num_sets: int, requests: int, num_workers: int
 ) -> Bool[Array, "masks requests workers"]:
-    """For each set in turn every count."""
+    """Draws masks, those of all counts for the first set, then for the next."""
     keys = jax.random.split(key, (num_sets, requests))
 
-    def sample(count: Int[Array, ""], key: PRNGKeyArray) -> Bool[Array, " workers"]:
+    def sample(count: Int[Array, ""], key: PRNGKeyArray) -> Bool[Array, "workers"]:
         return jc.stragglers.Uniform(count).sample(key, num_workers=num_workers)
 
-    over_requests = jax.vmap(sample, (None, 0))
-    masks = jax.vmap(jax.vmap(over_requests, (0, None)), (None, 0))(counts, keys)
+    sample_requests = jax.vmap(sample, (None, 0))
+    masks = jax.vmap(jax.vmap(sample_requests, (0, None)), (None, 0))(counts, keys)
     return masks.reshape(-1, requests, num_workers)
 
 
@@ -218,11 +219,11 @@ def _measure(
     num_data: int,
     state: nnx.State,
     images: Float[Array, "batch height width channels"],
-    labels: Int[Array, " batch"],
+    labels: Int[Array, "batch"],
     targets: Float[Array, "batch classes"],
     masks: Bool[Array, "masks requests workers"],
-) -> dict[str, Float[Array, " masks"]]:
-    """Metrics of one scheme on one batch, for each mask."""
+) -> dict[str, Float[Array, "masks"]]:
+    """Measures one scheme on one batch, for each mask."""
     requests = images.shape[0] // num_data
     grouped = images.reshape(requests, num_data, *images.shape[1:]).swapaxes(0, 1)
     coded = scheme.code.encode(grouped)
@@ -235,7 +236,7 @@ def _measure(
         decoded = decoded.reshape(targets.shape)
         probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
         lost = jnp.isnan(decoded).any(axis=-1)
-        # Whoever must answer without an answer gives every class the same probability.
+        # Where nothing is known, every class has the same probability.
         filled = jnp.where(lost[:, None], 1 / targets.shape[-1], probabilities)
         truth = jax.nn.softmax(targets)
         return {

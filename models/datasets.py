@@ -36,42 +36,42 @@ class Dataset:
     """Images and labels, split into a training and a test part.
 
     Attributes:
-        x_train: training images, channels last, float32 from 0 (black) to 1 (full intensity).
-        y_train: their classes, int32 in [0, number of classes).
-        x_test: test images, as ``x_train``.
-        y_test: their classes.
-        class_names: what class i is called.
+        x_train: Training images, channels last, float32 from 0 (black) to 1 (full intensity).
+        y_train: Their classes, int32 in [0, number of classes).
+        x_test: Test images, as `x_train`.
+        y_test: Their classes.
+        class_names: The name of each class.
     """
 
     x_train: Float32[np.ndarray, "train height width channels"]
-    y_train: Int32[np.ndarray, " train"]
+    y_train: Int32[np.ndarray, "train"]
     x_test: Float32[np.ndarray, "test height width channels"]
-    y_test: Int32[np.ndarray, " test"]
+    y_test: Int32[np.ndarray, "test"]
     class_names: tuple[str, ...]
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """Load a data set by name.
+    """Loads a data set by name.
 
-    * ``"digits"``: the 1797 handwritten digits that scikit-learn ships, 8 x 8 enlarged to 28 x 28 (cubic),
-      shuffled once and for all into 1397 training and 400 test images. Needs no files.
-    * ``"mnist"``: 28 x 28 x 1, from idx files (plain or gzip) or ``mnist.npz``.
-    * ``"cifar10"``: 32 x 32 x 3, from the binary batches or from JPEG images in ``.npz``: image i is the file
-      ``jpeg[offsets[i]:offsets[i + 1]]`` (uint8) of class ``labels[i]``. Needs Pillow.
+    * `"digits"`: the 1797 handwritten digits that scikit-learn ships, 8 x 8 enlarged to 28 x 28 (cubic),
+      in a fixed shuffle, split into 1397 training and 400 test images. Needs no files.
+    * `"mnist"`: 28 x 28 x 1, from idx files (plain or gzip) or `mnist.npz`.
+    * `"cifar10"`: 32 x 32 x 3, from the binary batches or from JPEG images in `.npz`: image i is the file
+      `jpeg[offsets[i]:offsets[i + 1]]` (uint8) of class `labels[i]`. Needs Pillow.
 
-    Pixels are divided by their highest value, so that they lie in [0, 1]; no mean is taken away. Pickles are
+    Pixels are divided by their highest value, so that they lie in [0, 1]; no mean is subtracted. Pickles are
     never read.
 
     Args:
-        name: one of ``NAMES``.
-        data_dir: folder with the files; by default the environment variable ``JAXCODE_DATA`` names it.
+        name: One of `NAMES`.
+        data_dir: Folder with the files; by default the environment variable `JAXCODE_DATA` names it.
 
     Returns:
         The data set, in the order of the files (digits: a fixed shuffle).
 
     Raises:
-        FileNotFoundError: if the files are not there; the message says which, and where they come from.
-        ValueError: if the name is unknown, or a file is damaged or not in the format its name says.
+        FileNotFoundError: If the files are not there; the message says which, and where they come from.
+        ValueError: If the name is unknown, or a file is damaged or not in the format its name says.
 
     References:
         LeCun, Bottou, Bengio, Haffner (1998) for MNIST; Krizhevsky (2009), Learning multiple layers of
@@ -87,20 +87,20 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
 
 
-def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[np.ndarray, " samples"]]:
-    """Load a set of LIBSVM's collection: sparse samples of two classes.
+def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[np.ndarray, "samples"]]:
+    """Loads a set of LIBSVM's collection: sparse samples of two classes.
 
     Args:
-        name: of the file, ``"a9a"``: LIBSVM's own text, plain or with .gz, or an ``.npz`` of a CSR matrix (arrays
-            data, indices, indptr, shape) and its labels y.
-        data_dir: the folder; the environment variable ``JAXCODE_DATA`` if not given.
+        name: The file's name, such as `"a9a"`: LIBSVM's own text, plain or with .gz, or an `.npz` of a CSR matrix
+            (arrays data, indices, indptr, shape) and its labels y.
+        data_dir: The folder; the environment variable `JAXCODE_DATA` if not given.
 
     Returns:
         Samples, a sparse SciPy array (n, d) of float64, and their labels, -1 or 1.
 
     Raises:
-        FileNotFoundError: if the file is not there, or no folder is named.
-        ValueError: if it cannot be read, or its labels are others.
+        FileNotFoundError: If the file is not there, or no folder is named.
+        ValueError: If it cannot be read, or has labels other than -1 and 1.
     """
     import scipy.sparse
     from sklearn.datasets import load_svmlight_file
@@ -138,7 +138,7 @@ def _digits() -> Dataset:
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     x = np.asarray(images, np.float32)[order].reshape(-1, 8, 8, 1) / 16
-    # Cubic enlargement overshoots at edges, by up to a tenth of the range.
+    # Cubic interpolation overshoots at edges, by up to a tenth of the range.
     x = np.clip(jax.image.resize(x, (len(x), 28, 28, 1), "cubic"), 0, 1).astype(np.float32)
     y = np.asarray(labels, np.int32)[order]
     return Dataset(x[:1397], y[:1397], x[1397:], y[1397:], tuple("0123456789"))
@@ -153,11 +153,11 @@ def _mnist(folder: Path) -> Dataset:
             x_train, x_test = x_train[..., None], x_test[..., None]
         parts = [(x_train, y_train, path), (x_test, y_test, path)]
     else:
-        places = [folder, folder / "mnist", folder / "MNIST" / "raw"]
+        folders = [folder, folder / "mnist", folder / "MNIST" / "raw"]
         parts = []
         for part in ("train", "t10k"):
-            images = _find(f"{part}-images-idx3-ubyte", places, _MNIST_HELP)
-            labels = _find(f"{part}-labels-idx1-ubyte", places, _MNIST_HELP)
+            images = _find(f"{part}-images-idx3-ubyte", folders, _MNIST_HELP)
+            labels = _find(f"{part}-labels-idx1-ubyte", folders, _MNIST_HELP)
             parts.append((_read_idx(images, 3)[..., None], _read_idx(labels, 1), images))
     return _dataset(parts, (28, 28, 1), tuple("0123456789"))
 
@@ -169,21 +169,21 @@ def _cifar10(folder: Path) -> Dataset:
             raise FileNotFoundError(f"{paths[1]} is missing beside {paths[0].name}. {_CIFAR10_HELP}.")
         parts = [(*_read_jpegs(path), path) for path in paths]
     else:
-        places = [folder, folder / "cifar-10-batches-bin"]
-        train = [_find(name, places, _CIFAR10_HELP) for name in _CIFAR10_TRAIN]
-        test = _find("test_batch.bin", places, _CIFAR10_HELP)
+        folders = [folder, folder / "cifar-10-batches-bin"]
+        train = [_find(name, folders, _CIFAR10_HELP) for name in _CIFAR10_TRAIN]
+        test = _find("test_batch.bin", folders, _CIFAR10_HELP)
         batches = [_read_cifar_batch(path) for path in train]
         x_train, y_train = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         parts = [(x_train, y_train, train[0]), (*_read_cifar_batch(test), test)]
     return _dataset(parts, (32, 32, 3), _CIFAR10_CLASSES)
 
 
-def _find(name: str, places: list[Path], help_text: str) -> Path:
-    for place in places:
-        for path in (place / name, place / f"{name}.gz"):
+def _find(name: str, folders: list[Path], help_text: str) -> Path:
+    for folder in folders:
+        for path in (folder / name, folder / f"{name}.gz"):
             if path.exists():
                 return path
-    raise FileNotFoundError(f"{name} is not in {places[0]}. {help_text}.")
+    raise FileNotFoundError(f"{name} is not in {folders[0]}. {help_text}.")
 
 
 def _read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
@@ -205,7 +205,7 @@ def _read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
 
 def _read_cifar_batch(
     path: Path,
-) -> tuple[UInt8[np.ndarray, "images 32 32 3"], UInt8[np.ndarray, " images"]]:
+) -> tuple[UInt8[np.ndarray, "images 32 32 3"], UInt8[np.ndarray, "images"]]:
     data = np.fromfile(path, np.uint8)
     record = 1 + 3 * 32 * 32
     if len(data) == 0 or len(data) % record:
@@ -214,7 +214,7 @@ def _read_cifar_batch(
     return data[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), data[:, 0]
 
 
-def _read_jpegs(path: Path) -> tuple[UInt8[np.ndarray, "images 32 32 3"], Shaped[np.ndarray, " images"]]:
+def _read_jpegs(path: Path) -> tuple[UInt8[np.ndarray, "images 32 32 3"], Shaped[np.ndarray, "images"]]:
     try:
         from PIL import Image
     except ImportError as error:
@@ -222,8 +222,8 @@ def _read_jpegs(path: Path) -> tuple[UInt8[np.ndarray, "images 32 32 3"], Shaped
 
     jpeg, offsets, labels = _read_npz(path, ("jpeg", "offsets", "labels"))
     offsets = offsets.astype(np.int64)
-    whole = len(offsets) == len(labels) + 1 and offsets[0] == 0 and offsets[-1] == len(jpeg)
-    if not whole or np.any(np.diff(offsets) < 0):
+    is_complete = len(offsets) == len(labels) + 1 and offsets[0] == 0 and offsets[-1] == len(jpeg)
+    if not is_complete or np.any(np.diff(offsets) < 0):
         raise ValueError(f"{path} is damaged: offsets do not cut jpeg into one piece for each label")
     images = np.empty((len(labels), 32, 32, 3), np.uint8)
     for i in range(len(labels)):

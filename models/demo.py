@@ -1,4 +1,4 @@
-"""A LeNet5 answers although a third of its workers never reply: ``python -m models.demo``."""
+"""A LeNet5 answers although a third of its workers never reply: `python -m models.demo`."""
 
 import argparse
 import json
@@ -29,13 +29,14 @@ network. Each request of {num_data} images loses {num_stragglers} random workers
 uncoded has the first {num_data} workers. RelAcc: accuracy over that without stragglers.
 Agreement: the same class as without stragglers. RMSE: of the class probabilities, norm over
 classes. Lost: inputs without any answer; they count as wrong, and in the RMSE as equal
-probabilities. Ordered: the images of a batch are sorted, each beside its like, before they are
-cut into requests, so the whole batch must be at hand. Repeated: workers hold the inputs themselves,
-as in replication, and the spline fills in what nobody returned. Tuned: chosen on training images."""
+probabilities. Ordered: the images of a batch are ordered, similar ones next to each other, before
+they are grouped into requests, so the whole batch must be at hand. Repeated: workers compute the
+inputs themselves, as in replication, and the spline fills in those that no worker returned. Tuned:
+chosen on training images."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, ask once through a code, compare the schemes, draw; exits with code 2 on bad arguments."""
+    """Trains a network, predicts through a code, compares schemes and draws them; exits with 2 on bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     problem = _problem(args)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     model = _train(data, args)
     tuned = _tune(model, data, args)
-    _ask_once(model, tuned, data, args)
+    _predict_once(model, tuned, data, args)
     comparison = _compare(model, tuned, data, args)
     _write(comparison, args)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Figures, pictures and settings are in {args.out}/")
@@ -110,8 +111,8 @@ def _problem(args: argparse.Namespace) -> str | None:
 def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
     height, width, channels = data.x_train.shape[1:]
     model = LeNet5((height, width, channels), len(data.class_names), rngs=nnx.Rngs(args.seed))
-    what = f"a LeNet5 ({num_parameters(model):,} parameters)"
-    print(f"1. Training {what} on {len(data.x_train):,} images of {args.dataset}.", flush=True)
+    name = f"a LeNet5 ({num_parameters(model):,} parameters)"
+    print(f"1. Training {name} on {len(data.x_train):,} images of {args.dataset}.", flush=True)
     start = time.perf_counter()
     epochs = args.epochs or _EPOCHS[args.dataset]
     fit(model, data, seed=args.seed, epochs=epochs, batch_size=_TRAINING_BATCH[args.dataset])
@@ -122,7 +123,7 @@ def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
 
 
 def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
-    """A code for this network, chosen on training images."""
+    """Chooses a code for this network on training images."""
     print(
         f"2. Choosing a code on {min(args.batch_size, len(data.x_train))} training images, without their labels.",
         flush=True,
@@ -140,8 +141,8 @@ def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.T
     return tuned
 
 
-def _ask_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
-    """The library in three lines, and one request as a picture."""
+def _predict_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
+    """Predicts with the library in three lines, and draws one request."""
     images, labels = jnp.asarray(data.x_test[: args.batch_size]), data.y_test[: args.batch_size]
     key = jax.random.key(args.seed)
     returned = jc.stragglers.Uniform(args.num_stragglers).sample(key, num_workers=args.num_workers)
@@ -149,14 +150,14 @@ def _ask_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argpar
     predict = tuned.coded(model)
     logits = predict(images, returned)
 
-    right, alone = (float(jc.metrics.accuracy(out, labels)) for out in (logits, model(images)))
+    coded_accuracy, full_accuracy = (float(jc.metrics.accuracy(y, labels)) for y in (logits, model(images)))
     print(
         f"3. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
         f"       late = jc.stragglers.Uniform({args.num_stragglers})\n"
         f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late)\n"
         "       predict = tuned.coded(model)\n"
         "       logits = predict(images, returned)\n\n"
-        f"   {right:.1%} of {len(images)} images right; {alone:.1%} when every worker replies.\n",
+        f"   {coded_accuracy:.1%} of {len(images)} images right; {full_accuracy:.1%} when every worker replies.\n",
         flush=True,
     )
     inputs = images[: args.num_data]
@@ -195,13 +196,13 @@ def _compare(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argpars
 
 
 def _straggler_counts(num_stragglers: int, num_workers: int) -> list[int]:
-    """About eight counts from none to twice the chosen one, which is among them."""
-    top = min(2 * num_stragglers or num_workers // 2, num_workers - 2)
-    return sorted({num_stragglers, *(round(top * i / 8) for i in range(9))})
+    """Chooses about eight counts from none to twice the given one, which is among them."""
+    largest = min(2 * num_stragglers or num_workers // 2, num_workers - 2)
+    return sorted({num_stragglers, *(round(largest * i / 8) for i in range(9))})
 
 
 def _table(comparison: Comparison, args: argparse.Namespace) -> str:
-    at = comparison.straggler_counts.index(args.num_stragglers)
+    index = comparison.straggler_counts.index(args.num_stragglers)
     metrics = {
         "accuracy": "accuracy",
         "relative_accuracy": "RelAcc",
@@ -213,7 +214,7 @@ def _table(comparison: Comparison, args: argparse.Namespace) -> str:
     header = f"\n   {'':28}{'decodes':10}" + "".join(f"{title:14}" for title in metrics.values())
     lines = [header.rstrip()]
     for i, scheme in enumerate(comparison.schemes):
-        cells = (f"{mean[i, at]:.3f} ±{half[i, at]:.3f}" for mean, half in intervals.values())
+        cells = (f"{mean[i, index]:.3f} ±{half[i, index]:.3f}" for mean, half in intervals.values())
         lines.append(f"   {scheme.label:28}{scheme.decodes:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
     base = float(comparison.base_accuracy.mean())
     lines.append(f"   {'every worker replies':38}{base:.3f}")
@@ -231,12 +232,12 @@ def _verdict(comparison: Comparison, args: argparse.Namespace) -> str:
     mean, _ = comparison.interval("agreement")
     shares = mean[:, comparison.straggler_counts.index(args.num_stragglers)]
     best = int(shares.argmax())
-    others = {s.name: share for s, share in zip(comparison.schemes, shares, strict=True)}
+    share_of = {s.name: share for s, share in zip(comparison.schemes, shares, strict=True)}
     label, share = comparison.schemes[best].label, shares[best]
     return (
         f"\n   With {args.num_stragglers} of {args.num_workers} workers silent, {share:.1%} of the images "
         f"keep their class ({label});\n"
-        f"   {others['replication']:.1%} do by replication, {others['uncoded']:.1%} uncoded."
+        f"   {share_of['replication']:.1%} do by replication, {share_of['uncoded']:.1%} uncoded."
     )
 
 

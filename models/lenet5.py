@@ -13,10 +13,10 @@ _FLAT_FEATURES = 5 * 5 * 16
 
 
 class LeNet5(nnx.Module):
-    r"""LeNet5 as a ``flax.nnx`` module.
+    r"""LeNet5 as a `flax.nnx` module.
 
     ======  ========================  ============  ===============================
-    layer   what                      output        parameters (28 x 28 x 1 images)
+    layer   operation                 output        parameters (28 x 28 x 1 images)
     ======  ========================  ============  ===============================
     conv1   5 x 5 convolution, tanh   28 x 28 x 6                               156
     \        2 x 2 average pooling    14 x 14 x 6
@@ -33,11 +33,11 @@ class LeNet5(nnx.Module):
 
     Args:
         image_shape: (height, width, channels), height = width = 28 (padded to 32) or 32.
-        num_classes: number of logits.
+        num_classes: Number of logits.
         rngs: Flax's random streams, for the initial weights.
 
     Raises:
-        ValueError: if the images are neither 28 x 28 nor 32 x 32.
+        ValueError: If the images are neither 28 x 28 nor 32 x 32.
 
     References:
         LeCun, Bottou, Bengio, Haffner (1998). Gradient-based learning applied to document recognition.
@@ -53,7 +53,7 @@ class LeNet5(nnx.Module):
         self.dense3 = nnx.Linear(84, num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """Logits of a batch of images with values in [0, 1]."""
+        """Computes logits of a batch of images with values in [0, 1]."""
         x = nnx.avg_pool(jnp.tanh(self.conv1(x)), (2, 2), (2, 2))
         x = nnx.avg_pool(jnp.tanh(self.conv2(x)), (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
@@ -61,20 +61,20 @@ class LeNet5(nnx.Module):
 
 
 class LeNet5Linen(linen.Module):
-    """LeNet5 as a ``flax.linen`` module: same architecture and parameter names as :class:`LeNet5`.
+    """LeNet5 as a `flax.linen` module: same architecture and parameter names as `LeNet5`.
 
     Attributes:
-        num_classes: number of logits.
+        num_classes: Number of logits.
 
     Raises:
-        ValueError: when initialised or applied, if the images are neither 28 x 28 nor 32 x 32.
+        ValueError: When initialised or applied, if the images are neither 28 x 28 nor 32 x 32.
     """
 
     num_classes: int = 10
 
     @linen.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """Logits of a batch of images with values in [0, 1]."""
+        """Computes logits of a batch of images with values in [0, 1]."""
         padding = _padding(x.shape[1:])
         x = linen.avg_pool(jnp.tanh(linen.Conv(6, (5, 5), padding=padding, name="conv1")(x)), (2, 2), (2, 2))
         x = linen.avg_pool(jnp.tanh(linen.Conv(16, (5, 5), padding="VALID", name="conv2")(x)), (2, 2), (2, 2))
@@ -85,19 +85,19 @@ class LeNet5Linen(linen.Module):
 
 
 def to_linen(model: LeNet5) -> dict[str, Any]:
-    """The weights of an nnx LeNet5 as variables for :class:`LeNet5Linen`.
+    """Converts the weights of an nnx LeNet5 to variables for `LeNet5Linen`.
 
     Args:
-        model: the nnx module; it is not changed.
+        model: The nnx module; it is not changed.
 
     Returns:
-        ``variables`` such that ``LeNet5Linen(num_classes).apply(variables, x)`` equals ``model(x)``.
+        `variables` such that `LeNet5Linen(num_classes).apply(variables, x)` equals `model(x)`.
     """
     return {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
 
 
 def num_parameters(model: nnx.Module) -> int:
-    """How many trained numbers an nnx module has."""
+    """Counts the trained numbers of an nnx module."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 

@@ -1,4 +1,4 @@
-"""Trained networks, kept once they are."""
+"""Trained networks, stored in files."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _TRAINING = {
 
 
 def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
-    """A trained network: from the file of its weights if that is there, else trained and written to it."""
+    """Loads a trained network from the file of its weights; if there is none, trains it and writes the file."""
     height, width, channels = data.x_train.shape[1:]
     model = NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
     if path.exists():
@@ -34,6 +34,6 @@ def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) ->
 
 
 def digits() -> nnx.Module:
-    """A LeNet5 trained on scikit-learn's digits, for ``python -m jaxcode.serve --factory``; trained in seconds."""
+    """Loads a LeNet5 trained on scikit-learn's digits, or trains it in seconds."""
     data = datasets.load("digits")
     return network("lenet5", data, "digits", Path("out/lenet5-digits-0.safetensors").absolute(), seed=0)

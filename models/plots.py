@@ -1,4 +1,4 @@
-"""Pictures of schemes beside each other."""
+"""Plots of schemes, of latencies, and of one request."""
 
 import textwrap
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .comparison import Comparison
 
-# Okabe and Ito's palette, told apart with every kind of colour vision; markers repeat what colours say.
+# Okabe and Ito's palette, distinct in every kind of colour vision; markers repeat the distinction.
 _STYLES = {
     "uncoded": ("#7f7f7f", "x", ":"),
     "replication": ("#000000", "s", "--"),
@@ -32,13 +32,13 @@ _MISSING = "#D55E00"
 
 
 def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, path: Path) -> None:
-    """Accuracy and RMSE against the number of stragglers, with 95 % bands, as PNG.
+    """Plots accuracy and RMSE against the number of stragglers, with 95 % bands, as PNG.
 
     Args:
-        comparison: what was measured.
-        num_stragglers: the chosen S, marked in both panels.
-        title: heading of the figure.
-        path: where the PNG goes.
+        comparison: The measured schemes.
+        num_stragglers: The chosen S, marked in both panels.
+        title: Heading of the figure.
+        path: The file to write.
     """
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     figure.suptitle(title)
@@ -80,13 +80,13 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
     _save(figure, path)
 
 
-def plot_latency(latency: dict[str, Float[np.ndarray, " requests"]], title: str, path: Path) -> None:
-    """What share of requests takes longer than how long, as PNG.
+def plot_latency(latency: dict[str, Float[np.ndarray, "requests"]], title: str, path: Path) -> None:
+    """Plots the share of requests that take longer than a time, against the time, as PNG.
 
     Args:
-        latency: seconds that requests took, by scheme.
-        title: heading of the figure.
-        path: where the PNG goes.
+        latency: Seconds that requests took, by scheme.
+        title: Heading of the figure.
+        path: The file to write.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -94,8 +94,8 @@ def plot_latency(latency: dict[str, Float[np.ndarray, " requests"]], title: str,
         color, marker, line = _SERVING[label]
         longer = 1 - np.arange(1, len(seconds) + 1) / (len(seconds) + 1)
         axes.plot(1000 * np.sort(seconds), longer, color=color, linestyle=line, label=label, linewidth=1.6)
-        at = np.searchsorted(-longer, -0.01)
-        axes.plot(1000 * np.sort(seconds)[at : at + 1], longer[at : at + 1], color=color, marker=marker)
+        index = np.searchsorted(-longer, -0.01)
+        axes.plot(1000 * np.sort(seconds)[index : index + 1], longer[index : index + 1], color=color, marker=marker)
     axes.axhline(0.01, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.annotate("p99", (1, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer")
@@ -109,22 +109,22 @@ def plot_latency(latency: dict[str, Float[np.ndarray, " requests"]], title: str,
 def plot_request(
     inputs: Float[np.ndarray, "K height width channels"],
     coded: Float[np.ndarray, "N height width channels"],
-    returned: Bool[np.ndarray, " N"],
+    returned: Bool[np.ndarray, "N"],
     decoded: Float[np.ndarray, "K classes"],
     targets: Float[np.ndarray, "K classes"],
     class_names: tuple[str, ...],
     path: Path,
 ) -> None:
-    """One request as a picture: inputs, what each worker sees, who is missing, decoded probabilities.
+    """Plots one request as PNG: inputs, coded inputs, missing workers, decoded probabilities.
 
     Args:
-        inputs: the K inputs, in the order in which the curve meets them, values in [0, 1].
-        coded: the N coded inputs.
-        returned: which workers replied.
-        decoded: class probabilities decoded from those.
-        targets: the model's class probabilities without coding.
-        class_names: what class i is called.
-        path: where the PNG goes.
+        inputs: The K inputs, in their order on the curve, values in [0, 1].
+        coded: The N coded inputs.
+        returned: Which workers replied.
+        decoded: Class probabilities decoded from those.
+        targets: The model's class probabilities without coding.
+        class_names: The name of each class.
+        path: The file to write.
     """
     num_data, num_workers = len(inputs), len(coded)
     rows = -(-num_workers // num_data)
@@ -135,12 +135,12 @@ def plot_request(
     top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
 
     _mosaic(top, inputs, 1, num_data)
-    _title(top, f"{num_data} inputs, each beside its like", width)
+    _title(top, f"{num_data} inputs, ordered so that similar ones are neighbours", width)
     _mosaic(middle, coded, rows, num_data)
     missing = int(np.sum(~returned))
     _title(
         middle,
-        f"what the {num_workers} workers see: points of a smooth curve through the inputs, column by column; "
+        f"coded inputs of the {num_workers} workers: points of a smooth curve through the inputs, column by column; "
         f"{missing} never reply",
         width,
     )
@@ -159,7 +159,9 @@ def plot_request(
     ring = {"marker": "o", "facecolors": "none", "s": 60, "linewidths": 1.6}
     bottom.scatter(columns[same], truth[same], edgecolors="black", label="class the model gives, decoded", **ring)
     if not same.all():
-        bottom.scatter(columns[~same], truth[~same], edgecolors=_MISSING, label="class the model gives, missed", **ring)
+        bottom.scatter(
+            columns[~same], truth[~same], edgecolors=_MISSING, label="class the model gives, decoded as another", **ring
+        )
     bottom.set_yticks(range(len(class_names)), class_names, fontsize=8)
     bottom.set_xticks([])
     _title(
@@ -173,7 +175,7 @@ def plot_request(
 
 
 def _set_view(axes: Axes, comparison: Comparison, base: float) -> None:
-    """Show the schemes that are in the running: the uncoded line may leave the panel below."""
+    """Shows all schemes but the uncoded one, whose line may leave the panel."""
     mean, _ = comparison.interval("accuracy")
     others = [i for i, scheme in enumerate(comparison.schemes) if scheme.name != "uncoded"]
     lowest = float(mean[others].min()) if others else 0.0
@@ -181,12 +183,12 @@ def _set_view(axes: Axes, comparison: Comparison, base: float) -> None:
 
 
 def _title(axes: Axes, text: str, width: float) -> None:
-    """A heading at the left that breaks where a figure of this width in inches ends."""
+    """Sets a heading at the left, broken into lines for a figure of this width in inches."""
     axes.set_title(textwrap.fill(text, int(11 * width)), loc="left", fontsize=11)
 
 
 def _mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"], rows: int, columns: int) -> None:
-    """Images in a grid, filled column by column, blank where there are too few."""
+    """Draws images in a grid, column by column, with blanks at the end."""
     num, height, width, channels = images.shape
     gray = channels == 1
     tiles = np.full((columns * rows, height, width, channels), 0.0 if gray else 1.0)
@@ -203,5 +205,5 @@ def _mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # A figure that pyplot does not know needs no display, and nobody has to close it.
+    # A figure made without pyplot needs no display and need not be closed.
     figure.savefig(path, dpi=130, facecolor="white")

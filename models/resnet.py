@@ -1,4 +1,4 @@
-"""A small residual network (He et al. 2016) for images of about 32 x 32, as ``flax.nnx`` module."""
+"""A small residual network (He et al. 2016) for images of about 32 x 32, as `flax.nnx` module."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -8,7 +8,7 @@ class ResNet14(nnx.Module):
     """Residual network of 14 layers that halves its images early, so that two cores train it in minutes.
 
     ========  =======================================  =============
-    layer     what                                     output
+    layer     operation                                output
     ========  =======================================  =============
     stem      3 x 3 convolution, stride 2              16 x 16 x 32
     blocks1   2 residual blocks                        16 x 16 x 32
@@ -22,11 +22,11 @@ class ResNet14(nnx.Module):
 
     Args:
         image_shape: (height, width, channels), height and width at least 8.
-        num_classes: number of logits.
+        num_classes: Number of logits.
         rngs: Flax's random streams, for the initial weights.
 
     Raises:
-        ValueError: if the images are smaller than 8 x 8.
+        ValueError: If the images are smaller than 8 x 8.
 
     References:
         He, Zhang, Ren, Sun (2016). Deep residual learning for image recognition. CVPR; arXiv 1512.03385, section 4.2.
@@ -42,7 +42,7 @@ class ResNet14(nnx.Module):
         self.dense = nnx.Linear(128, num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """Logits of a batch of images with values in [0, 1]."""
+        """Computes logits of a batch of images with values in [0, 1]."""
         x = nnx.relu(self.stem(2 * x - 1))
         for block in self.blocks:
             x = block(x)
@@ -50,7 +50,7 @@ class ResNet14(nnx.Module):
 
 
 class _Convolution(nnx.Module):
-    """A convolution, 3 x 3 unless said, with batch normalisation in place of a bias."""
+    """A convolution, 3 x 3 by default, with batch normalisation in place of a bias."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(inputs, outputs, (size, size), stride, use_bias=False, rngs=rngs)
@@ -61,7 +61,7 @@ class _Convolution(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Two convolutions, and past them the input itself, or a 1 x 1 convolution of it where sizes change."""
+    """Two convolutions added to the input itself, or to a 1 x 1 convolution of it where sizes change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
         self.first = _Convolution(inputs, outputs, stride, rngs=rngs)
@@ -70,5 +70,5 @@ class _Block(nnx.Module):
         self.shortcut = None if same else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
 
     def __call__(self, x):
-        past = x if self.shortcut is None else self.shortcut(x)
-        return nnx.relu(past + self.second(nnx.relu(self.first(x))))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return nnx.relu(shortcut + self.second(nnx.relu(self.first(x))))

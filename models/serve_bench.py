@@ -1,4 +1,4 @@
-"""Latency against accuracy on real processes whose workers are late: ``python -m models.serve_bench``."""
+"""Measures latency and accuracy of serving from processes with random delays: ``python -m models.serve_bench``."""
 
 import argparse
 import csv
@@ -20,29 +20,29 @@ from .plots import plot_latency
 from .train import predicted_classes
 
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
-# Quantiles of a delay: after which an image is asked for again, and after which ours waits no longer.
+# Quantiles of a delay: after which a share is sent again, and after which our scheme waits no longer.
 _HEDGE, _DEADLINE = 0.95, 0.995
 
 _FOOTNOTE = """\
-{num_requests:,} requests of {batch_size} test images each, {clients} at a time; the same images for every scheme.
+{num_requests:,} requests of {batch_size} test images each, {clients} concurrently; the same images for every scheme.
 {num_workers} worker processes, which sleep before each answer: {law}, at most {longest:g} s.
-Latency in milliseconds, from the call to the results. Whatever is to be computed is given to any worker that is
-free: the {num_data} images of each group uncoded, {num_workers} copies or coded inputs else. Hedged and ours give to
+Latency in milliseconds, from the call to the results. A share is assigned to any worker that is free: the
+{num_data} images of each group uncoded, {num_workers} copies or coded inputs else. Hedged and ours assign to
 another worker what has no answer after {hedge:.0f} ms, the 95 % quantile of a delay. LeTCC waits for {num_answers}
 answers. Ours waits until every image's predicted error is at most {tolerance:g} (of its logits), and no longer
-than {deadline:.0f} ms, the 99.5 % quantile of a delay. Agreement: the same class as the network's own."""
+than {deadline:.0f} ms, the 99.5 % quantile of a delay. Agreement: the same class as that of the uncoded network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Delays:
-    """What a worker does in place of computing at once: it sleeps first, as long as a draw of a heavy tail.
+    """Delays a worker before it computes, by draws from a law with a heavy tail.
 
     Attributes:
         law: "pareto" or "lognormal".
         scale: The shortest delay of a Pareto law, the median of a lognormal one, in seconds.
         tail: The Pareto law's tail index, smaller is heavier; the standard deviation of a lognormal delay's logarithm.
-        longest: What is longer is cut to this, in seconds.
-        seed: Of the draws; each worker has its own.
+        longest: Longest delay, to which longer draws are cut, in seconds.
+        seed: Seed of the draws; each worker has a stream of its own.
     """
 
     law: str
@@ -53,13 +53,13 @@ class Delays:
 
     def __call__(self, worker, compute, batch):
         """Sleeps, then computes."""
-        # Kept with the process, not sent to it.
+        # The state of a stream stays in the worker's process; this object is sent to it.
         stream = _STREAMS.setdefault((worker, self), np.random.default_rng((self.seed, worker)))
         time.sleep(float(self.draw(stream, 1)[0]))
         return compute(batch)
 
     def draw(self, rng: np.random.Generator, number: int) -> Float[np.ndarray, "number"]:
-        """Delays in seconds."""
+        """Draws so many delays, in seconds."""
         if self.law == "pareto":
             seconds = self.scale * (1 + rng.pareto(self.tail, number))
         else:
@@ -67,14 +67,14 @@ class Delays:
         return np.minimum(seconds, self.longest)
 
     def model(self) -> jc.stragglers.AbstractLatency:
-        """The same law under jit, not cut."""
+        """Returns the same law for use under jit, not cut."""
         if self.law == "pareto":
             return jc.stragglers.Pareto(self.scale, self.tail)
         return jc.stragglers.LogNormal(self.scale, self.tail)
 
-    def quantile(self, share: float) -> float:
-        """Seconds that this share of delays takes at most, to a per cent or so."""
-        return float(np.quantile(self.draw(np.random.default_rng(0), 1_000_000), share))
+    def quantile(self, probability: float) -> float:
+        """Estimates the quantile of the delays, in seconds, to about one per cent."""
+        return float(np.quantile(self.draw(np.random.default_rng(0), 1_000_000), probability))
 
     def __str__(self) -> str:
         milliseconds = f"{1000 * self.scale:g} ms"
@@ -90,10 +90,10 @@ _TAILS = {"pareto": 1.5, "lognormal": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a scheme did.
+    """Holds the measurements of one scheme.
 
     Attributes:
-        label: What it is called.
+        label: Name of the scheme.
         latency: Seconds from call to results, shape (requests,).
         seconds: From the first call to the last result.
         classes: The class of every image, shape (requests, batch); -1 where there was no result.
@@ -108,7 +108,14 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train or load a network, tune a code, start workers, ask by every scheme; exits with code 2 on bad arguments."""
+    """Trains or loads a network, tunes a code, starts workers and sends the requests by every scheme.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     if min(args.num_requests, args.clients) < 1:
@@ -129,22 +136,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.network or NETWORK_OF[args.dataset]
     path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
     model = network(name, data, args.dataset, path, seed=args.seed)
-    own = predicted_classes(model, data.x_test)
-    print(f"{name} on {args.dataset}: {np.mean(own == data.y_test):.1%} of test images right.", flush=True)
+    reference = predicted_classes(model, data.x_test)
+    accuracy = np.mean(reference == data.y_test)
+    print(f"{name} on {args.dataset}: {accuracy:.1%} of test images are classified correctly.", flush=True)
     sample = data.x_train[: max(200, args.batch_size)]
-    late = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE))
-    tuned = jc.tune(model, sample, args.num_data, args.num_workers, late)
+    stragglers = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE))
+    tuned = jc.tune(model, sample, args.num_data, args.num_workers, stragglers)
     print(f"Tuned code: {tuned.candidates[0].layout}.", flush=True)
 
     rng = np.random.default_rng(args.seed)
-    drawn = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
-    with jc.workers.RayPool(model, args.num_workers, around=delays) as pool:
+    batches = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
+    with jc.pools.RayPool(model, args.num_workers, around=delays) as pool:
         servers = _servers(pool, tuned, delays, args)
         for server in servers.values():
             server.warm_up(sample[: args.batch_size])
-        outcomes = [_measure(label, server, data.x_test, drawn, args.clients) for label, server in servers.items()]
+        outcomes = [_measure(label, server, data.x_test, batches, args.clients) for label, server in servers.items()]
 
-    table = _table(outcomes, own[np.stack(drawn)], data.y_test[np.stack(drawn)])
+    table = _table(outcomes, reference[np.stack(batches)], data.y_test[np.stack(batches)])
     footnote = _FOOTNOTE.format(
         **vars(args), law=delays, hedge=1000 * delays.quantile(_HEDGE), deadline=1000 * delays.quantile(_DEADLINE)
     )
@@ -161,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.serve_bench",
-        description="Latency and accuracy of coded and uncoded serving on worker processes that are late.",
+        description="Measures latency and accuracy of coded and uncoded serving by processes with random delays.",
     )
 
-    def number(name: str, default: float, text: str, kind: type = int) -> None:
+    def add_number(name: str, default: float, text: str, kind: type = int) -> None:
         parser.add_argument(name, type=kind, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     parser.add_argument(
@@ -172,37 +180,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
     parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet14 for cifar10, else lenet5")
-    parser.add_argument("--delays", choices=sorted(_TAILS), default="pareto", help="their law (default: %(default)s)")
-    number("--delay", 20.0, "shortest delay (Pareto) or median (lognormal), in milliseconds", float)
-    parser.add_argument("--tail", type=float, help="tail index (Pareto: 1.5) or sigma (lognormal: 1)")
-    number("--longest", 5.0, "delays are cut to this, in seconds", float)
-    number("--num-requests", 200, "requests by each of the five schemes")
-    number("--batch-size", 40, "images in a request")
-    number("--clients", 2, "requests at a time")
-    number("--num-data", 20, "K, images coded together")
-    number("--num-workers", 30, "N, worker processes")
-    number("--num-answers", 25, "answers that the published code waits for")
-    number("--tolerance", 1.0, "predicted error of an image's logits that is good enough", float)
-    number("--seed", 0, "seed of weights, images and delays")
     parser.add_argument(
-        "--weights", type=Path, help="safetensors file with the network's weights; written if not there"
+        "--delays", choices=sorted(_TAILS), default="pareto", help="law of the delays (default: %(default)s)"
+    )
+    add_number("--delay", 20.0, "shortest delay (Pareto) or median (lognormal), in milliseconds", float)
+    parser.add_argument("--tail", type=float, help="tail index (Pareto: 1.5) or sigma (lognormal: 1)")
+    add_number("--longest", 5.0, "delays are cut to this, in seconds", float)
+    add_number("--num-requests", 200, "requests to each of the five schemes")
+    add_number("--batch-size", 40, "images in a request")
+    add_number("--clients", 2, "requests made concurrently")
+    add_number("--num-data", 20, "K, images coded together")
+    add_number("--num-workers", 30, "N, worker processes")
+    add_number("--num-answers", 25, "answers that the published code waits for")
+    add_number("--tolerance", 1.0, "predicted error of an image's logits to reach", float)
+    add_number("--seed", 0, "seed of weights, images and delays")
+    parser.add_argument(
+        "--weights", type=Path, help="safetensors file with the network's weights; written if it does not exist"
     )
     parser.add_argument("--out", type=Path, default=Path("out/serve"), help="folder to write to (default: %(default)s)")
     return parser
 
 
 def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str, jc.CodedServer]:
-    """Each scheme's server. All have the same workers, any of which computes whatever is next."""
+    """Makes each scheme's server, by label. All share the pool's workers."""
     num_data, size = args.num_data, (args.num_data, args.num_workers)
     code, stop = tuned.code, jc.stop
-    if not isinstance(code, jc.SplineCode):  # replication itself: its nodes, and a spline through what is missing
+    if not code.predicts_error:
+        # Replication was chosen: workers compute the same inputs, and a spline fills in those without an answer.
         code = jc.SplineCode.repeated(*size)
 
     def server(code, policy, **options):
         return jc.CodedServer(code, pool, policy, time_limit=3 * args.longest, **{"predict_error": False, **options})
 
     uncoded, again_after = jc.UncodedCode(num_data), delays.quantile(_HEDGE)
-    good_enough = stop.answers(num_data) & stop.error_below(args.tolerance)
+    accurate = stop.answers(num_data) & stop.error_below(args.tolerance)
     return {
         "uncoded": server(uncoded, stop.answers(num_data)),
         "replication": server(jc.ReplicationCode(*size), stop.answers(1)),
@@ -212,7 +223,7 @@ def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str,
         ),
         "ours": server(
             code,
-            good_enough | stop.deadline(delays.quantile(_DEADLINE)),
+            accurate | stop.deadline(delays.quantile(_DEADLINE)),
             order=tuned.order,
             output=tuned.output,
             again_after=again_after,
@@ -221,26 +232,28 @@ def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str,
     }
 
 
-def _measure(label: str, server: jc.CodedServer, images: np.ndarray, drawn: list[np.ndarray], clients: int) -> Outcome:
-    """Asks for all batches, several at a time."""
+def _measure(
+    label: str, server: jc.CodedServer, images: np.ndarray, batches: list[np.ndarray], clients: int
+) -> Outcome:
+    """Sends all batches, given by the numbers of their images, several concurrently."""
 
-    def one(which):
+    def send(batch):
         began = time.perf_counter()
         try:
-            answer = server(images[which])
-        except jc.workers.NotEnoughAnswers:
-            return time.perf_counter() - began, np.full(len(which), -1), 0
-        return time.perf_counter() - began, np.argmax(answer.values, axis=-1), int(answer.returned.sum())
+            prediction = server(images[batch])
+        except jc.pools.NotEnoughAnswers:
+            return time.perf_counter() - began, np.full(len(batch), -1), 0
+        return time.perf_counter() - began, np.argmax(prediction.values, axis=-1), int(prediction.returned.sum())
 
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as executor:
-        found = list(tqdm(executor.map(one, drawn), total=len(drawn), desc=label, unit="request"))
-    latency, classes, answers = (np.stack(part) for part in zip(*found, strict=True))
+        measured = list(tqdm(executor.map(send, batches), total=len(batches), desc=label, unit="request"))
+    latency, classes, answers = (np.stack(column) for column in zip(*measured, strict=True))
     return Outcome(label, latency, time.perf_counter() - began, classes, answers)
 
 
-def _table(outcomes: list[Outcome], own: np.ndarray, labels: np.ndarray) -> str:
-    quantiles = [f"p{100 * share:g}" for share in _QUANTILES]
+def _table(outcomes: list[Outcome], reference: np.ndarray, labels: np.ndarray) -> str:
+    quantiles = [f"p{100 * probability:g}" for probability in _QUANTILES]
     lines = [
         f"{'':22}" + "".join(f"{name:>8}" for name in (*quantiles, "req/s", "answers")) + "   accuracy   agreement"
     ]
@@ -248,8 +261,8 @@ def _table(outcomes: list[Outcome], own: np.ndarray, labels: np.ndarray) -> str:
         milliseconds = 1000 * np.quantile(outcome.latency, _QUANTILES)
         rate, answers = len(outcome.latency) / outcome.seconds, outcome.answers.mean()
         cells = "".join(f"{cell:>8.0f}" for cell in milliseconds) + f"{rate:>8.1f}{answers:>8.1f}"
-        right, same = np.mean(outcome.classes == labels), np.mean(outcome.classes == own)
-        lines.append(f"{outcome.label:22}{cells}      {right:.4f}      {same:.4f}")
+        accuracy, agreement = np.mean(outcome.classes == labels), np.mean(outcome.classes == reference)
+        lines.append(f"{outcome.label:22}{cells}      {accuracy:.4f}      {agreement:.4f}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A short training loop for classifiers written as ``flax.nnx`` modules."""
+"""A short training loop for classifiers written as `flax.nnx` modules."""
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +21,32 @@ def fit(
     learning_rate: float = 3e-3,
     augment: bool = False,
     progress: bool = True,
-) -> Float32[np.ndarray, " epochs"]:
-    """Train a classifier in place: Adam, one warm-up epoch, then a cosine down to zero, cross-entropy.
+) -> Float32[np.ndarray, "epochs"]:
+    """Trains a classifier in place: Adam on the cross-entropy, one warm-up epoch, then a cosine schedule to zero.
 
-    Each epoch visits the training images in a new order and leaves out the last incomplete batch. Other state
-    than parameters (running averages, dropout's keys) is carried along. Afterwards the model is in evaluation
-    mode.
+    Each epoch takes the training images in a new order and leaves out the last incomplete batch. State other than
+    parameters (running averages, dropout's keys) is updated too. Afterwards the model is in evaluation mode.
 
     Steps are called from Python, one by one, because XLA's CPU convolutions are about three times slower
-    inside ``lax.scan`` (LeNet5 on two cores: 0.57 s an epoch of digits against 0.19 s).
+    inside `lax.scan` (LeNet5 on two cores: 0.57 s an epoch of digits against 0.19 s).
 
     Args:
-        model: nnx module from images (batch, height, width, channels) to logits (batch, classes); changed in
+        model: Nnx module from images (batch, height, width, channels) to logits (batch, classes); changed in
             place.
-        dataset: where the training images and labels come from.
-        seed: seed of the order of the images (the initial weights are the model's own).
-        epochs: passes over the training images, at least 1.
-        batch_size: images in a step, at most the number of training images.
-        learning_rate: the highest step size of Adam.
-        augment: whether every second image is mirrored and all are shifted by up to an eighth of their size, at
+        dataset: The training images and labels.
+        seed: Seed of the order of the images (the initial weights are the model's own).
+        epochs: Passes over the training images, at least 1.
+        batch_size: Images in a step, at most the number of training images.
+        learning_rate: The highest step size of Adam.
+        augment: Whether every second image is mirrored and all are shifted by up to an eighth of their size, at
             random; for natural images, not for digits.
-        progress: whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error.
 
     Returns:
         Mean cross-entropy in nats of each epoch, (epochs,) float32.
 
     Raises:
-        ValueError: if ``epochs`` or ``batch_size`` is out of range.
+        ValueError: If `epochs` or `batch_size` is out of range.
     """
     num_images = len(dataset.x_train)
     if epochs < 1:
@@ -64,12 +63,12 @@ def fit(
     opt_state = optimizer.init(params)
 
     @jax.jit
-    def step(params, rest, opt_state, x: Float[Array, "batch ..."], y: Int[Array, " batch"]):
+    def step(params, rest, opt_state, x: Float[Array, "batch ..."], y: Int[Array, "batch"]):
         def loss(params):
             # Rebuilt, because flax lets a variable change only under the transformation that made it.
-            running = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
-            value = optax.softmax_cross_entropy_with_integer_labels(running(x), y).mean()
-            return value, nnx.split(running, nnx.Param, ...)[2]
+            module = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
+            value = optax.softmax_cross_entropy_with_integer_labels(module(x), y).mean()
+            return value, nnx.split(module, nnx.Param, ...)[2]
 
         (value, new_rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -97,7 +96,7 @@ def fit(
 def _augmented(
     x: Float32[np.ndarray, "batch height width channels"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "batch height width channels"]:
-    """Images mirrored with probability one half and shifted within a black margin of an eighth of their size."""
+    """Mirrors images with probability one half and shifts them within a black margin of an eighth of their size."""
     batch, height, width, _ = x.shape
     margins = height // 8, width // 8
     rows, columns = (rng.integers(0, 2 * margin + 1, (batch, 1)) for margin in margins)
@@ -109,8 +108,8 @@ def _augmented(
 
 def predicted_classes(
     model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], *, batch_size: int = 500
-) -> Int[np.ndarray, " images"]:
-    """The class to which the model gives its highest logit, of every image."""
+) -> Int[np.ndarray, "images"]:
+    """Finds the class with the highest logit, for every image."""
     graph, state = nnx.split(model)
     predict = jax.jit(lambda state, x: jnp.argmax(nnx.merge(graph, state)(x), axis=-1))
     parts = [predict(state, x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
@@ -118,7 +117,7 @@ def predicted_classes(
 
 
 def accuracy(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], y: Int[np.ndarray, " images"]
+    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], y: Int[np.ndarray, "images"]
 ) -> float:
-    """Share of images that the model gives its highest logit to the right class, in [0, 1]."""
+    """Computes the share of images whose highest logit is that of their class, in [0, 1]."""
     return float(np.mean(predicted_classes(model, x) == y))

@@ -13,7 +13,7 @@ if not os.environ.get("JAXCODE_TEST_OPTIMISED"):
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # Before anything imports jaxcode: every annotated call is checked against its shapes and dtypes.
 install_import_hook("jaxcode", "beartype.beartype")

@@ -1,13 +1,17 @@
 """A callable, an nnx module and a linen module compute the same when they have the same weights."""
 
+import functools
+
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
 from jaxcode import SplineCode, coded
-from jaxcode.functions import as_pure_function
+from jaxcode.functions import as_pure_function, check_answers
 
 CODE = SplineCode.chebyshev(4, 9)
 RETURNED = np.arange(9) != 4
@@ -21,11 +25,11 @@ class Linen(linen.Module):
 
 
 class Nnx(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(2, 5, rngs=rngs)
-        self.norm = nnx.BatchNorm(5, rngs=rngs)
+    def __init__(self, rngs, width=5):
+        self.first = nnx.Linear(2, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(5, 3, rngs=rngs)
+        self.last = nnx.Linear(width, 3, rngs=rngs)
 
     def __call__(self, x):
         return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
@@ -186,6 +190,142 @@ def test_an_nnx_module_made_outside_and_used_inside_nnx_jit():
     np.testing.assert_allclose(given(module, x), expected, rtol=1e-5, atol=1e-6)
     predict = coded(module, CODE)
     np.testing.assert_allclose(jax.jit(predict)(x, RETURNED), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- functions as static arguments -------------------------------------------------------------------------
+
+
+class Scaled(linen.Module):
+    """A linen module whose fields may not be hashable."""
+
+    scale: np.ndarray | float
+
+    def __call__(self, x):
+        return x * self.scale
+
+
+def double(x):
+    return 2 * x
+
+
+def train(module):
+    """Updates parameters, running averages and random state in one step of training."""
+    module.train()
+    optimizer = nnx.Optimizer(module, optax.adam(0.1), wrt=nnx.Param)
+    gradient = nnx.grad(lambda module: jnp.sum(module(jnp.asarray(inputs())) ** 2))(module)
+    optimizer.update(module, gradient)
+    return module
+
+
+def deeper():
+    module = Nnx(nnx.Rngs(0))
+    module.last = nnx.Sequential(nnx.Linear(5, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+    return module
+
+
+def undropped():
+    module = Nnx(nnx.Rngs(0))
+    module.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+    return module
+
+
+UNHASHABLE = Scaled(np.full(2, 3.0, np.float32))
+SAME_STRUCTURE = {
+    "nnx": (lambda: Nnx(nnx.Rngs(0)), lambda: Nnx(nnx.Rngs(1))),
+    "nnx-trained": (lambda: Nnx(nnx.Rngs(0)), lambda: train(Nnx(nnx.Rngs(0)))),
+    "nnx-evaluating": (lambda: Nnx(nnx.Rngs(0)), lambda: nnx.view(Nnx(nnx.Rngs(0)), deterministic=True)),
+    "linen": (lambda: (Linen(), as_linen(trained())), lambda: (Linen(), as_linen(train(trained())))),
+    "linen-unhashable": (lambda: (UNHASHABLE, {}), lambda: (UNHASHABLE, {})),
+    "callable": (lambda: double, lambda: double),
+}
+OTHER_STRUCTURE = {
+    "nnx-width": (lambda: Nnx(nnx.Rngs(0)), lambda: Nnx(nnx.Rngs(0), width=6)),
+    "nnx-depth": (lambda: Nnx(nnx.Rngs(0)), deeper),
+    "nnx-rate": (lambda: Nnx(nnx.Rngs(0)), undropped),
+    "linen": (lambda: (Scaled(2.0), {}), lambda: (Scaled(3.0), {})),
+    "linen-class": (lambda: (Linen(), as_linen(trained())), lambda: (linen.Dense(3), {})),
+    "linen-unhashable": (lambda: (UNHASHABLE, {}), lambda: (Scaled(np.full(2, 3.0, np.float32)), {})),
+    "callable": (lambda: jnp.tanh, lambda: jnp.sin),
+    "kinds": (lambda: (Scaled(2.0), {}), lambda: Scaled(2.0).__call__),
+}
+
+
+def traces():
+    """A jitted function that runs a model given as a static argument, and the list of models that it traced."""
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(fn, params, x):
+        traced.append(fn)
+        return fn(params, x)
+
+    return run, traced
+
+
+@pytest.mark.parametrize("case", SAME_STRUCTURE)
+def test_models_of_one_structure_are_traced_once(case):
+    run, traced = traces()
+    x = jnp.asarray(inputs())
+    models = [as_pure_function(make()) for make in SAME_STRUCTURE[case]]
+    (first, _), (second, _) = models
+    assert first == second
+    assert hash(first) == hash(second)
+    for fn, params in models:
+        np.testing.assert_allclose(run(fn, params, x), fn(params, x), rtol=1e-5, atol=1e-6)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("case", OTHER_STRUCTURE)
+def test_models_of_different_structure_are_unequal(case):
+    first, second = (as_pure_function(make())[0] for make in OTHER_STRUCTURE[case])
+    assert first != second
+    assert len({first, second}) == 2
+
+
+@pytest.mark.parametrize("case", SAME_STRUCTURE)
+def test_functions_can_be_sent_to_other_processes(case):
+    fn, params = as_pure_function(SAME_STRUCTURE[case][1]())
+    received, its_params = cloudpickle.loads(cloudpickle.dumps((fn, params)))
+    x = jnp.asarray(inputs())
+    np.testing.assert_array_equal(received(its_params, x), fn(params, x))
+    assert (received == fn) == (case != "linen-unhashable")
+    assert hash(received) == hash(cloudpickle.loads(cloudpickle.dumps(fn))) or case == "linen-unhashable"
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+FLOATS = {"row": jnp.ones((4, 3)), "number": np.ones(4), "half": jnp.ones((4, 1), jnp.bfloat16)}
+INTEGERS = {"classes": np.arange(4), "bytes": jnp.ones((4, 2), jnp.uint8), "mask": np.ones(4, bool)}
+BAD_ANSWERS = {
+    "a-float": (1.5, r"f's result is 1\.5; expected an array with the batch of 4"),
+    "an-integer": (3, "f's result is 3; expected an array"),
+    "a-list-of-floats": ([1.0, 2.0], r"f's result\[0\] is 1\.0; expected an array"),
+    "text": ({"class": "cat"}, r"f's result\['class'\] is 'cat'; expected an array"),
+    "nothing": (None, "f's result is None; expected at least one array"),
+    "an-empty-tuple": ((), r"f's result is \(\); expected at least one array"),
+    "a-scalar": (jnp.float32(1), r"f's result has shape \(\) for a batch of 4; expected the batch"),
+    "a-numpy-scalar": (np.float64(1), r"f's result has shape \(\) for a batch of 4"),
+    "a-shape": ([jax.ShapeDtypeStruct((3, 4), np.float32)], r"f's result\[0\] has shape \(3, 4\) for a batch of 4"),
+    "complex": (np.ones(4, complex), "f's result has dtype complex128; expected real numbers"),
+    "dates": (np.zeros(4, "datetime64[s]"), "f's result has dtype datetime64.*; expected real numbers"),
+}
+
+
+@pytest.mark.parametrize("allow_integers", [False, True])
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_answers_that_cannot_be_decoded_are_named(unchecked, case, allow_integers):
+    answers, message = BAD_ANSWERS[case]
+    with pytest.raises(ValueError, match=message):
+        check_answers(answers, 4, allow_integers=allow_integers)
+
+
+def test_answers_of_integers_pass_only_where_they_are_allowed():
+    check_answers(FLOATS, 4)
+    check_answers(jax.eval_shape(lambda: FLOATS), 4)
+    check_answers(FLOATS | INTEGERS, 4, allow_integers=True)
+    for name, leaf in INTEGERS.items():
+        with pytest.raises(ValueError, match=rf"f's result\['{name}'\] has dtype .*; expected .*: return logits"):
+            check_answers({name: leaf}, 4)
 
 
 # ---- bad arguments -----------------------------------------------------------------------------------------

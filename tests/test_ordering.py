@@ -1,10 +1,13 @@
+import contextlib
 import functools
 import itertools
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
@@ -37,12 +40,12 @@ def test_a_permutation_of_any_batch(size, num_data):
     assert is_permutation(greedy(normal(size, 3), num_data), size)
 
 
-def test_points_on_a_circle_come_round_it():
+def test_points_on_a_circle_are_ordered_by_angle():
     shuffled = np.random.default_rng(0).permutation(60)
     angle = 2 * np.pi * shuffled / 60
     order = greedy(np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32), 6)
-    turned = np.diff(shuffled[np.asarray(order)]) % 60
-    assert set(turned) in ({1}, {59})
+    steps = np.diff(shuffled[np.asarray(order)]) % 60
+    assert set(steps) in ({1}, {59})
 
 
 def test_nearly_as_short_as_the_shortest_path():
@@ -54,7 +57,7 @@ def test_nearly_as_short_as_the_shortest_path():
         assert length_within_groups(x, greedy(x, 8), 8) <= 1.05 * best
 
 
-def test_no_stretch_walked_backwards_makes_the_path_shorter():
+def test_no_reversed_stretch_makes_the_path_shorter():
     x = normal(60, 2)
     path = np.asarray(greedy(x, 60))
     found = length_within_groups(x, path, 60)
@@ -65,29 +68,29 @@ def test_no_stretch_walked_backwards_makes_the_path_shorter():
 
 def test_one_coordinate_is_sorted():
     x = normal(50, 1)
-    along = np.diff(x[np.asarray(greedy(x, 5)), 0])
-    assert (along > 0).all() or (along < 0).all()
+    steps = np.diff(x[np.asarray(greedy(x, 5)), 0])
+    assert (steps > 0).all() or (steps < 0).all()
 
 
 def test_shorter_than_nearest_neighbour_and_far_shorter_than_the_batch():
     x = load_digits().data[:400].astype(np.float32)
     d = cdist(x, x)
-    left, path = d.copy(), [0]
+    unvisited, path = d.copy(), [0]
     for _ in range(399):
-        left[:, path[-1]] = np.inf
-        path.append(int(left[path[-1]].argmin()))
+        unvisited[:, path[-1]] = np.inf
+        path.append(int(unvisited[path[-1]].argmin()))
     found = tour_length(x, greedy(x, 20))
     assert found < tour_length(x, path) < 0.7 * tour_length(x, np.arange(400))
     assert found < 0.97 * tour_length(x, path)
 
 
 @pytest.mark.parametrize(("size", "num_data"), [(60, 6), (62, 6)])
-def test_cut_where_the_steps_are_longest(size, num_data):
-    """No other cut of the same tour into the same groups is shorter."""
+def test_split_where_the_steps_are_longest(size, num_data):
+    """No other split of the same tour into the same groups is shorter."""
     x = normal(size, 4)
     order = np.asarray(greedy(x, num_data))
     found = length_within_groups(x, order, num_data)
-    others = [length_within_groups(x, np.roll(order, -turn), num_data) for turn in range(num_data)]
+    others = [length_within_groups(x, np.roll(order, -shift), num_data) for shift in range(num_data)]
     assert found <= min(others) * (1 + 1e-6)
 
 
@@ -120,10 +123,10 @@ def test_a_metric_of_pytrees():
     assert is_permutation(greedy(x, 5), 20)
 
 
-def test_jit_and_vmap_agree_with_one_at_a_time():
+def test_jit_and_vmap_agree_with_single_batches():
     batches = normal(3, 25, 4)
-    together = jax.jit(jax.vmap(lambda x: ordering.greedy(x, 5)))(batches)
-    for x, order in zip(batches, together, strict=True):
+    orders = jax.jit(jax.vmap(lambda x: ordering.greedy(x, 5)))(batches)
+    for x, order in zip(batches, orders, strict=True):
         np.testing.assert_array_equal(ordering.greedy(x, 5), order)
 
 
@@ -137,7 +140,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_none_leave_a_permutation(bad):
+def test_inputs_that_are_not_finite_leave_a_permutation(bad):
     x = normal(20, 3)
     x[4] = bad
     order = np.asarray(greedy(x, 5))
@@ -150,7 +153,7 @@ def test_numbers_that_are_none_leave_a_permutation(bad):
 
 @pytest.mark.parametrize("size", [128, 1000])
 def test_parts_of_a_long_batch(monkeypatch, size):
-    """Cut into parts the tour is a little longer, and still visits each input once."""
+    """Split into parts the tour is a little longer, and still visits each input once."""
     x = normal(size, 2)
     whole = tour_length(x, ordering.greedy(x, 10))
     monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 64)
@@ -164,20 +167,183 @@ def test_copies_of_one_input():
     assert is_permutation(greedy(np.zeros((30, 2), np.float32), 4), 30)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (({}, 5), "x is"),
-        ((np.zeros((0, 3)), 5), "x has leaves of shapes"),
-        ((np.zeros((3, 2)), 0), "num_data is 0"),
-        (((np.zeros((3, 2)), np.zeros((4, 2))), 5), "x has leaves of shapes"),
-    ],
-)
-def test_arguments_that_make_no_sense(arguments, message):
+X = normal(6, 2)
+REFUSED = {
+    "no-leaves": (({}, 5), {}, "x is {}"),
+    "empty": ((np.zeros((0, 3)), 5), {}, "x has leaves of shapes"),
+    "0-d": ((np.float32(1), 5), {}, r"x has leaves of shapes \[\(\)\]"),
+    "a-float": ((1.5, 5), {}, r"x has leaves of shapes \[\(\)\]"),
+    "text": ((np.array(["a", "b"]), 2), {}, "x is array.*; expected numbers"),
+    "complex": (({"a": X + 1j}, 2), {}, r"x\['a'\] has dtype complex.*; expected real"),
+    "random-keys": ((jax.random.split(jax.random.key(0), 4), 2), {}, "x has dtype key.*; expected real"),
+    "unequal-leaves": (((np.zeros((3, 2)), np.zeros((4, 2))), 5), {}, "x has leaves of shapes"),
+    "no-group": ((X, 0), {}, "num_data is 0"),
+    "half-an-input": ((X, 2.5), {}, "num_data is 2.5"),
+    "a-bool": ((X, True), {}, "num_data is True"),
+    "key": ((X, 2), {"key": 3}, "key is 3; expected a function"),
+    "key-of-fewer": ((X, 2), {"key": lambda x: x[:2]}, r"key\(x\) has 2 rows"),
+    "key-of-one-number": ((X, 2), {"key": lambda x: x.sum()}, r"key\(x\) has leaves of shapes"),
+    "key-of-complex": ((X, 2), {"key": lambda x: x + 1j}, r"key\(x\) has dtype complex"),
+    "metric": ((X, 2), {"metric": "euclidean"}, "metric is 'euclidean'; expected a function"),
+    "metric-of-arrays": (
+        (X, 2),
+        {"metric": lambda a, b: a - b},
+        r"metric returned shape \(2,\).*; expected one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(unchecked, case):
+    arguments, settings, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        ordering.greedy(*arguments)
-    with pytest.raises(ValueError, match=r"key\(x\) has 2 rows"):
-        ordering.greedy(normal(5, 2), 3, key=lambda x: x[:2])
+        ordering.greedy(*arguments, **settings)
+    with pytest.raises(ValueError, match=message):
+        ordering.Greedy(**settings)(*arguments)
+
+
+# ---- modes and meshes --------------------------------------------------------------------------------------
+
+
+def first_of_two(rows):
+    return rows[:, :1]
+
+
+def city_block(a, b):
+    return jnp.sum(jnp.abs(a - b))
+
+
+def model(x):
+    return jnp.tanh(x @ jnp.asarray(normal(3, 4, seed=5)))
+
+
+FEATURES = ordering.sensitivity(model, normal(20, 3), num_probes=30)
+ORDERS = {
+    "greedy": ordering.greedy,
+    "metric": ordering.Greedy(metric=city_block),
+    "sensitivity": ordering.Greedy(key=FEATURES),
+}
+CALLS = {name: lambda x, order=order: order(x, 5) for name, order in ORDERS.items()} | {
+    "features": FEATURES,
+    "made-from": lambda x: ordering.sensitivity(model, x, num_probes=30, model_batch=8).directions,
+    "parts": lambda x: ordering.greedy(x, 5),
+}
+STRICT_MODES = {
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "transfer guard": lambda: jax.transfer_guard("disallow"),
+    "nans": lambda: jax.debug_nans(True),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, monkeypatch):
+    if request.param == "parts":
+        monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 16)
+    return CALLS[request.param]
+
+
+@pytest.mark.parametrize("mode", STRICT_MODES)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_same_in_strict_modes(call, on_device, mode):
+    x = jax.device_put(normal(40, 3)) if on_device else normal(40, 3)
+    expected = np.asarray(call(x))
+    with STRICT_MODES[mode]():
+        found = call(x)
+    np.testing.assert_array_equal(found, expected)
+
+
+MESHES = {
+    "automatic": (AxisType.Auto, AxisType.Auto),
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+SPECS = {
+    "not sharded": None,
+    "rows": PartitionSpec("i"),
+    "rows and columns": PartitionSpec("i", "j"),
+}
+
+
+@pytest.mark.parametrize("axis_types", MESHES)
+@pytest.mark.parametrize("spec", ["not sharded", "rows", "rows and columns"])
+@pytest.mark.parametrize("mesh_is_set", [False, True])
+def test_the_same_on_a_mesh(axis_types, spec, mesh_is_set):
+    x, weights = normal(40, 4), normal(4, 4, seed=5)
+
+    def run(x):
+        features = ordering.sensitivity(lambda x: jnp.tanh(x @ weights), x, num_probes=30, model_batch=8)
+        key = ordering.Greedy(key=features)
+        orders = ordering.greedy(x, 5), ordering.Greedy(metric=city_block)(x, 5), key(x, 5)
+        return orders, features(x)
+
+    expected = run(jnp.asarray(x))
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=MESHES[axis_types])
+    with jax.set_mesh(mesh) if mesh_is_set else contextlib.nullcontext():
+        sharded = x if SPECS[spec] is None else jax.device_put(x, NamedSharding(mesh, SPECS[spec]))
+        # Compiled as one where the mesh is set, evaluated eagerly where it is not.
+        found = (jax.jit(run) if mesh_is_set else run)(sharded)
+    jax.tree.map(np.testing.assert_array_equal, found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis_types", MESHES)
+@pytest.mark.parametrize("spec", ["rows", "rows and columns"])
+def test_vmap_on_a_mesh(axis_types, spec):
+    batches = normal(4, 20, 3)
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=MESHES[axis_types])
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(batches, NamedSharding(mesh, SPECS[spec]))
+        found = jax.jit(jax.vmap(lambda x: ordering.greedy(x, 5)))(sharded)
+    for x, order in zip(batches, found, strict=True):
+        np.testing.assert_array_equal(order, ordering.greedy(x, 5))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_shards_are_ordered_by_themselves_in_shard_map(axis_type):
+    x = normal(40, 4)
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(axis_type,))
+    rows = PartitionSpec("i")
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, rows))
+        found = jax.jit(jax.shard_map(lambda x: ordering.greedy(x, 5), in_specs=rows, out_specs=rows))(sharded)
+    for part, order in zip(x.reshape(4, 10, 4), found.reshape(4, 10), strict=True):
+        np.testing.assert_array_equal(order, ordering.greedy(part, 5))
+
+
+# ---- orders as static arguments ----------------------------------------------------------------------------
+
+
+def test_orders_of_equal_settings_are_traced_once():
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def ordered(x, order):
+        traced.append(order)
+        return order(x, 5)
+
+    for _ in range(2):
+        for settings in ({}, {"key": FEATURES}, {"key": first_of_two, "metric": city_block}):
+            order = ordering.Greedy(**settings)
+            np.testing.assert_array_equal(ordered(normal(20, 3), order), ordering.greedy(normal(20, 3), 5, **settings))
+    assert len(traced) == len(set(traced)) == 3
+    assert ordering.Greedy(key=FEATURES) != ordering.Greedy(key=ordering.sensitivity(model, normal(20, 3)))
+
+
+def test_features_are_pytrees_of_their_directions():
+    leaves, structure = jax.tree.flatten(FEATURES)
+    assert [leaf.shape for leaf in leaves] == [(30, 3)]
+    doubled = jax.tree.unflatten(structure, [2 * leaves[0]])
+    x = normal(5, 3)
+    np.testing.assert_allclose(doubled(x), 2 * FEATURES(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda features, x: features(x))(FEATURES, x), FEATURES(x), rtol=1e-6)
+    np.testing.assert_array_equal(cloudpickle.loads(cloudpickle.dumps(ordering.Greedy(key=FEATURES)))(x, 2).shape, (5,))
+
+
+@pytest.mark.parametrize("x", [normal(5, 4), {"a": normal(5, 3)}, normal(5, 3, 1)], ids=["columns", "tree", "axes"])
+def test_features_of_other_inputs_are_refused(x):
+    with pytest.raises(ValueError, match=r"x has leaves of shapes .*; expected .*\(3,\)"):
+        FEATURES(x)
 
 
 # ---- in coded ----------------------------------------------------------------------------------------------
@@ -192,7 +358,7 @@ RETURNED = np.arange(12) % 4 != 1
 
 
 @pytest.mark.parametrize("size", [4, 23])
-def test_results_come_in_the_callers_order(size):
+def test_results_come_in_the_order_of_the_inputs(size):
     """As if the caller had sorted the batch, and sorted the results back."""
     x = jnp.asarray(normal(size, 3))
     order = np.asarray(ordering.greedy(x, 5))
@@ -216,21 +382,21 @@ def test_ordered_answers_are_better():
 
 
 def test_derivatives_with_an_order():
-    x, order = jnp.asarray(normal(20, 3)), functools.partial(ordering.greedy, key=lambda x: x[:, :2])
-    turn = np.asarray(order(x, 5))
-    back = np.argsort(turn)
+    x, order = jnp.asarray(normal(20, 3)), ordering.Greedy(key=lambda x: x[:, :2])
+    permutation = np.asarray(order(x, 5))
+    inverse = np.argsort(permutation)
     with_order, without = coded(f, CODE, order=order), coded(f, CODE)
 
     def total(predict):
         return lambda x: jnp.sum(jnp.cos(predict(x, RETURNED)))
 
-    expected = jax.grad(total(lambda x, mask: without(x[turn], mask)[back]))(x)
+    expected = jax.grad(total(lambda x, mask: without(x[permutation], mask)[inverse]))(x)
     np.testing.assert_allclose(jax.jit(jax.grad(total(with_order)))(x), expected, rtol=1e-4, atol=1e-4)
     several = jax.vmap(with_order, in_axes=(0, None))(jnp.stack([x, 2 * x]), RETURNED)
     np.testing.assert_allclose(several[1], with_order(2 * x, RETURNED), rtol=1e-4, atol=1e-4)
 
 
-def test_pytrees_with_an_order_of_ones_own():
+def test_pytrees_with_any_function_as_order():
     x = {"a": jnp.asarray(normal(7, 2)), "b": jnp.arange(7)}
     predict = coded(
         lambda x: {"sum": x["a"].sum(axis=1) + x["b"]}, CODE, order=lambda x, num_data: jnp.argsort(-x["b"])
@@ -239,7 +405,7 @@ def test_pytrees_with_an_order_of_ones_own():
 
 
 @pytest.mark.parametrize("order", [lambda x, k: jnp.arange(3), lambda x, k: x[:, 0], lambda x, k: 0])
-def test_an_order_that_is_none(order):
+def test_an_order_that_is_no_permutation(order):
     with pytest.raises(ValueError, match="expected a permutation"):
         coded(f, CODE, order=order)(jnp.asarray(normal(20, 3)))
 
@@ -247,14 +413,14 @@ def test_an_order_that_is_none(order):
 # ---- sensitivity -------------------------------------------------------------------------------------------
 
 
-def test_sensitive_features_tell_what_a_linear_model_tells():
+def test_sensitivity_of_a_linear_model_gives_distances_of_its_answers():
     weights = normal(6, 3, seed=1)
     x = jnp.asarray(normal(50, 6))
-    look = ordering.sensitivity(lambda x: x @ weights, x, num_probes=20_000)
-    np.testing.assert_allclose(cdist(look(x), look(x)), cdist(x @ weights, x @ weights), rtol=0.05, atol=1e-5)
+    features = ordering.sensitivity(lambda x: x @ weights, x, num_probes=20_000)(x)
+    np.testing.assert_allclose(cdist(features, features), cdist(x @ weights, x @ weights), rtol=0.05, atol=1e-5)
 
 
-def test_what_a_model_does_not_see_does_not_order():
+def test_features_that_a_model_ignores_do_not_order():
     x = jnp.asarray(np.concatenate([normal(40, 1), 100 * normal(40, 5, seed=1)], axis=1))
 
     def f(x):
@@ -262,8 +428,8 @@ def test_what_a_model_does_not_see_does_not_order():
 
     order = ordering.greedy(x, 8, key=ordering.sensitivity(f, x, num_probes=64))
     places = np.asarray(x)[np.asarray(order), 0]
-    turns = np.abs(np.diff(np.sign(np.diff(places)))).sum() / 2
-    assert turns <= 1
+    reversals = np.abs(np.diff(np.sign(np.diff(places)))).sum() / 2
+    assert reversals <= 1
 
 
 def test_sensitivity_of_trees_in_a_coded_call():
@@ -271,7 +437,7 @@ def test_sensitivity_of_trees_in_a_coded_call():
         return jnp.sin(x["a"]).sum(axis=1) + x["b"]
 
     x = {"a": jnp.asarray(normal(30, 2)), "b": jnp.asarray(normal(30, seed=3), jnp.bfloat16)}
-    order = functools.partial(ordering.greedy, key=ordering.sensitivity(f, x))
+    order = ordering.Greedy(key=ordering.sensitivity(f, x))
     results = coded(f, SplineCode.systematic(5, 8), order=order)(x)
     np.testing.assert_allclose(results, f(x), atol=0.05)
 

@@ -19,7 +19,10 @@ def probabilities_of(x):
     return jax.nn.softmax(logits_of(x))
 
 
-@pytest.mark.parametrize("space", [outputs.as_returned, outputs.probabilities, outputs.logits], ids=lambda s: s.name)
+SPACES = [outputs.as_returned, outputs.probabilities, outputs.logits]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
 def test_there_and_back(space):
     y = jax.nn.log_softmax(logits_of(X)) if space is outputs.probabilities else probabilities_of(X)
     np.testing.assert_allclose(space.to_results(space.of_answers(y)), y, atol=1e-6)
@@ -42,3 +45,35 @@ def test_probabilities_of_zero_have_finite_logits():
     logits = outputs.logits.of_answers(certain)
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(outputs.logits.to_results(logits), certain)
+
+
+STRICT_MODES = {
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "transfer guard": lambda: jax.transfer_guard("disallow"),
+    "nans": lambda: jax.debug_nans(True),
+}
+
+
+@pytest.mark.parametrize("mode", STRICT_MODES)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
+def test_the_same_in_strict_modes(space, on_device, mode):
+    y = {"a": np.asarray(probabilities_of(X)), "b": np.eye(5, dtype=np.float32)}
+    y = jax.device_put(y) if on_device else y
+    expected = jax.tree.map(np.asarray, [transform(y) for transform in (space.of_answers, space.to_results)])
+    with STRICT_MODES[mode]():
+        found = [transform(y) for transform in (space.of_answers, space.to_results)]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_float64_of_numpy_has_finite_logits():
+    assert np.isfinite(outputs.logits.of_answers(np.eye(3))).all()
+
+
+@pytest.mark.parametrize("bad", [np.eye(3, dtype=bool), np.arange(3), jnp.float32(1), 0.5, "cat"])
+@pytest.mark.parametrize("space", SPACES[1:], ids=lambda s: s.name)
+def test_what_has_no_classes_is_named(unchecked, space, bad):
+    for transform, name in ((space.of_answers, "answers|outputs"), (space.to_results, "results|outputs")):
+        with pytest.raises(ValueError, match=rf"({name})\['a'\] (has|is) .*; expected"):
+            transform({"a": bad})

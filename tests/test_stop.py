@@ -47,17 +47,41 @@ def test_moments_are_those_of_all_parts():
     assert ((stop.deadline(0.2) | stop.answers(3)) & stop.deadline(0.5)).moments() == (0.2, 0.5)
 
 
-def test_what_can_never_be_is_refused(unchecked):
-    for wrong in (
-        lambda: stop.answers(0),
-        lambda: stop.answers(2.5),
-        lambda: stop.deadline(0),
-        lambda: stop.deadline(float("nan")),
-        lambda: stop.error_below(-1.0),
-        lambda: stop.error_below(1.0, share=0.0),
+REFUSED = {
+    "no-answers": (lambda: stop.answers(0), "number is 0; expected a whole number"),
+    "half-an-answer": (lambda: stop.answers(2.5), "number is 2.5; expected a whole number"),
+    "no-time": (lambda: stop.deadline(0), "seconds is 0; expected a positive number"),
+    "nan": (lambda: stop.deadline(float("nan")), "seconds is nan; expected"),
+    "text": (lambda: stop.deadline("soon"), "seconds is 'soon'; expected"),
+    "a-bool": (lambda: stop.deadline(True), "seconds is True; expected"),
+    "an-array": (lambda: stop.deadline(np.ones(2)), r"seconds is array\(.*; expected"),
+    "nothing": (lambda: stop.error_below(None), "tolerance is None; expected"),
+    "negative": (lambda: stop.error_below(-1.0), "tolerance is -1.0; expected"),
+    "no-share": (lambda: stop.error_below(1.0, share=0.0), "share is 0.0; expected"),
+    "share-above-one": (lambda: stop.error_below(1.0, share=1.5), "share is 1.5; expected"),
+    "too-many-answers": (
         lambda: (stop.answers(7) | stop.deadline(1.0)).check(6, True),
+        r"stop has answers\(7\) with 6 workers; expected",
+    ),
+    "no-predicted-error": (
         lambda: (stop.answers(6) & stop.error_below(1.0)).check(6, False),
-    ):
-        with pytest.raises(ValueError, match="expected"):
-            wrong()
+        "stop has error_below with a code that predicts no error; expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(unchecked, case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_policy_that_can_be_reached_passes():
     (stop.answers(6) & stop.error_below(1.0)).check(6, True)
+
+
+def test_policies_of_equal_settings_are_equal():
+    assert stop.answers(3) | stop.deadline(0.2) == stop.answers(3) | stop.deadline(0.2)
+    assert hash(stop.answers(3) | stop.deadline(0.2)) == hash(stop.answers(3) | stop.deadline(0.2))
+    assert stop.answers(3) | stop.deadline(0.2) != stop.answers(3) & stop.deadline(0.2)

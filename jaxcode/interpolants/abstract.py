@@ -18,8 +18,8 @@ from ..linops import AbstractLinop, Dense, split
 SAME_SITE = 1e-12
 
 Vector = Float[Array | np.ndarray, "_"]
-# From knots, points and which knots have data to the matrix (points, knots), in float64; knots with data are distinct.
-MatrixSolver = Callable[[Array, Array, Array], Array]
+# From knots, points and a mask of live knots to the matrix, shape (points, knots); see `dense_linop`.
+MatrixFunction = Callable[[Array, Array, Array], Array]
 
 
 class AbstractInterpolant(abc.ABC):
@@ -56,42 +56,77 @@ class AbstractInterpolant(abc.ABC):
 
 
 def dense_linop(
-    solver: MatrixSolver, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None
+    form_matrix: MatrixFunction,
+    knots: Vector,
+    points: Vector,
+    returned: Bool[Array | np.ndarray, "knots"] | None = None,
 ) -> Dense:
-    """Prepares the operator of an interpolant whose matrix a solver gives.
+    """Prepares the operator of an interpolant from a function that forms its matrix.
 
     Args:
-        solver: From (knots, points, live) to the matrix, with zero columns for knots that are not live; live knots are
-            distinct. Computed in float64.
+        form_matrix: From (knots, points, live) to the matrix, shape (points, knots), in JAX. It is traced in float64
+            and compiled once for each function and size: give it the same function object each time. Knots and points
+            are in units of `in_units_of_span`; `live` says, bool (knots,), which knots to use: those are distinct.
+            Columns of other knots may hold any finite number.
         knots: As for `AbstractInterpolant.linop`.
         points: As for `AbstractInterpolant.linop`.
         returned: As for `AbstractInterpolant.linop`.
+
+    Returns:
+        The operator, to which data of knots at one place count as their mean.
     """
     live = np.ones(knots.shape[0], bool) if returned is None else returned
     static_knots = static_value(knots)
-    if static_knots is None or not (np.diff(static_knots) > SAME_SITE * (static_knots[-1] - static_knots[0])).all():
-        solver = _merge_sites(solver)
-    entries = split(solver(knots, points, live))
+    distinct = static_knots is not None and bool(
+        (np.diff(static_knots) > SAME_SITE * (static_knots[-1] - static_knots[0])).all()
+    )
+    entries = split(_compiled_matrix(form_matrix, distinct)(knots, points, live))
     if returned is None:
         return Dense(entries)
     xp = np if isinstance(returned, np.ndarray) else jnp
-    defined = xp.broadcast_to(returned.sum() >= 2, points.shape)
-    return Dense(entries, returned, defined)
+    return Dense(entries, returned, xp.broadcast_to(returned.sum() >= 2, points.shape))
+
+
+def in_units_of_span(
+    knots: Float[Array | np.ndarray, "knots"], points: Float[Array | np.ndarray, "points"]
+) -> tuple[Float[Array | np.ndarray, "knots"], Float[Array | np.ndarray, "points"], Float[Array | np.ndarray, ""]]:
+    """Measures places from the first knot, in units of the distance to the last one.
+
+    Differences of neighbours keep their digits however far the knots are from zero, and powers of differences neither
+    overflow nor vanish.
+
+    Args:
+        knots: Ascending, float64.
+        points: Float64.
+
+    Returns:
+        Knots, points, and the unit; 1 where all knots are equal. In NumPy if the knots are.
+    """
+    xp = np if isinstance(knots, np.ndarray) else jnp
+    span = knots[-1] - knots[0]
+    unit = xp.where(span > 0, span, 1.0)
+    return (knots - knots[0]) / unit, (points - knots[0]) / unit, unit
 
 
 @functools.cache
-def _merge_sites(solver):
-    """Has a solver see each site once, by its first live knot, and averages the data of live knots at one site."""
+def _compiled_matrix(form_matrix, distinct):
+    """Compiles the formation of a matrix in float64, from places in any unit."""
+    form_merged = form_matrix if distinct else functools.partial(_merge_sites, form_matrix)
 
-    def merged_solver(knots, points, live):
-        # Indices are int32 throughout: with x64 off, parts that are lowered later would return these for int64.
-        index = jnp.arange(knots.shape[0], dtype=jnp.int32)
-        gaps = jnp.diff(knots, prepend=knots[:1])
-        site = jnp.cumsum(gaps > SAME_SITE * (knots[-1] - knots[0]), dtype=jnp.int32)
-        live_neighbour = (site[:, None] == site[None]) & live[None]
-        first_live = jax.lax.argmax(live_neighbour, 1, jnp.int32)
-        matrix = solver(knots, points, live & (first_live == index))
-        share = live / jnp.maximum(jnp.sum(live_neighbour, axis=1, dtype=knots.dtype), 1)
-        return matrix[:, first_live] * share[None]
+    def form(knots, points, live):
+        knots, points, _ = in_units_of_span(knots, points)
+        return form_merged(knots, points, live)
 
-    return in_float64(jax.jit(merged_solver))
+    return in_float64(jax.jit(form))
+
+
+def _merge_sites(form_matrix, knots, points, live):
+    """Forms the matrix of each site's first live knot, and averages the data of live knots at one site."""
+    # Indices are int32 throughout: with x64 off, parts that are lowered later would return these for int64.
+    index = jnp.arange(knots.shape[0], dtype=jnp.int32)
+    site = jnp.cumsum(jnp.diff(knots, prepend=knots[:1]) > SAME_SITE, dtype=jnp.int32)
+    live_neighbour = (site[:, None] == site[None]) & live[None]
+    first_live = jax.lax.argmax(live_neighbour, 1, jnp.int32)
+    matrix = form_matrix(knots, points, live & (first_live == index))
+    share = live / jnp.maximum(jnp.sum(live_neighbour, axis=1, dtype=knots.dtype), 1)
+    return matrix[:, first_live] * share[None]

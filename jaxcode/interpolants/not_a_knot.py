@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from .._float64 import in_float64
 from .._pytree import pytree
 from ..linops import AbstractLinop
 from .abstract import AbstractInterpolant, Vector, dense_linop
@@ -39,8 +38,6 @@ class NotAKnot(AbstractInterpolant):
         return dense_linop(_not_a_knot_matrix, knots, points, returned)
 
 
-@in_float64
-@jax.jit
 def _not_a_knot_matrix(knots, points, live):
     n = knots.shape[0]
     count = jnp.sum(live, dtype=jnp.int32)

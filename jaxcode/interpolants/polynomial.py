@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from .._float64 import in_float64
 from .._pytree import pytree
 from ..checks import check_count
 from ..linops import AbstractLinop
@@ -54,12 +53,12 @@ class Polynomial(AbstractInterpolant):
     ) -> AbstractLinop:
         most = knots.shape[0] - 1
         degree = most if self.degree is None else min(self.degree, most)
-        return dense_linop(_polynomial_solver(degree), knots, points, returned)
+        return dense_linop(_matrix_of_degree(degree), knots, points, returned)
 
 
 @functools.cache
-def _polynomial_solver(degree):
-    return in_float64(jax.jit(functools.partial(_polynomial_matrix, degree)))
+def _matrix_of_degree(degree):
+    return functools.partial(_polynomial_matrix, degree)
 
 
 def _polynomial_matrix(degree, knots, points, live):

@@ -3,12 +3,10 @@
 import functools
 from typing import ClassVar, final
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from .._float64 import in_float64
 from .._pytree import pytree
 from ..checks import check_count
 from ..linops import AbstractLinop
@@ -42,7 +40,7 @@ class Berrut(AbstractInterpolant):
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
     ) -> AbstractLinop:
-        return dense_linop(_rational_solver(0), knots, points, returned)
+        return dense_linop(_matrix_of_degree(0), knots, points, returned)
 
 
 @final
@@ -73,12 +71,12 @@ class FloaterHormann(AbstractInterpolant):
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
     ) -> AbstractLinop:
-        return dense_linop(_rational_solver(self.degree), knots, points, returned)
+        return dense_linop(_matrix_of_degree(self.degree), knots, points, returned)
 
 
 @functools.cache
-def _rational_solver(degree):
-    return in_float64(jax.jit(functools.partial(_rational_matrix, degree)))
+def _matrix_of_degree(degree):
+    return functools.partial(_rational_matrix, degree)
 
 
 def _rational_matrix(degree, knots, points, live):
@@ -119,5 +117,6 @@ def _blending_weights(degree, knots, live):
     factors = jnp.where(pair, unit / jnp.where(pair, distance, 1.0), 1.0)
     contribution = jnp.where(valid, jnp.prod(factors, axis=2), 0.0)
     summed = jnp.zeros(n, knots.dtype).at[jnp.where(valid, member, n)].add(contribution, mode="drop")
-    signed = jnp.where(index % 2 == 0, 1.0, -1.0) * summed / jnp.maximum(jnp.max(summed), jnp.finfo(summed.dtype).tiny)
+    largest = jnp.max(summed)
+    signed = jnp.where(index % 2 == 0, 1.0, -1.0) * summed / jnp.where(largest > 0, largest, 1.0)
     return jnp.where(live, signed[jnp.maximum(rank, 0)], 0.0)

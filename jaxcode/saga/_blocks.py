@@ -1,15 +1,15 @@
-"""SAGA on linear models, several steps at a time.
+"""Computes several steps of SAGA on a linear model at once.
 
-A step of SAGA on a linear model adds a multiple of the sample to the parameters, and what the next steps need of these
-are their samples' margins only. Those follow from the margins before the first step and the samples' products with each
-other: a block of steps is two products of matrices and a loop over a few numbers. Margins of sparse samples cost next
-to nothing, and a block of steps is one after the other, without touching the large table. The same steps either way,
-but for rounding.
+A step of SAGA on a linear model adds a multiple of the sample to the parameters, and all that later steps need of the
+parameters is their samples' margins. Those follow from the margins before the first step and the samples' inner
+products: a block of steps is two products of matrices and a loop over a few numbers. Margins of sparse samples cost
+next to nothing, so that a block of them is a loop over steps that does not touch the large table. The steps are the
+same either way, except for rounding.
 
-On a CPU a step is so short that what counts is how many kernels XLA makes of it (above eight, they go through its
-scheduler and take twice as long: loops are not unrolled), and that none of them copies. A quotient it works out once, a
-difference for each use: so a step's change of slope is divided by one, and what only this quotient reads elsewhere is
-changed in place.
+On a CPU a step is so short that its cost is the number of kernels into which XLA divides it and the copies they make.
+Above eight kernels, XLA uses its scheduler, which takes twice as long, so loops are not unrolled. XLA computes a
+quotient once, but a difference again for each use: a step's change of slope is therefore divided by one, and arrays
+that only this quotient reads elsewhere are updated in place.
 """
 
 from collections.abc import Callable
@@ -19,35 +19,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._tables import along
-from .linear import SparseRows
+from ._tables import append_axes
+from .sparse import SparseRows
 
-# Steps in a block. What it costs to begin one does not grow with them; products with each other do, with their square.
+# Steps in a block. The cost of beginning a block does not grow with them; that of inner products does, quadratically.
 _STEPS_WITH_DENSE_ROWS = 32
 _STEPS_WITH_SPARSE_ROWS = 64
-# With more columns for each entry of a row, a block goes over those that it has entries in; beginning one costs more.
+# With more columns for each entry of a row, a block uses only the columns in which its samples have entries.
 _MOST_COLUMNS_PER_ENTRY = 64
+# Of such a block, which costs more to begin.
 _STEPS_WITH_WIDE_ROWS = 32
-# Steps whose sparse rows are fetched at once, a multiple of those in a block.
+# Steps whose sparse rows are fetched together, a multiple of those in a block.
 _STEPS_FETCHED = 1024
 
 
-class Walk(NamedTuple):
-    """Where a machine is.
+class Iterate(NamedTuple):
+    """Holds what a machine's steps change.
 
     Attributes:
         w: Parameters of each class, (classes, d).
-        moved: What the sum of all gradients in the table has changed by, (classes, d).
+        sum_change: The change of the sum of all gradients in the table, (classes, d).
         table: Slopes of samples, (m,) or (m, classes).
     """
 
     w: Float[Array, "classes d"]
-    moved: Float[Array, "classes d"]
+    sum_change: Float[Array, "classes d"]
     table: Array
 
 
-def walk_in_blocks(
-    begin: Walk,
+def blocked_steps(
+    start: Iterate,
     slope: Callable[[Array, Any], Array],
     samples: tuple[Float[Array, "m features"] | SparseRows, Any],
     index: Integer[Array, "steps"],
@@ -56,10 +57,10 @@ def walk_in_blocks(
     weight: Float[Array, ""],
     ridge: Float[Array, ""],
     step_size: Float[Array, ""],
-    here: Bool[Array, ""],
+    active: Bool[Array, ""],
     bias: bool,
-) -> Walk:
-    r"""Goes one step with each sample.
+) -> Iterate:
+    r"""Computes one step with each of the samples given by index.
 
     .. math::
         \delta = \ell'(x_j \cdot w) - a_j, \quad
@@ -67,193 +68,210 @@ def walk_in_blocks(
         a_j \leftarrow a_j + \delta
 
     Args:
-        begin: Where it is.
-        slope: The derivative of the loss with respect to the margin, of a margin and a target.
-        samples: All of the machine's.
-        index: Which of them, in this order.
+        start: The iterate before the first step.
+        slope: The derivative of the loss with respect to the margin, from a margin and a label.
+        samples: All samples of the machine.
+        index: The sample of each step.
         scale: q, of each step.
         mean: c.
         weight: :math:`\theta`.
         ridge: :math:`\lambda`.
         step_size: :math:`\gamma`.
-        here: Whether the table is to change at all; if not, w and D are not to be used.
-        bias: Whether the last column of w is that of ones beside the samples.
+        active: Whether the table changes at all; if not, w and D are not to be used.
+        bias: Whether the last column of w belongs to a column of ones that samples do not contain.
 
     Returns:
-        Where it is then.
+        The iterate after the last step.
     """
     x, _ = samples
-    rule = _Rule(slope, mean, weight, ridge, step_size, here, bias)
+    constants = _Constants(slope, mean, weight, ridge, step_size, active, bias)
     if not isinstance(x, SparseRows):
 
-        def dense(at, index, scale):
-            return _dense_block(at, _chosen(samples, index), index, scale, rule)
+        def dense(iterate, index, scale):
+            return _dense_block(iterate, _take(samples, index), index, scale, constants)
 
-        return _in_pieces(dense, begin, (index, scale), _STEPS_WITH_DENSE_ROWS)
+        return _fold(dense, start, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
     wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
     block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
 
-    def sparse(at, chosen, index, scale):
-        return block(at, chosen, index, scale, rule)
+    def sparse(iterate, fetched, index, scale):
+        return block(iterate, fetched, index, scale, constants)
 
-    def fetch(at, index, scale):
-        return _in_pieces(sparse, at, (_chosen(samples, index), index, scale), steps)
+    def fetch(iterate, index, scale):
+        return _fold(sparse, iterate, (_take(samples, index), index, scale), steps)
 
-    return _in_pieces(fetch, begin, (index, scale), _STEPS_FETCHED)
+    return _fold(fetch, start, (index, scale), _STEPS_FETCHED)
 
 
-class _Rule(NamedTuple):
-    """What is the same in all steps: as `walk_in_blocks` is given it."""
+class _Constants(NamedTuple):
+    """Holds what is the same in all steps: arguments of `blocked_steps`."""
 
     slope: Callable[[Array, Any], Array]
     mean: Array
     weight: Array
     ridge: Array
     step_size: Array
-    here: Array
+    active: Array
     bias: bool
 
-    def changed(self, new, old):
-        # Divided by one, or what XLA cannot know to be one.
-        return jnp.where(self.here, new - old, 0) / jnp.where(self.here, jnp.ones_like(self.step_size), 2)
+    def slope_change(self, new, old):
+        """Returns the difference, zero unless active, divided by a one that XLA cannot know to be one."""
+        return jnp.where(self.active, new - old, 0) / jnp.where(self.active, jnp.ones_like(self.step_size), 2)
 
 
-def _in_pieces(go, at, along, size):
-    """Goes on with so many of what it needs at once, and with the rest."""
-    whole, rest = divmod(jax.tree.leaves(along)[0].shape[0], size)
+def _fold(block, carry, xs, size):
+    """Applies a function of a carry and so many of xs to one chunk after the other, and to the remainder."""
+    chunks, remainder = divmod(jax.tree.leaves(xs)[0].shape[0], size)
 
-    def cut(first, size):
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), along)
+    def chunk(first, size):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), xs)
 
-    if whole:
-        at = jax.lax.fori_loop(0, whole, lambda piece, at: go(at, *cut(piece * size, size)), at)
-    return go(at, *cut(whole * size, rest)) if rest else at
+    if chunks:
+        carry = jax.lax.fori_loop(0, chunks, lambda i, carry: block(carry, *chunk(i * size, size)), carry)
+    return block(carry, *chunk(chunks * size, remainder)) if remainder else carry
 
 
-def _chosen(samples, index):
+def _take(samples, index):
     return jax.tree.map(lambda leaf: leaf[index], samples)
 
 
-def _sparse_block(at, samples, index, scale, rule):
-    """One step after the other: margins take a few products each."""
-    rows, targets = samples
-    steps, step_size = index.size, rule.step_size
-    x = jnp.zeros((steps, rows.num_columns + rule.bias), rows.values.dtype)
+def _sparse_block(start, samples, index, scale, constants):
+    """Computes one step after the other, as margins take a few products each."""
+    rows, labels = samples
+    steps, step_size = index.size, constants.step_size
+    x = jnp.zeros((steps, rows.num_columns + constants.bias), rows.values.dtype)
     x = x.at[jnp.arange(steps)[:, None], rows.indices].add(rows.values)
-    if rule.bias:
+    if constants.bias:
         x = x.at[:, -1].set(1)
-    left, always = 1 - step_size * rule.ridge, -step_size * rule.mean
+    shrinkage, offset = 1 - step_size * constants.ridge, -step_size * constants.mean
 
     def step(t, carry):
-        w, moved, held = carry
-        margins = jnp.sum(w[:, rows.indices[t]] * rows.values[t], axis=1)
-        if rule.bias:
+        w, sum_change, entries = carry
+        margins = jnp.sum(w[:, rows.indices[t]] * rows.values[t][None], axis=1)
+        if constants.bias:
             margins = margins + w[:, -1]
-        old, target = jax.tree.map(lambda leaf: leaf[t], (held, targets))
-        change = rule.changed(rule.slope(margins.reshape(old.shape), target), old)
-        toward = change.reshape(-1, 1) * x[t]
-        moved = moved + toward
-        # Of D as it is by now: as it was before, it would have to be copied.
-        w = left * w + always - (step_size * rule.weight) * moved + (step_size * (rule.weight - scale[t])) * toward
-        # Whoever is drawn again finds what was just written.
-        return w, moved, held + jnp.where(along(index == index[t], held), change, 0)
+        old, label = jax.tree.map(lambda leaf: leaf[t], (entries, labels))
+        change = constants.slope_change(constants.slope(margins.reshape(old.shape), label), old)
+        difference = change.reshape(-1, 1) * x[t][None]
+        sum_change = sum_change + difference
+        # The new sum_change, corrected: the old one would have to be copied.
+        w = (
+            shrinkage * w
+            + offset
+            - (step_size * constants.weight) * sum_change
+            + (step_size * (constants.weight - scale[t])) * difference
+        )
+        # A sample that is drawn again in this block finds its new entry.
+        same = append_axes(index == index[t], entries)
+        return w, sum_change, entries + jnp.where(same, jnp.expand_dims(change, 0), 0)
 
-    w, moved, held = jax.lax.fori_loop(0, steps, step, (at.w, at.moved, at.table[index]))
-    return Walk(w, moved, at.table.at[index].set(held))
+    w, sum_change, entries = jax.lax.fori_loop(0, steps, step, (start.w, start.sum_change, start.table[index]))
+    return Iterate(w, sum_change, start.table.at[index].set(entries))
 
 
-def _wide_block(at, samples, index, scale, rule):
-    """One step after the other, on the columns that these samples have entries in; the others go all steps at once."""
-    rows, targets = samples
+def _wide_block(start, samples, index, scale, constants):
+    """Computes steps one by one in columns in which samples have entries, and all together in other columns."""
+    rows, labels = samples
     columns = rows.indices.ravel()
-    if rule.bias:
+    if constants.bias:
         columns = jnp.append(columns, rows.num_columns)
-    # One place for each column, whichever of those it is at.
-    place = jnp.zeros(at.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))[columns]
-    narrow = SparseRows(place[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
-    begin = Walk(at.w[:, columns], at.moved[:, columns], at.table)
-    end = _sparse_block(begin, (narrow, targets), index, scale, rule._replace(mean=rule.mean[:, columns]))
-    decay, taken = _factors(index.size, rule).end
-    w = decay * at.w - taken * (rule.mean + rule.weight * at.moved)
-    w, moved = (leaf.at[:, columns].set(ours[:, place]) for leaf, ours in ((w, end.w), (at.moved, end.moved)))
-    return Walk(w, moved, end.table)
+    # One position for each column, whichever of those that hold it.
+    position = jnp.zeros(start.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))
+    position = position[columns]
+    narrow = SparseRows(position[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
+    begin = Iterate(start.w[:, columns], start.sum_change[:, columns], start.table)
+    end = _sparse_block(begin, (narrow, labels), index, scale, constants._replace(mean=constants.mean[:, columns]))
+    decay, accumulated = _factors(index.size, constants).end
+    w = decay * start.w - accumulated * (constants.mean + constants.weight * start.sum_change)
+    w, sum_change = (
+        leaf.at[:, columns].set(narrow_leaf[:, position])
+        for leaf, narrow_leaf in ((w, end.w), (start.sum_change, end.sum_change))
+    )
+    return Iterate(w, sum_change, end.table)
 
 
 class _Factors(NamedTuple):
-    r"""What is the same in all blocks of so many steps, with :math:`\rho = 1 - \gamma \lambda`.
+    r"""Holds what is the same in all blocks of so many steps, with :math:`\rho = 1 - \gamma \lambda`.
 
     Attributes:
-        decay: What is left of w before step t, :math:`\rho^t`.
-        taken: What has been taken off by then, of the part of the estimate that stays:
+        decay: The factor of the first w in that before step t, :math:`\rho^t`.
+        accumulated: The factor, in w before step t, of the part of the estimate that is constant:
             :math:`\gamma \sum_{i < t} \rho^i`.
-        own: Of the change of slope in step s, times q, what is taken off before step t: :math:`\gamma \rho^{t-1-s}`.
-        since: The same of what it adds to D: :math:`\gamma \theta \sum_{i < t-1-s} \rho^i`.
-        last: Both after the last step.
-        end: decay and taken after the last step.
+        direct: The factor, before step t, of q times the change of slope in step s: :math:`\gamma \rho^{t-1-s}`.
+        indirect: The same of the change's effect through D: :math:`\gamma \theta \sum_{i < t-1-s} \rho^i`.
+        last: direct and indirect after the last step.
+        end: decay and accumulated after the last step.
     """
 
     decay: Array
-    taken: Array
-    own: Array
-    since: Array
+    accumulated: Array
+    direct: Array
+    indirect: Array
     last: tuple[Array, Array]
     end: tuple[Array, Array]
 
 
-def _factors(steps, rule):
-    step_size, dtype = rule.step_size, rule.mean.dtype
-    decay = (1 - step_size * rule.ridge) ** jnp.arange(steps + 1, dtype=dtype)
+def _factors(steps, constants):
+    step_size, dtype = constants.step_size, constants.mean.dtype
+    decay = (1 - step_size * constants.ridge) ** jnp.arange(steps + 1, dtype=dtype)
     sums = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(decay)])
     order = jnp.arange(steps)
-    between = order - 1 - order[:, None]
-    # Of a slope after so many steps.
-    own, since = step_size * decay, step_size * rule.weight * sums
-    last = steps - 1 - order
+    steps_between = order[None] - 1 - order[:, None]
+    # By the number of steps after a change of slope.
+    direct, indirect = step_size * decay, step_size * constants.weight * sums
+    steps_after = steps - 1 - order
     return _Factors(
         decay[:steps],
         step_size * sums[:steps],
-        jnp.where(between >= 0, own[between], 0),
-        jnp.where(between >= 0, since[between], 0),
-        (own[last], since[last]),
+        jnp.where(steps_between >= 0, direct[steps_between], 0),
+        jnp.where(steps_between >= 0, indirect[steps_between], 0),
+        (direct[steps_after], indirect[steps_after]),
         (decay[steps], step_size * sums[steps]),
     )
 
 
-def _dense_block(at, samples, index, scale, rule):
-    """All steps' margins from products of matrices."""
-    x, targets = samples
+def _dense_block(start, samples, index, scale, constants):
+    """Computes the margins of all steps from products of matrices."""
+    x, labels = samples
     steps = index.size
-    factors = _factors(steps, rule)
-    if rule.bias:
+    factors = _factors(steps, constants)
+    if constants.bias:
         x = jnp.concatenate([x, jnp.ones((steps, 1), x.dtype)], axis=1)
-    stays, held = rule.mean + rule.weight * at.moved, at.table[index]
-    of_w, of_stays = (part.T.reshape(held.shape) for part in jnp.split(jnp.concatenate([at.w, stays]) @ x.T, 2))
-    margins = _rows(factors.decay, of_w) - _rows(factors.taken, of_stays)
-    # What a step's change of slope does: to the margins of those after it, to what the table holds for every step with
-    # the same sample, and to the record of changes.
+    constant, entries = constants.mean + constants.weight * start.sum_change, start.table[index]
+    products = jnp.split(jnp.concatenate([start.w, constant]) @ x.T, 2)
+    w_margins, constant_margins = (part.T.reshape(entries.shape) for part in products)
+    margins = _scale_rows(factors.decay, w_margins) - _scale_rows(factors.accumulated, constant_margins)
+    # What a step's change of slope adds: to the margins of later steps, to the entries of all steps with the same
+    # sample, and to the record of changes.
     effect = jnp.stack(
         [
-            -(scale[:, None] * factors.own + factors.since) * (x @ x.T),
-            (index[:, None] == index).astype(x.dtype),
+            -(scale[:, None] * factors.direct + factors.indirect) * (x @ x.T),
+            (index[:, None] == index[None]).astype(x.dtype),
             jnp.eye(steps, dtype=x.dtype),
         ],
         axis=1,
     )
 
-    def step(t, state):
-        margins, held, _ = state
-        change = rule.changed(rule.slope(margins[t], jax.tree.map(lambda leaf: leaf[t], targets)), held[t])
-        return state + jnp.multiply.outer(effect[t], change)
+    def step(t, carry):
+        margins, entries, _ = carry
+        label = jax.tree.map(lambda leaf: leaf[t], labels)
+        change = constants.slope_change(constants.slope(margins[t], label), entries[t])
+        return carry + jnp.multiply.outer(effect[t], change)
 
-    state = jnp.stack([margins, held, jnp.zeros_like(held)])
-    _, held, change = jax.lax.fori_loop(0, steps, step, state)
+    carry = jnp.stack([margins, entries, jnp.zeros_like(entries)])
+    _, entries, change = jax.lax.fori_loop(0, steps, step, carry)
     change = change.reshape(steps, -1)
-    own, since = factors.last
-    ahead, moved = jnp.split(jnp.concatenate([_rows(scale * own + since, change), change], axis=1).T @ x, 2)
-    decay, taken = factors.end
-    return Walk(decay * at.w - taken * stays - ahead, at.moved + moved, at.table.at[index].set(held))
+    direct, indirect = factors.last
+    coefficients = jnp.concatenate([_scale_rows(scale * direct + indirect, change), change], axis=1)
+    w_change, sum_change = jnp.split(coefficients.T @ x, 2)
+    decay, accumulated = factors.end
+    return Iterate(
+        decay * start.w - accumulated * constant - w_change,
+        start.sum_change + sum_change,
+        start.table.at[index].set(entries),
+    )
 
 
-def _rows(factors, matrix):
-    return along(factors, matrix) * matrix
+def _scale_rows(factors, matrix):
+    return append_axes(factors, matrix) * matrix

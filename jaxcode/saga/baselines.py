@@ -1,4 +1,4 @@
-"""What distributed SAGA is compared with: methods whose machines remember no samples' gradients."""
+"""Defines what distributed SAGA is compared with: methods whose machines remember no samples' gradients."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from .._pytree import pytree
 from .gradients import gradients_of
 from .method import AbstractMethod, Loss, check_method
+from .step_size import lipschitz_step_size
 
 _STATIC = "loss", "num_machines", "period", "batch_size", "shard_sizes", "mesh"
 
@@ -17,14 +18,14 @@ _STATIC = "loss", "num_machines", "period", "batch_size", "shard_sizes", "mesh"
 @final
 @pytree(*_STATIC, eq=False)
 class MinibatchSgd(AbstractMethod):
-    r"""Every machine computes the gradient of a minibatch; one step against their mean.
+    r"""Computes one step a round against the mean gradient of all machines' minibatches.
 
     .. math:: w \leftarrow w - \frac{\gamma}{1 + \delta r} \sum_k \frac{m_k}{n} g_k(w)
 
     A machine sends d numbers a round.
 
     Attributes:
-        decay: :math:`\delta`, of round r.
+        decay: :math:`\delta`; the step of round r is :math:`\gamma / (1 + \delta r)`.
         loss: As for `AbstractMethod`, as are all others; a round's minibatch has period times batch_size samples.
     """
 
@@ -41,27 +42,30 @@ class MinibatchSgd(AbstractMethod):
     def __post_init__(self):
         check_method(self)
 
-    def _begin(self, common, machine):
-        return _nothing(common)
+    def begin(self, common, machine):
+        return _no_state(common)
 
-    def _work(self, common, machine, key):
+    def work(self, common, machine, key):
         index = jax.random.randint(key, (self.period * self.batch_size,), 0, machine.size)
         step = _step_size(self, common)
-        return -step * _gradient(self, common, machine, index)(common.w), (), machine.told
+        return -step * _gradient(self, common, machine, index)(common.w), (), machine.message
+
+    def default_step_size(self, params, shards):
+        return lipschitz_step_size(self.loss, self.ridge, params, shards)
 
 
 @final
 @pytree(*_STATIC, eq=False)
 class FederatedAveraging(AbstractMethod):
-    r"""Local SGD: every machine goes its own way for a round; then the mean of where they are.
+    r"""Averages the parameters of machines after a round of local SGD on each.
 
     .. math:: w_k \leftarrow w_k - \frac{\gamma}{1 + \delta r} g_j(w_k), \qquad w = \sum_k \frac{m_k}{n} w_k
 
-    Where machines differ, it ends where they contradict each other, not at the optimum, unless steps decay. A machine
-    sends d numbers a round.
+    Where machines' samples differ, it does not converge to the optimum unless steps decay. A machine sends d numbers a
+    round.
 
     Attributes:
-        decay: :math:`\delta`, of round r.
+        decay: :math:`\delta`; steps of round r are :math:`\gamma / (1 + \delta r)`.
         loss: As for `AbstractMethod`, as are all others.
 
     References:
@@ -81,25 +85,28 @@ class FederatedAveraging(AbstractMethod):
     def __post_init__(self):
         check_method(self)
 
-    def _begin(self, common, machine):
-        return _nothing(common)
+    def begin(self, common, machine):
+        return _no_state(common)
 
-    def _work(self, common, machine, key):
+    def work(self, common, machine, key):
         step = _step_size(self, common)
-        w = _walk(self, common, machine, key, step, 0.0)
-        return w - common.w, (), machine.told
+        w = _local_sgd(self, common, machine, key, step, 0.0)
+        return w - common.w, (), machine.message
+
+    def default_step_size(self, params, shards):
+        return lipschitz_step_size(self.loss, self.ridge, params, shards)
 
 
 @final
 @pytree(*_STATIC, eq=False)
 class Scaffold(AbstractMethod):
-    r"""SCAFFOLD: local SGD whose steps are corrected by how a machine's gradients differ from all machines'.
+    r"""Corrects the steps of local SGD by the difference of a machine's gradients from all machines' (SCAFFOLD).
 
     .. math::
         w_k \leftarrow w_k - \gamma (g_j(w_k) - c_k + c), \qquad
         c_k \leftarrow c_k - c + \frac{w - w_k}{\tau \gamma}, \qquad c = \sum_k \frac{m_k}{n} c_k
 
-    Drift between machines goes away; the noise of samples does not. A machine sends 2 d numbers a round.
+    The drift of machines vanishes; the noise of samples does not. A machine sends 2 d numbers a round.
 
     Attributes:
         decay: :math:`\delta`: steps of round r are :math:`\gamma / (1 + \delta r)`.
@@ -123,42 +130,44 @@ class Scaffold(AbstractMethod):
     def __post_init__(self):
         check_method(self)
 
-    def _begin(self, common, machine):
+    def begin(self, common, machine):
         zeros = jnp.zeros_like(common.w)
         return zeros, zeros
 
-    def _work(self, common, machine, key):
+    def work(self, common, machine, key):
         step = _step_size(self, common)
-        w = _walk(self, common, machine, key, step, common.shared - machine.own)
-        there = machine.share > 0
-        control = machine.own - common.shared + (common.w - w) / (self.period * step)
-        control = jnp.where(there, control, machine.own)
-        weight = machine.size / common.num_samples
-        return w - common.w, control, control * weight.astype(control.dtype)
+        w = _local_sgd(self, common, machine, key, step, common.message_sum - machine.local)
+        control = machine.local - common.message_sum + (common.w - w) / (self.period * step)
+        control = jnp.where(machine.active, control, machine.local)
+        weight = machine.size.astype(control.dtype) / common.num_samples
+        return w - common.w, control, control * weight
+
+    def default_step_size(self, params, shards):
+        return lipschitz_step_size(self.loss, self.ridge, params, shards)
 
 
-def _nothing(common):
-    """What a machine keeps, and tells, that remembers nothing."""
+def _no_state(common):
+    """Returns the local state and message of a machine that remembers nothing."""
     return (), jnp.zeros(0, common.w.dtype)
 
 
 def _step_size(method, common):
-    """Of this round."""
-    return common.step_size / (1 + method.decay * common.round)
+    """Returns the step size of this round."""
+    return common.step_size / (1 + method.decay * common.round.astype(common.w.dtype))
 
 
-def _gradient(method, common, machine, chosen):
-    """Of the mean loss of chosen samples, ridge included."""
+def _gradient(method, common, machine, index):
+    """Returns the gradient, a function of parameters, of the mean loss of some samples, ridge included."""
     gradients = gradients_of(method.loss, common.w, common.unravel)
-    samples = jax.tree.map(lambda leaf: leaf[chosen], machine.samples)
-    return lambda w: gradients.total(gradients.entries(w, samples), samples) / chosen.size + method.ridge * w
+    samples = jax.tree.map(lambda leaf: leaf[index], machine.samples)
+    return lambda w: gradients.total(gradients.entries(w, samples), samples) / index.size + method.ridge * w
 
 
-def _walk(method, common, machine, key, step, correction):
-    """A round of corrected stochastic gradient steps."""
+def _local_sgd(method, common, machine, key, step_size, correction):
+    """Returns a machine's parameters after a round of corrected stochastic gradient steps."""
     index = jax.random.randint(key, (method.period, method.batch_size), 0, machine.size)
 
-    def go(t, w):
-        return w - step * (_gradient(method, common, machine, index[t])(w) + correction)
+    def step(t, w):
+        return w - step_size * (_gradient(method, common, machine, index[t])(w) + correction)
 
-    return jax.lax.fori_loop(0, method.period, go, common.w)
+    return jax.lax.fori_loop(0, method.period, step, common.w)

@@ -1,4 +1,4 @@
-"""Distributed SAGA."""
+"""Defines distributed SAGA."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
@@ -10,17 +10,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from .._pytree import pytree
-from ._blocks import Walk, walk_in_blocks
-from ._tables import add, along, first_of_each
+from ._blocks import Iterate, blocked_steps
+from ._tables import append_axes, compensated_add, first_occurrences
 from .gradients import gradients_of
 from .linear import LinearLoss
-from .method import AbstractMethod, Loss, check_method, default_step
+from .method import AbstractMethod, Loss, check_method
+from .shards import real_rows
+from .step_size import lipschitz_step_size, smoothness, third_of_inverse
 
-# The weight of what a machine's sum has changed by since the last meeting, of how many samples it has and all have.
+# The weight of the change of a machine's sum since machines last synchronised, from its number of samples and that of
+# all machines.
 _CORRECTIONS = {
     "anchored": lambda size, num_samples: 1 / size,
-    "own": lambda size, num_samples: 1 / num_samples,
-    "frozen": lambda size, num_samples: 0.0,
+    "own": lambda size, num_samples: jnp.ones_like(size) / num_samples,
+    "frozen": lambda size, num_samples: jnp.zeros_like(size),
     "local": lambda size, num_samples: 1 / size,
 }
 
@@ -30,62 +33,63 @@ _CORRECTIONS = {
     "loss", "num_machines", "period", "correction", "sampling", "batch_size", "prox", "shard_sizes", "mesh", eq=False
 )
 class DistributedSaga(AbstractMethod):
-    r"""SAGA whose machines work from tables of their own and meet once a round: a linear rate, little communication.
+    r"""Trains by SAGA on machines that synchronise once a round: a linear rate with little communication.
 
     .. math:: F(w) = \frac{1}{n} \sum_{i=1}^n \phi_i(w) + \frac{\lambda}{2} \|w\|^2
 
-    Machine k remembers the last gradient a_j of each of its m_k samples and their sum s_k. When all have met, w is the
-    same everywhere, :math:`c = \frac{1}{n} \sum_l s_l` is the mean of all tables, and the machine remembers
-    :math:`s_k^0 = s_k`. Then, period times, it draws one of its samples and with the old values goes
+    Machine k stores the last gradient a_j of each of its m_k samples and their sum s_k. When all machines synchronise,
+    w becomes the same everywhere, :math:`c = \frac{1}{n} \sum_l s_l` becomes the mean of all tables, and the machine
+    stores :math:`s_k^0 = s_k`. Then, period times, it draws one of its samples and with the old values computes
 
     .. math::
         \delta = \phi_j'(w_k) - a_j, \quad
         w_k \leftarrow w_k - \gamma \bigl(\delta + c + \theta_k (s_k - s_k^0) + \lambda w_k\bigr), \quad
         s_k \leftarrow s_k + \delta, \quad a_j \leftarrow a_j + \delta,
 
-    and all meet again: one sum over machines of 2 d numbers, :math:`w = \sum_k \frac{m_k}{n} w_k` and c.
+    and all synchronise again: one sum over machines of 2 d numbers, :math:`w = \sum_k \frac{m_k}{n} w_k` and c.
 
-    Only the abstract of the first reference could be had, which states the aim, SAGA on several machines whose linear
-    rate survives when they communicate seldom, but not the update: this one is a reconstruction. Its derivation: SAGA's
-    estimate of the mean gradient is a fresh difference plus the mean of the table; a machine that has not heard of the
-    others since the last meeting can keep fresh only its own part of that mean. Where it counts as what it is, a share
-    of the whole, the correction is "own"; where it counts as if all other machines had changed alike, "anchored". At
-    the optimum all differences vanish, whatever the correction, and nobody moves. With a period of 1 all corrections
-    are the same, and with one machine they are plain SAGA.
+    Only the abstract of the first reference was available. It states the aim, SAGA on several machines whose linear
+    rate survives when they seldom communicate, but not the update: this one is a reconstruction. Its derivation: SAGA's
+    estimate of the mean gradient is a new difference plus the mean of the table; between two synchronisations, a
+    machine can update only its own part of that mean. If this part counts as what it is, a share of the whole, the
+    correction is "own"; if it counts as if all other machines had changed alike, the correction is "anchored". At the
+    optimum all differences vanish, whatever the correction, and parameters do not change. With a period of 1 all
+    corrections are the same, and with one machine they are plain SAGA.
 
-    The guarantee is that of a period of 1: with steps of 1/(3 L) the squared distance from the optimum falls at least
-    by the factor :math:`1 - \min(K / (4 n), \mu / (3 L))` a step, in the mean. For longer periods the rate is measured,
-    not proven: "own" diverges where the period is long and there are more than two machines, "anchored" contracts
-    whatever the period and however machines differ. Where they do and the period is long, steps shorter than the
-    default save rounds, as whoever goes far on its own goes by old news of the others: a9a sorted by label over eight
-    machines, with a period of 64, is solved in a quarter of the rounds with a tenth of it.
+    The guarantee is that of a period of 1: with steps of 1/(3 L) the expected squared distance from the optimum
+    decreases at least by the factor :math:`1 - \min(K / (4 n), \mu / (3 L))` a step. For longer periods the rate is
+    measured, not proven: "own" diverges where the period is long and there are more than two machines; "anchored"
+    contracts whatever the period and however machines differ. Where they differ and the period is long, steps shorter
+    than the default save rounds, as a machine that moves far uses an outdated mean of the others' tables: a9a sorted by
+    label over eight machines, with a period of 64, needs a quarter of the rounds with a tenth of the default.
 
-    A machine that misses a round keeps its table, and the others go on with what it told them last. Its samples' part
-    of c is as old as that, so that machines that miss rounds at random slow the method down, and one that stays away
-    for ever leaves it at the optimum of a problem in which that machine's losses are straight lines.
+    A machine that misses a round keeps its table, and the others continue with its last message. Its samples' part of c
+    is outdated meanwhile, so that machines that miss rounds at random slow the method down, and a machine that stays
+    away forever makes it converge to the optimum of a problem in which that machine's losses are linear.
 
     Attributes:
-        loss: Of parameters and one sample. For a `LinearLoss` the table holds one number for each sample (and class);
-            else it holds gradients.
+        loss: From parameters and one sample to one number. For a `LinearLoss` the table stores one number for each
+            sample (and class); otherwise it stores gradients.
         num_machines: K.
-        period: Steps from one meeting to the next.
-        ridge: :math:`\lambda`, taken exactly, not from the tables.
-        correction: "anchored", :math:`\theta_k = 1 / m_k`; "own", 1/n; "frozen", 0. And, to compare, "local": machines
-            that use the mean of their own tables in place of c, which is SAGA on each alone and a mean of parameters.
+        period: Steps between two synchronisations.
+        ridge: :math:`\lambda`, evaluated exactly, not from the tables.
+        correction: "anchored", :math:`\theta_k = 1 / m_k`; "own", 1/n; "frozen", 0. For comparisons also "local":
+            machines use the mean of their own tables in place of c, which is SAGA on each alone and a mean of
+            parameters.
         sampling: "uniform", or "lipschitz": samples whose gradients change faster are drawn more often, with
             probabilities :math:`p_j \propto L_j + m_k \lambda / 3`, and :math:`\delta` is divided by :math:`m_k p_j` in
             the step, not in table and sum. Steps can then be as long as the mean of L allows, not its maximum, which
             saves most epochs where samples differ in length. Needs a `LinearLoss` of known curvature.
-        step_size: :math:`\gamma`; if None, 1 / (3 (max L_i + ridge)), and where "lipschitz" samples,
+        step_size: :math:`\gamma`; if None, 1 / (3 (max L_i + ridge)), and for "lipschitz" sampling
             :math:`1 / (3 (\max_j L_j / (m_k p_j) + \lambda))`. That needs a `LinearLoss` of known curvature.
-        batch_size: Samples of one step, drawn with replacement, of whose differences the mean is taken.
-        prox: A proximal operator, of parameters and the step's length, that follows each step, such as `soft_threshold`
-            gives; none if None.
+        batch_size: Samples of one step, drawn with replacement, over whose differences the mean is taken.
+        prox: A proximal operator, from parameters and the step's length to parameters, that is applied after each
+            step, such as `soft_threshold` returns; none if None.
         shard_sizes: As for `AbstractMethod`.
         mesh: As for `AbstractMethod`.
 
     Raises:
-        ValueError: If a number is not what it should be, or correction is none of these.
+        ValueError: If a number makes no sense, or correction or sampling is none of these.
 
     References:
         Calauzènes and Le Roux, Distributed SAGA: Maintaining linear convergence rate with limited communication, arXiv
@@ -125,80 +129,83 @@ class DistributedSaga(AbstractMethod):
                 "sampling is 'lipschitz', but loss is no LinearLoss whose curvature is known; use 'uniform'"
             )
 
-    def _begin(self, common, machine):
+    def begin(self, common, machine):
         gradients = gradients_of(self.loss, common.w, common.unravel)
         table = gradients.entries(common.w, machine.samples)
-        own = jnp.arange(table.shape[0]) < machine.size
-        total = gradients.total(jnp.where(along(own, table), table, 0), machine.samples)
-        keeps = {"table": table, "rest": jnp.zeros_like(total)}
+        real = append_axes(real_rows(table.shape[0], machine.size), table)
+        message = gradients.total(jnp.where(real, table, 0), machine.samples)
+        local = {"table": table, "compensation": jnp.zeros_like(message)}
         if self.sampling == "lipschitz":
-            keeps["up_to"] = jnp.cumsum(self._probabilities(common.unravel(common.w), machine.samples, machine.size))
-        return keeps, total
+            params = common.unravel(common.w)
+            local["cumulative"] = jnp.cumsum(self._probabilities(params, machine.samples, machine.size))
+        return local, message
 
-    def _probabilities(self, params, samples, size):
-        """Of a machine's samples to be drawn."""
-        smooth = self._smoothness(params, samples)
-        own = jnp.arange(smooth.size) < size
-        wanted = jnp.where(own, smooth + size * self.ridge / 3, 0)
-        # Alike where no sample has any length.
-        wanted = jnp.where(jnp.sum(wanted) > 0, wanted, own)
-        return wanted / jnp.sum(wanted)
-
-    def _default_step_size(self, params, shards):
-        if self.sampling == "uniform":
-            return super()._default_step_size(params, shards)
-        p = jax.vmap(self._probabilities, (None, 0, 0))(params, shards.samples, shards.sizes)
-        divided = self._smoothness(params, shards.samples) / (shards.sizes[:, None] * jnp.where(p > 0, p, jnp.inf))
-        return default_step(jnp.max(divided) + self.ridge)
-
-    def _draw(self, machine, key):
-        """Samples for all steps, and by what their differences are multiplied in the step, (period, batch) each."""
-        shape = self.period, self.batch_size
-        if self.sampling == "uniform":
-            # No sample is drawn more often than another by a larger share than m / 2^32.
-            index = jax.random.bits(key, shape, jnp.uint32) % machine.size.astype(jnp.uint32)
-            return index.astype(jnp.int32), jnp.ones(shape, machine.told.dtype)
-        up_to = machine.own["up_to"]
-        place = jax.random.uniform(key, shape, up_to.dtype) * up_to[-1]
-        index = jnp.minimum(jnp.searchsorted(up_to, place, side="right"), machine.size - 1)
-        p = up_to[index] - jnp.where(index > 0, up_to[index - 1], 0)
-        return index, up_to[-1] / (machine.size * p)
-
-    def _work(self, common, machine, key):
-        # Of what the machine's own sum has moved by since all sums were added.
-        weight = jnp.asarray(_CORRECTIONS[self.correction](machine.size, common.num_samples), common.w.dtype)
-        mean = machine.told / machine.size if self.correction == "local" else common.shared / common.num_samples
+    def work(self, common, machine, key):
+        size = machine.size.astype(common.w.dtype)
+        weight = _CORRECTIONS[self.correction](size, common.num_samples)
+        mean = machine.message / size if self.correction == "local" else common.message_sum / common.num_samples
         index, scale = self._draw(machine, key)
         in_blocks = isinstance(self.loss, LinearLoss) and self.batch_size == 1 and self.prox is None
-        walk = self._in_blocks if in_blocks else self._one_by_one
-        w, moved, table = walk(common, machine, index, scale, mean, weight)
-        told, rest = add(machine.told, machine.own["rest"], moved)
-        # Who is not here may have worked on garbage; tables are left alone by the steps themselves.
-        rest = jnp.where(machine.share > 0, rest, machine.own["rest"])
-        return w - common.w, {**machine.own, "table": table, "rest": rest}, told
+        steps = self._blocked_steps if in_blocks else self._single_steps
+        w, sum_change, table = steps(common, machine, index, scale, mean, weight)
+        message, compensation = compensated_add(machine.message, machine.local["compensation"], sum_change)
+        # A machine that is not active may compute with garbage; steps do not change its table.
+        compensation = jnp.where(machine.active, compensation, machine.local["compensation"])
+        return w - common.w, {**machine.local, "table": table, "compensation": compensation}, message
 
-    def _one_by_one(self, common, machine, index, scale, mean, weight):
+    def default_step_size(self, params, shards):
+        if self.sampling == "uniform":
+            return lipschitz_step_size(self.loss, self.ridge, params, shards)
+        p = jax.vmap(self._probabilities, (None, 0, 0))(params, shards.samples, shards.sizes)
+        sizes = shards.sizes.astype(p.dtype)[:, None]
+        largest = smoothness(self.loss, params, shards.samples[0]) / (sizes * jnp.where(p > 0, p, jnp.inf))
+        return third_of_inverse(jnp.max(largest) + self.ridge)
+
+    def _probabilities(self, params, samples, size):
+        """Returns the probabilities with which a machine's samples are drawn."""
+        bounds = smoothness(self.loss, params, samples[0])
+        real = real_rows(bounds.size, size)
+        p = jnp.where(real, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
+        # Uniform where all samples are zero.
+        p = jnp.where(jnp.sum(p) > 0, p, real.astype(p.dtype))
+        return p / jnp.sum(p)
+
+    def _draw(self, machine, key):
+        """Draws samples for all steps, and the factors of their differences in the step, (period, batch) each."""
+        shape = self.period, self.batch_size
+        if self.sampling == "uniform":
+            # The modulus makes probabilities differ by a factor of at most 1 + m / 2^32.
+            index = jax.random.bits(key, shape, jnp.uint32) % machine.size.astype(jnp.uint32)
+            return index.astype(jnp.int32), jnp.ones(shape, machine.message.dtype)
+        cumulative = machine.local["cumulative"]
+        position = jax.random.uniform(key, shape, cumulative.dtype) * cumulative[-1]
+        index = jnp.searchsorted(cumulative, position, side="right").astype(jnp.int32)
+        index = jnp.minimum(index, machine.size.astype(jnp.int32) - 1)
+        p = cumulative[index] - jnp.where(index > 0, cumulative[index - 1], 0)
+        return index, cumulative[-1] / (machine.size.astype(p.dtype) * p)
+
+    def _single_steps(self, common, machine, index, scale, mean, weight):
         gradients = gradients_of(self.loss, common.w, common.unravel)
 
         def step(t, carry):
-            w, moved, table = carry
+            w, sum_change, table = carry
             chosen = index[t]
             samples = jax.tree.map(lambda leaf: leaf[chosen], machine.samples)
             old = table[chosen]
-            new = jnp.where(machine.share > 0, gradients.entries(w, samples), old)
+            new = jnp.where(machine.active, gradients.entries(w, samples), old)
             change = new - old
-            scaled = along(scale[t].astype(change.dtype), change) * change
-            estimate = gradients.total(scaled, samples) / self.batch_size + mean + weight * moved + self.ridge * w
+            scaled = append_axes(scale[t].astype(change.dtype), change) * change
+            estimate = gradients.total(scaled, samples) / self.batch_size + mean + weight * sum_change + self.ridge * w
             w = w - common.step_size * estimate
             if self.prox is not None:
                 w = ravel_pytree(self.prox(common.unravel(w), common.step_size))[0]
-            once = jnp.where(along(first_of_each(chosen), change), change, 0)
-            return w, moved + gradients.total(once, samples), table.at[chosen].set(new)
+            once = jnp.where(append_axes(first_occurrences(chosen), change), change, 0)
+            return w, sum_change + gradients.total(once, samples), table.at[chosen].set(new)
 
-        begin = common.w, jnp.zeros_like(common.w), machine.own["table"]
-        return jax.lax.fori_loop(0, self.period, step, begin)
+        start = common.w, jnp.zeros_like(common.w), machine.local["table"]
+        return jax.lax.fori_loop(0, self.period, step, start)
 
-    def _in_blocks(self, common, machine, index, scale, mean, weight):
+    def _blocked_steps(self, common, machine, index, scale, mean, weight):
         assert isinstance(self.loss, LinearLoss)
         bias = isinstance(common.unravel(common.w), Mapping)
 
@@ -213,13 +220,13 @@ class DistributedSaga(AbstractMethod):
             if not bias:
                 return ravel_pytree(matrix.T.reshape(params.shape))[0]
             parts = {"kernel": matrix[:, :-1].T, "bias": matrix[:, -1]}
-            # In the mapping's own order, whichever that is.
+            # Mappings differ in the order of their leaves.
             return ravel_pytree(jax.tree.map_with_path(lambda path, p: parts[path[0].key].reshape(p.shape), params))[0]
 
-        begin = Walk(matrix(common.w), matrix(jnp.zeros_like(common.w)), machine.own["table"])
-        w, moved, table = walk_in_blocks(
-            begin,
-            jax.grad(self.loss.of_margin),
+        start = Iterate(matrix(common.w), matrix(jnp.zeros_like(common.w)), machine.local["table"])
+        w, sum_change, table = blocked_steps(
+            start,
+            jax.grad(self.loss.margin_loss),
             machine.samples,
             index[:, 0],
             scale[:, 0],
@@ -227,19 +234,19 @@ class DistributedSaga(AbstractMethod):
             weight,
             self.ridge,
             common.step_size,
-            here=machine.share > 0,
+            active=machine.active,
             bias=bias,
         )
-        return vector(w), vector(moved), table
+        return vector(w), vector(sum_change), table
 
 
 def soft_threshold(strength: float) -> Callable[[PyTree[Array], Array], PyTree[Array]]:
-    r"""The proximal operator of :math:`\alpha \|w\|_1`, for `DistributedSaga`'s prox.
+    r"""Returns the proximal operator of :math:`\alpha \|w\|_1`, for the prox of `DistributedSaga`.
 
     .. math:: w \mapsto \mathrm{sign}(w) \max(|w| - \gamma \alpha, 0)
 
     Args:
-        strength: :math:`\alpha`.
+        strength: :math:`\alpha`, a number of 0 or more.
 
     Returns:
         A function of parameters and a step's length :math:`\gamma`.

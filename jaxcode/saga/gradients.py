@@ -1,4 +1,4 @@
-"""Gradients of samples as SAGA's table holds them."""
+"""Represents gradients of samples as SAGA's table stores them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,13 @@ from .linear import LinearLoss, margin
 
 
 class Gradients(NamedTuple):
-    """How gradients are remembered: as they are, or for a linear model as the slopes that samples are multiplied by.
+    """Holds the functions by which a table stores gradients.
+
+    A table stores gradients as they are or, for a linear model, the slopes by which samples are multiplied.
 
     Attributes:
-        entries: Of samples (b, ...) at parameters (d,), what the table holds, shape (b, ...).
-        total: The sum of gradients, (d,), of entries and their samples.
+        entries: From parameters (d,) and samples (b, ...) to the entries of the table, shape (b, ...).
+        total: From entries and their samples to the sum of gradients, (d,).
     """
 
     entries: Callable[[Array, PyTree[Array]], Array]
@@ -25,7 +27,13 @@ class Gradients(NamedTuple):
 def gradients_of(
     loss: Callable[[PyTree[Array], Any], Array], w: Float[Array, "d"], unravel: Callable[[Array], PyTree[Array]]
 ) -> Gradients:
-    """For parameters that are one vector, like w, which unravel makes parameters of."""
+    """Returns the representation of a loss's gradients, for parameters that are one vector such as w.
+
+    Args:
+        loss: From parameters and one sample to one number.
+        w: Parameters as one vector, for its shape and dtype.
+        unravel: From such a vector to parameters.
+    """
     if not isinstance(loss, LinearLoss):
         gradient = jax.grad(lambda w, sample: loss(unravel(w), sample))
         return Gradients(jax.vmap(gradient, (None, 0)), lambda entries, samples: jnp.sum(entries, axis=0))
@@ -35,10 +43,10 @@ def gradients_of(
 
     def entries(w, samples):
         x, y = samples
-        return jax.vmap(jax.grad(loss.of_margin))(margins(w, x), y)
+        return jax.vmap(jax.grad(loss.margin_loss))(margins(w, x), y)
 
     def total(entries, samples):
-        _, pull = jax.vjp(lambda v: margins(v, samples[0]), jnp.zeros_like(w))
-        return pull(entries.astype(w.dtype))[0]
+        _, transpose = jax.vjp(lambda v: margins(v, samples[0]), jnp.zeros_like(w))
+        return transpose(entries.astype(w.dtype))[0]
 
     return Gradients(entries, total)

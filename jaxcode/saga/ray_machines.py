@@ -1,11 +1,11 @@
-"""Machines that are Ray actors: processes that hold samples and tables, some of them late or dead."""
+"""Runs the machines of a method as Ray actors: processes that hold samples and tables, and may be late or die."""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -13,47 +13,54 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ..workers.compute import packed, unpacked
-from ..workers.ray_pool import connect
-from .method import AbstractMethod, begin
-from .run import History, run
+from ..pools.compute import packed, unpacked
+from ..pools.ray_actors import connect
+from . import _rounds
+from .method import AbstractMethod, local_shapes, prepare
+from .run import DivergenceError, History, run
 from .state import Common, Machine, State
 
 log = logging.getLogger("jaxcode.saga")
 log.addHandler(logging.NullHandler())
 
-# Seconds from one death to the next attempt, at most; the first follows at once.
-_LONGEST_WAIT = 60.0
+# The longest pause, in seconds, before a machine that died is started again; the first restart follows immediately.
+_LONGEST_BACKOFF = 60.0
 
-# Called with a machine's number and its work of a round: what it does in place of just working.
+# The round of calls that are no work of a round.
+_NO_ROUND = -1
+
+# Called with a machine's number and its work of a round, a function without arguments; returns the work's result.
 Around = Callable[[int, Callable[[], Any]], Any]
 
 
 class NoMachines(RuntimeError):
-    """No machine did its part of a round within the time limit."""
+    """Reports that no machine did its part of a round within the time limit."""
 
 
+@final
 class RayMachines:
-    """A method's machines as Ray actors, each a process with its own samples and table.
+    """Runs each machine of a method in a Ray actor, a process with its own samples and table.
 
-    A round sends every machine the parameters and what all told, and receives how far it went and what it tells; its
-    samples stay where they are. A round goes on without machines that are late or dead. The work of one that is late is
-    dropped but for its table, of which it tells as soon as it can; one that died, or has not answered within the time
-    limit, is started anew in the background, and rejoins with a table of gradients at the parameters of then.
+    A round sends the parameters and the sum of messages to every machine, and receives how far each one moves the
+    parameters and its new message; samples stay where they are. A round goes on without machines that are late, dead,
+    or that send numbers that are not finite. The work of a late machine is discarded except for its table, of which its
+    next message tells the others. A machine that died, or did not answer within the time limit, is restarted in the
+    background, with a table of gradients at the current parameters.
 
-    Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
-    listens on the loopback interface only, and is ended with the machines. A context manager; leaving it ends them.
+    Without an address, and unless Ray already runs in this process, a cluster of this machine alone is started, which
+    listens on the loopback interface only and ends with the machines. A context manager; leaving it ends them.
 
     Args:
-        method: What they do. For the same key its results are those of the method itself, but for rounding, while
-            nobody is late.
-        address: As for `jaxcode.workers.RayPool`, as are num_cpus, num_gpus and resources.
-        deadline: Seconds after which a round goes on without those that have not answered, once someone has; None to
-            wait for all that are alive.
-        time_limit: Seconds after which a round that nobody answered is given up, and a machine that is stuck.
+        method: What machines compute. For the same key, results are those of the method itself except for rounding, as
+            long as no machine is late.
+        address: As for `jaxcode.pools.RayPool`, as are num_cpus, num_gpus and resources.
+        deadline: Seconds after which a round goes on without the machines that have not answered, as soon as one has;
+            None to wait for all that are alive.
+        time_limit: Seconds after which a round without any answer fails, and a machine that does not answer is
+            restarted.
         start_limit: Seconds that machines may take to start.
-        around: Called with a machine's number and its work of a round; what it returns is the answer. To rehearse
-            delays and faults; runs in the machine's process.
+        around: Called, in the machine's process, with its number and its work of a round; what it returns is the
+            answer. For tests of delays and faults.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -87,69 +94,82 @@ class RayMachines:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self.method, self._deadline, self._time_limit, self._start_limit = method, deadline, time_limit, start_limit
         self._around = around
-        self._ray, self._end = connect(address)
+        cluster = connect(address)
+        self._ray, self._end = cluster.ray, cluster.close
         self._class = self._ray.remote(_Actor).options(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_restarts=0, max_task_retries=0
         )
         self._actors: list[Any] = []
-        # Calls under way: whose, of which round, -1 where a machine is being started, and until when.
+        # Calls in progress: the machine, the round of its work or _NO_ROUND, and the time at which it counts as stuck.
         self._pending: dict[Any, tuple[int, int, float]] = {}
-        # Of machines that died: how often in a row, and not before when they are started anew.
-        self._died: dict[int, tuple[int, float]] = {}
-        # What went wrong last with machines since they last answered.
-        self._troubles: dict[int, str] = {}
+        # Of machines that died: how often in succession, and the time before which they are not restarted.
+        self._deaths: dict[int, tuple[int, float]] = {}
+        # The last failure of machines that have not answered since.
+        self._failures: dict[int, str] = {}
+        # Machines whose last answer was refused because it was not finite.
+        self._not_finite: set[int] = set()
+        # Local states and messages of a checkpoint that machines have not confirmed yet.
+        self._restored: dict[int, tuple[Any, np.ndarray]] = {}
 
-    def init(self, params: PyTree[Array], data: PyTree[Any]) -> State:
-        """As `AbstractMethod.init`; the state's data and tables are in the machines.
+    def init(self, params: PyTree[Any], data: PyTree[Any]) -> State:
+        """Starts machines, as `AbstractMethod.init`; the state's data and tables are in them.
 
         Raises:
             NoMachines: If no machine could be started.
             ValueError: As `AbstractMethod.init`.
         """
-        params, shards, step_size = self.method._prepare(params, data)
+        params, shards, step_size = prepare(self.method, params, data)
         self._close_actors()
         self._data, self._params = jax.tree.map(np.asarray, shards), packed(params)
-        # Nothing, until each has begun.
-        shape = jax.eval_shape(begin, self.method, params, shards, step_size)["told"]
-        self._told = np.zeros(shape.shape, shape.dtype)
-        state = State(
-            params, jnp.asarray(self._told[0]), jnp.asarray(self._told), (), step_size, jnp.zeros((), int), shards
-        )
+        # Messages are zero until machines have started.
+        shape = jax.eval_shape(_rounds.begin, self.method, params, shards, step_size)["messages"]
+        self._messages = np.zeros(shape.shape, shape.dtype)
+        zeros = jax.device_put((self._messages[0], self._messages, np.zeros((), np.int32)))
+        state = State(params, zeros[0], zeros[1], (), step_size, zeros[2], shards)
         self._actors = [None] * self.method.num_machines
         for machine in range(self.method.num_machines):
             self._start(machine, state)
-        self._gather(self._start_limit, lambda: not self._pending)
+        self._receive(self._start_limit, lambda: not self._pending)
         if not self._idle():
-            raise NoMachines(f"no machine could be started within {self._start_limit} s: {self._why()}")
-        return self._heard(state)
+            raise NoMachines(f"no machine could be started within {self._start_limit} s: {self._reasons()}")
+        return self._with_messages(state)
 
     def round(self, state: State, key: PRNGKeyArray) -> State:
-        """One round, of whoever answers in time.
+        """Computes one round, with the machines that answer in time.
 
         Raises:
-            NoMachines: If nobody does within the time limit.
+            NoMachines: If none does within the time limit.
+            DivergenceError: If all answers are refused because they are not finite.
         """
         w, unravel = ravel_pytree(state.params)
-        number, sizes = int(state.round), np.asarray(state.data.sizes)
-        began = time.monotonic()
-        self._await(1, state, self._time_limit)
-        shared, moves = self._told.sum(axis=0), {}
+        number, sizes = int(jax.device_get(state.round)), np.asarray(state.data.sizes)
+        start_time = time.monotonic()
+        self._wait_for_idle(1, state, self._time_limit)
+        message_sum, moves = self._messages.sum(axis=0), {}
+        self._not_finite.clear()
         for machine in self._idle():
-            work = self._actors[machine].work
-            call = work.remote(np.asarray(w), shared, number, packed(key), np.asarray(state.step_size))
+            call = self._actors[machine].work.remote(
+                np.asarray(w), message_sum, number, packed(key), np.asarray(state.step_size)
+            )
             self._pending[call] = machine, number, time.monotonic() + self._time_limit
 
-        def over():
-            late = self._deadline is not None and time.monotonic() - began >= self._deadline
-            return (late and bool(moves)) or number not in [of for _, of, _ in self._pending.values()]
+        def complete():
+            late = self._deadline is not None and time.monotonic() - start_time >= self._deadline
+            return (late and bool(moves)) or number not in [round_ for _, round_, _ in self._pending.values()]
 
-        self._gather(self._time_limit - (time.monotonic() - began), over, moves, number)
+        self._receive(self._time_limit - (time.monotonic() - start_time), complete, moves, number)
+        if not moves and self._not_finite and self._not_finite >= set(self._failures):
+            raise DivergenceError(
+                f"all machines that answered in round {number} sent numbers that are not finite; take shorter steps "
+                f"than step_size = {float(state.step_size):.3g}, or a shorter period"
+            )
         if not moves:
-            raise NoMachines(f"no machine did its part of round {number}: {self._why()}")
-        everyone = sum(sizes[machine] for machine in moves)
-        moved = sum(move * (sizes[machine] / everyone) for machine, move in moves.items())
-        params = unravel(w + jnp.asarray(moved, w.dtype))
-        return self._heard(dataclasses.replace(state, params=params, round=state.round + 1))
+            raise NoMachines(f"no machine did its part of round {number}: {self._reasons()}")
+        active = sum(sizes[machine] for machine in moves)
+        moved = sum(move * (sizes[machine] / active) for machine, move in moves.items())
+        params = unravel(w + jax.device_put(np.asarray(moved, w.dtype)))
+        following = jax.device_put(np.asarray(number + 1, np.int32))
+        return self._with_messages(dataclasses.replace(state, params=params, round=following))
 
     def run(
         self,
@@ -163,10 +183,15 @@ class RayMachines:
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> tuple[State, History]:
-        """As `AbstractMethod.run`.
+        """Computes many rounds, as `AbstractMethod.run`.
+
+        A checkpoint needs the local states of all machines: it waits for machines that are late, and for those that are
+        restarted. If they do not all answer within the time limit and the start limit, it is left out with a warning in
+        the log.
 
         Raises:
             NoMachines: As `round`.
+            DivergenceError: As `round` and `AbstractMethod.run`.
         """
 
         def advance(state, count):
@@ -184,12 +209,13 @@ class RayMachines:
             callbacks=callbacks,
             checkpoint=checkpoint,
             progress=progress,
-            gather=self._whole if checkpoint is not None else lambda state: state,
-            place=self._place if checkpoint is not None else lambda state: state,
+            template=self._template,
+            collect=self._collect,
+            distribute=self._distribute,
         )
 
     def close(self) -> None:
-        """Ends all machines. Once closed, closing does nothing."""
+        """Ends all machines. Closing again does nothing."""
         self._close_actors()
         self._end()
         self._end = lambda: None
@@ -205,7 +231,7 @@ class RayMachines:
         return [m for m, actor in enumerate(self._actors) if actor is not None and m not in busy]
 
     def _start(self, machine, state):
-        """Has it begin at the parameters of now."""
+        """Starts a machine, with the local state of a checkpoint or else at the current parameters."""
         samples = jax.tree.map(lambda leaf: leaf[machine], self._data.samples)
         actor = self._class.remote(
             machine,
@@ -218,137 +244,194 @@ class RayMachines:
             bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
         )
         self._actors[machine] = actor
-        w, _ = ravel_pytree(state.params)
-        call = actor.begin.remote(np.asarray(w), np.asarray(state.step_size))
-        self._pending[call] = machine, -1, time.monotonic() + self._start_limit
+        if machine in self._restored:
+            call = actor.restore.remote(*self._restored[machine])
+        else:
+            w, _ = ravel_pytree(state.params)
+            call = actor.begin.remote(np.asarray(w), np.asarray(state.step_size))
+        self._pending[call] = machine, _NO_ROUND, time.monotonic() + self._start_limit
 
-    def _revive(self, state):
-        for call, (machine, _, until) in list(self._pending.items()):
-            if time.monotonic() >= until:
-                self._pending.pop(call)
+    def _restart(self, state):
+        """Ends machines that are stuck, and restarts dead ones whose pause is over."""
+        for call, (machine, _, limit) in list(self._pending.items()):
+            if time.monotonic() >= limit:
+                del self._pending[call]
                 self._ray.kill(self._actors[machine])
-                self._lost(machine, TimeoutError("stuck"))
-        for machine, (_, moment) in self._died.items():
-            if self._actors[machine] is None and time.monotonic() >= moment:
+                self._record_death(machine, TimeoutError("stuck"))
+        for machine, (_, earliest) in self._deaths.items():
+            if self._actors[machine] is None and time.monotonic() >= earliest:
                 self._start(machine, state)
 
-    def _await(self, count, state, seconds):
-        """Waits until so many are idle, and starts those anew that died; whether they are in time."""
+    def _wait_for_idle(self, count, state, seconds):
+        """Waits until so many machines are idle, restarting dead ones; returns whether they were in time."""
         end = time.monotonic() + seconds
-        self._revive(state)
+        self._restart(state)
         while len(self._idle()) < count and time.monotonic() < end:
-            self._gather(0.2, lambda: len(self._idle()) >= count)
+            self._receive(0.2, lambda: len(self._idle()) >= count)
             if not self._pending:
                 time.sleep(0.05)
-            self._revive(state)
+            self._restart(state)
         return len(self._idle()) >= count
 
-    def _gather(self, seconds, over, moves=None, number=None):
-        """Takes up what comes until it is over, or for so many seconds."""
+    def _receive(self, seconds, complete, moves=None, number=None, locals_=None):
+        """Receives answers until complete() or for so many seconds.
+
+        Args:
+            seconds: How long, at most.
+            complete: Whether enough has been received.
+            moves: Where to put moves of the round of that number, by machine.
+            number: The number.
+            locals_: Where to put local states, by machine.
+        """
         end = time.monotonic() + seconds
-        while not over() and self._pending and time.monotonic() < end:
+        while not complete() and self._pending and time.monotonic() < end:
             done, _ = self._ray.wait(
                 list(self._pending), num_returns=1, timeout=min(0.05, max(0.0, end - time.monotonic()))
             )
             for call in done:
-                machine, of, _ = self._pending.pop(call)
+                machine, round_, _ = self._pending.pop(call)
                 try:
-                    move, self._told[machine] = self._ray.get(call)
+                    kind, value, message = self._ray.get(call)
                 except self._ray.exceptions.RayTaskError as failure:
                     cause = failure.cause or failure
-                    if of < 0:
-                        self._lost(machine, cause)
+                    if round_ == _NO_ROUND:
+                        self._ray.kill(self._actors[machine])
+                        self._record_death(machine, cause)
                     else:
-                        self._note(machine, "raised", cause)
+                        self._record_failure(machine, "raised", cause)
+                    continue
                 except self._ray.exceptions.RayError as failure:
-                    self._lost(machine, failure)
-                else:
-                    self._died.pop(machine, None)
-                    self._troubles.pop(machine, None)
-                    if moves is not None and of == number:
-                        moves[machine] = move
+                    self._record_death(machine, failure)
+                    continue
+                if machine in self._restored and kind != "restore":
+                    self._send_restored(machine)
+                    continue
+                if not all(np.isfinite(part).all() for part in (message, *([value] if kind == "work" else []))):
+                    # The machine has kept its last local state and message.
+                    self._not_finite.add(machine)
+                    self._record_failure(machine, "sent", ArithmeticError("numbers that are not finite"))
+                    continue
+                self._messages[machine] = message
+                self._deaths.pop(machine, None)
+                self._failures.pop(machine, None)
+                self._restored.pop(machine, None)
+                if kind == "work" and moves is not None and round_ == number:
+                    moves[machine] = value
+                if kind == "local" and locals_ is not None:
+                    locals_[machine] = value
 
-    def _lost(self, machine, failure):
-        self._note(machine, "died of", failure)
+    def _record_death(self, machine, failure):
+        self._record_failure(machine, "died of", failure)
         self._actors[machine] = None
-        times, _ = self._died.get(machine, (0, 0.0))
-        self._died[machine] = times + 1, time.monotonic() + min(_LONGEST_WAIT, 2.0**times - 1)
+        count, _ = self._deaths.get(machine, (0, 0.0))
+        self._deaths[machine] = count + 1, time.monotonic() + min(_LONGEST_BACKOFF, 2.0**count - 1)
 
-    def _note(self, machine, what, failure):
+    def _record_failure(self, machine, what, failure):
         text = f"{what} {type(failure).__name__}: {failure}".splitlines()[0]
         log.warning("machine %d %s", machine, text, extra={"machine": machine})
-        self._troubles[machine] = text
+        self._failures[machine] = text
 
-    def _why(self):
+    def _reasons(self):
         late = {machine: "has not answered" for machine, _, _ in self._pending.values()}
-        troubles = sorted({**late, **self._troubles}.items())
-        return "; ".join(f"machine {machine} {text}" for machine, text in troubles[:4])
+        reasons = sorted({**late, **self._failures}.items())
+        return "; ".join(f"machine {machine} {text}" for machine, text in reasons[:4])
 
-    def _whole(self, state):
-        """With what machines keep to themselves, once all are there."""
-        if not self._await(len(self._actors), state, self._time_limit):
-            raise NoMachines(f"not all machines told their tables in {self._time_limit} s: {self._why()}")
-        own = self._ray.get([actor.keeps.remote() for actor in self._actors])
-        own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
-        return self._heard(dataclasses.replace(state, own=own))
+    def _template(self, state):
+        """Returns the state with the shapes of machines' local states."""
+        return dataclasses.replace(state, local=local_shapes(self.method, state))
 
-    def _heard(self, state):
-        """With what all machines have told."""
-        return dataclasses.replace(state, shared=jnp.asarray(self._told.sum(axis=0)), told=jnp.array(self._told))
+    def _collect(self, state):
+        """Returns the state with machines' local states, None if not all machines answer in time."""
+        count, locals_ = len(self._actors), {}
+        end = time.monotonic() + self._time_limit + self._start_limit
+        while len(locals_) < count:
+            if not self._wait_for_idle(count, state, end - time.monotonic()):
+                log.warning("no checkpoint of round %d, as not all machines answered: %s", state.round, self._reasons())
+                return None
+            # All of them again: one that was restarted has a new message.
+            locals_.clear()
+            for machine in range(count):
+                call = self._actors[machine].local.remote()
+                self._pending[call] = machine, _NO_ROUND, time.monotonic() + self._time_limit
+            self._receive(min(self._time_limit, end - time.monotonic()), lambda: not self._pending, locals_=locals_)
+        local = jax.tree.map(lambda *leaves: np.stack(leaves), *[locals_[machine] for machine in range(count)])
+        return self._with_messages(dataclasses.replace(state, local=jax.device_put(local)))
 
-    def _place(self, state):
-        self._told = np.asarray(state.told).copy()
-        parts = [
-            jax.tree.map(lambda leaf, m=machine: np.asarray(leaf[m]), state.own) for machine in range(len(self._actors))
-        ]
-        self._ray.get(
-            [actor.take_up.remote(own, told) for actor, own, told in zip(self._actors, parts, self._told, strict=True)]
-        )
-        return dataclasses.replace(state, own=())
+    def _distribute(self, state):
+        """Sends local states and messages of a checkpoint to machines."""
+        self._messages = np.array(state.messages)
+        for machine in range(len(self._actors)):
+            local = jax.tree.map(lambda leaf, machine=machine: np.asarray(leaf[machine]), state.local)
+            self._restored[machine] = local, self._messages[machine].copy()
+        state = dataclasses.replace(state, local=())
+        for machine in self._idle():
+            self._send_restored(machine)
+        # A machine that dies or is late now gets its state when it is restarted or answers, and joins a later round.
+        self._receive(self._time_limit, lambda: not self._restored)
+        return state
+
+    def _send_restored(self, machine):
+        call = self._actors[machine].restore.remote(*self._restored[machine])
+        self._pending[call] = machine, _NO_ROUND, time.monotonic() + self._time_limit
+
+    def _with_messages(self, state):
+        message_sum, messages = jax.device_put((self._messages.sum(axis=0), self._messages.copy()))
+        return dataclasses.replace(state, message_sum=message_sum, messages=messages)
 
     def _close_actors(self):
         for actor in self._actors:
             if actor is not None:
                 self._ray.kill(actor)
-        self._actors, self._pending, self._died, self._troubles = [], {}, {}, {}
+        self._actors, self._pending, self._deaths, self._failures = [], {}, {}, {}
+        self._not_finite, self._restored = set(), {}
 
 
 class _Actor:
-    """The machine's process."""
+    """Computes one machine's work in a process of its own.
+
+    Every method returns which answer it is ("begin", "work", "local" or "restore"), a value and the machine's message.
+    """
 
     def __init__(self, number, method, params, samples, size, num_samples, around, x64):
         jax.config.update("jax_enable_x64", x64)
         _, unravel = ravel_pytree(unpacked(params))
         samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
 
-        def machine(told, own):
-            return Machine(told, own, samples, size, jnp.ones(()))
+        def machine(message, local, dtype):
+            return Machine(message, local, samples, size, jnp.ones((), dtype))
 
         def begin(w, step_size):
-            common = Common(w, None, step_size, jnp.zeros((), int), unravel, num_samples)
-            return method._begin(common, machine(None, None))
+            common = Common(w, None, step_size, jnp.zeros((), jnp.int32), unravel, num_samples)
+            return _rounds.with_dtype(method, w.dtype).begin(common, machine(None, None, w.dtype))
 
-        def work(w, shared, step_size, rounds, key, told, own):
-            common = Common(w, shared, step_size, rounds, unravel, num_samples)
-            of_machine = jax.random.fold_in(jax.random.fold_in(key, rounds), number)
-            return method._work(common, machine(told, own), of_machine)
+        def work(w, message_sum, step_size, rounds, key, message, local):
+            common = Common(w, message_sum, step_size, rounds, unravel, num_samples)
+            machine_key = jax.random.fold_in(jax.random.fold_in(key, rounds), number)
+            return _rounds.with_dtype(method, w.dtype).work(common, machine(message, local, w.dtype), machine_key)
 
         self._begin, self._work = jax.jit(begin), jax.jit(work)
         self._number, self._around = number, around
 
     def begin(self, w, step_size):
-        self._own, self._told = self._begin(w, step_size)
-        return np.zeros_like(w), np.asarray(self._told)
+        self._local, self._message = self._begin(w, step_size)
+        return "begin", None, np.asarray(self._message)
 
-    def work(self, w, shared, rounds, key, step_size):
+    def work(self, w, message_sum, rounds, key, step_size):
         def compute():
-            return self._work(w, shared, step_size, jnp.asarray(rounds), unpacked(key), self._told, self._own)
+            rounds_ = jnp.asarray(rounds, jnp.int32)
+            return self._work(w, message_sum, step_size, rounds_, unpacked(key), self._message, self._local)
 
-        move, self._own, self._told = compute() if self._around is None else self._around(self._number, compute)
-        return np.asarray(move), np.asarray(self._told)
+        move, local, message = compute() if self._around is None else self._around(self._number, compute)
+        parts = [np.asarray(part) for part in (move, message, *jax.tree.leaves(local))]
+        if not all(np.isfinite(part).all() for part in parts if jnp.issubdtype(part.dtype, jnp.floating)):
+            # What was valid before remains so; the answer is refused.
+            return "work", np.full_like(np.asarray(move), np.nan), np.asarray(self._message)
+        self._local, self._message = local, message
+        return "work", np.asarray(move), np.asarray(message)
 
-    def keeps(self):
-        return jax.tree.map(np.asarray, self._own)
+    def local(self):
+        return "local", jax.tree.map(np.asarray, self._local), np.asarray(self._message)
 
-    def take_up(self, own, told):
-        self._own, self._told = jax.tree.map(jnp.asarray, own), jnp.asarray(told)
+    def restore(self, local, message):
+        self._local, self._message = jax.tree.map(jnp.asarray, local), jnp.asarray(message)
+        return "restore", None, np.asarray(message)

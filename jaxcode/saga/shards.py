@@ -1,4 +1,4 @@
-"""Samples spread over machines."""
+"""Distributes samples over machines."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -6,7 +6,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, PyTree
+from jaxtyping import Array, Bool, Integer, PyTree
 
 from .._pytree import pytree
 from ..checks import batch_size
@@ -15,12 +15,12 @@ from ..checks import batch_size
 @final
 @pytree("num_samples", eq=False)
 class Shards:
-    """Samples of K machines, each filled up with its last sample to as many as the largest machine has.
+    """Holds the samples of K machines, each padded with its last sample to as many as the largest machine has.
 
     Attributes:
         samples: Leaves (K, m, ...).
-        sizes: How many are each machine's own, shape (K,).
-        num_samples: n, those of all machines.
+        sizes: How many samples each machine has, without padding, int32, shape (K,).
+        num_samples: n, the samples of all machines.
     """
 
     samples: PyTree[Array]
@@ -29,21 +29,37 @@ class Shards:
 
 
 def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> Shards:
-    """Cuts samples, leaves (n, ...), into consecutive runs, one a machine.
+    """Divides samples, leaves (n, ...), into consecutive runs, one for each machine.
 
     Raises:
-        ValueError: If leading axes differ or a machine would have no sample, or too many or few.
+        ValueError: If leading axes differ, or a machine would have no sample, or too many or few.
     """
     count = batch_size("data", data)
-    alike = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
+    equal = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
     if sizes is None and num_machines > count:
         raise ValueError(f"num_machines is {num_machines} for {count} samples; expected at most as many")
-    sizes = list(alike if sizes is None else sizes)
+    sizes = list(equal if sizes is None else sizes)
     if len(sizes) != num_machines or sum(sizes) != count or min(sizes) < 1:
         raise ValueError(
             f"shard_sizes is {sizes} for {num_machines} machines and {count} samples; expected a number of at "
             "least 1 for each machine, together all samples"
         )
     ends = np.cumsum(sizes)
-    rows = np.minimum((ends - sizes)[:, None] + np.arange(max(sizes)), ends[:, None] - 1)
-    return Shards(jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data), jnp.asarray(sizes), count)
+    rows = np.minimum((ends - sizes)[:, None] + np.arange(max(sizes)), ends[:, None] - 1).astype(np.int32)
+
+    def divide(leaf):
+        # Transfers are explicit, so that a transfer guard lets them pass.
+        return jax.device_put(leaf[rows]) if isinstance(leaf, np.ndarray) else _take(leaf, jax.device_put(rows))
+
+    return Shards(jax.tree.map(divide, data), jax.device_put(np.array(sizes, np.int32)), count)
+
+
+def real_rows(num_rows: int, sizes: Integer[Array, "*machines"]) -> Bool[Array, "*machines rows"]:
+    """Returns which of a machine's rows are samples and not padding."""
+    rows = jnp.arange(num_rows, dtype=jnp.int32).reshape((1,) * sizes.ndim + (num_rows,))
+    return rows < sizes[..., None]
+
+
+@jax.jit
+def _take(leaf, rows):
+    return leaf[rows]

@@ -1,10 +1,10 @@
-"""What methods know and remember."""
+"""Defines what methods and their machines remember from round to round."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, final
 
-from jaxtyping import Array, Float, Integer, PyTree
+from jaxtyping import Array, Bool, Float, Integer, PyTree
 
 from .._pytree import pytree
 from .shards import Shards
@@ -13,68 +13,72 @@ from .shards import Shards
 @final
 @pytree(eq=False)
 class State:
-    """Where a method is after a round.
+    """Holds a method's state between two rounds.
 
     Attributes:
-        params: The same on all machines.
-        shared: The sum over machines of what each tells all others, shape (p,).
-        told: That of each machine, when it last took part, shape (K, p).
-        own: What machines keep to themselves, leaves (K, ...).
-        step_size: Of every step.
-        round: How many rounds there were.
+        params: The parameters, the same on all machines.
+        message_sum: The sum of all machines' messages, shape (p,).
+        messages: The message of each machine when it was last active, shape (K, p).
+        local: The local state of machines, which is never communicated, leaves (K, ...).
+        step_size: The length of every step.
+        round: The number of rounds so far.
         data: The samples.
     """
 
     params: PyTree[Array]
-    shared: Float[Array, "told"]
-    told: Float[Array, "machines told"]
-    own: PyTree[Array]
+    message_sum: Float[Array, "message"]
+    messages: Float[Array, "machines message"]
+    local: PyTree[Array]
     step_size: Float[Array, ""]
     round: Integer[Array, ""]
     data: Shards
 
-    def moving(self) -> dict[str, Any]:
-        """All but the samples, by name."""
+    def without_data(self) -> dict[str, Any]:
+        """Returns all fields but the samples, by name: what rounds change and checkpoints store."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "data"}
 
 
 @final
 @pytree(eq=False)
 class Machine:
-    """One machine, or several, with a leading axis.
+    """Holds what one machine works with, or several machines with a leading axis.
 
     Attributes:
-        told: What it last told all others, shape (p,).
-        own: What it keeps to itself.
+        message: What it last sent to all others, shape (p,).
+        local: Its local state.
         samples: Its samples, leaves (m, ...).
-        size: How many of them are its own; those behind are copies of the last.
-        share: Its weight among those that take part in the round: of their samples, those that are its own. Zero where
-            it does not take part.
+        size: How many of them are samples; the rest are padding.
+        weight: Its share of the samples of all machines that are active in the round; zero where it is not active.
     """
 
-    told: Any
-    own: Any
+    message: Any
+    local: Any
     samples: PyTree[Array]
     size: Integer[Array, "*machines"]
-    share: Float[Array, "*machines"]
+    weight: Float[Array, "*machines"]
+
+    @property
+    def active(self) -> Bool[Array, "*machines"]:
+        """Whether it takes part in the round."""
+        return self.weight > 0
 
 
 @final
 @pytree("unravel", "num_samples", eq=False)
 class Common:
-    """What all machines know when a round begins.
+    """Holds what all machines know when a round begins.
 
     Attributes:
         w: The parameters as one vector.
-        shared: The sum over machines of what each told, shape (p,).
-        step_size: Of every step.
-        round: How many rounds there were.
+        message_sum: The sum of all machines' messages, shape (p,).
+        step_size: The length of every step.
+        round: The number of rounds so far.
         unravel: From a vector to parameters.
         num_samples: n.
     """
 
     w: Float[Array, "d"]
-    shared: Any
+    message_sum: Any
     step_size: Float[Array, ""]
     round: Integer[Array, ""]
     unravel: Callable[[Array], PyTree[Array]]

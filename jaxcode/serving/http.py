@@ -1,12 +1,12 @@
-"""A model behind HTTP, coded over Ray workers: ``python -m jaxcode.serve --model module:attribute``.
+"""Serves a model over HTTP, coded over Ray workers: ``python -m jaxcode.serving --model module:attribute``.
 
     POST /          a batch, as JSON {"inputs": ...} or, with content type application/x-npy, as a NumPy file (.npy)
-    GET  /healthz   200 while workers are ready to answer, else 503
+    GET  /healthz   200 while at least two workers are ready to answer, else 503
     GET  /metrics   counters in Prometheus' format
 
-Answers to JSON are JSON: "outputs", "error" (predicted, of each input; null where nothing can be said), "returned" (how
-many workers' answers were used) and "latency" in seconds. Answers to a NumPy file are one. What is wrong with a request
-is said with status 400, 404, 405, 413 or 415; that too few workers answered in time, with 503.
+The response to JSON is JSON: "outputs", "error" (predicted, of each input; null where nothing can be said), "returned"
+(how many workers' answers were used) and "latency" in seconds. The response to a NumPy file is a NumPy file of the
+outputs. Invalid requests have status 400, 404, 405, 413 or 415; requests that too few workers answered in time, 503.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import logging
 import math
 import operator
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import ordering, outputs, stop
-from .checks import batch_size
-from .codes import ReplicationCode, SplineCode
-from .serving import CodedServer
-from .workers import NotEnoughAnswers, PoolClosed, RayPool
-from .workers.ray_pool import connect
+from .. import ordering, outputs, stop
+from ..checks import batch_size
+from ..codes import ReplicationCode, SplineCode
+from ..pools import NotEnoughAnswers, PoolClosed, RayPool
+from ..pools.ray_actors import connect
+from ._queue import QueueFull
+from .server import CodedServer
 
-log = logging.getLogger("jaxcode.serve")
+__all__ = ["Front", "main"]
+
+log = logging.getLogger("jaxcode.serving.http")
 
 _CODES = {
     "systematic": SplineCode.systematic,
@@ -46,7 +48,14 @@ _JSON, _NPY = "application/json", "application/x-npy"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Starts a cluster or joins one, serves until SIGTERM or SIGINT, then answers what is under way and ends."""
+    """Serves until SIGTERM or SIGINT, then answers the requests in flight and ends; on a new cluster or a running one.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -56,25 +65,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         np.dtype(args.dtype)
     except (ImportError, AttributeError, ValueError, TypeError) as problem:
         parser.error(str(problem))
-    end = connect(args.address)[1]
+    cluster = connect(args.address)
     try:
         from ray import serve
     except ImportError as problem:
-        end()
+        cluster.close()
         parser.error(f"serving over HTTP needs Ray Serve: pip install 'jaxcode[serve]' ({problem})")
-    over = threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+        signal.signal(number, lambda *_: stopped.set())
     try:
         _serve(serve, args)
         print(f"Serving {args.model} at http://{args.host}:{args.port}/ with {args.num_workers} workers.", flush=True)
-        over.wait()
-        print("Answering what is under way, then ending.", flush=True)
-        # Replicas answer what they have before they end; only then does the front go.
+        stopped.wait()
+        print("Answering the requests in flight, then ending.", flush=True)
+        # The replica answers its requests before it ends; the proxy must accept connections until then.
         serve.delete("jaxcode")
         serve.shutdown()
     finally:
-        end()
+        cluster.close()
 
 
 def _serve(serve, args):
@@ -96,7 +105,11 @@ def _serve(serve, args):
 
 
 class Front:
-    """One replica: turns HTTP requests into requests to a `CodedServer`, whose workers it starts."""
+    """Turns HTTP requests into requests to a `CodedServer`, whose pool it starts: one replica of Ray Serve.
+
+    Args:
+        settings: The command line arguments of `main`, parsed.
+    """
 
     def __init__(self, settings: dict[str, Any]):
         args = argparse.Namespace(**settings)
@@ -131,17 +144,17 @@ class Front:
         from starlette.responses import JSONResponse, Response
 
         try:
-            body, kind = await self._answer(request)
-            return Response(body, media_type=kind)
+            body, media_type = await self._respond(request)
+            return Response(body, media_type=media_type)
         except _Refusal as refusal:
             return JSONResponse({"error": refusal.message}, refusal.status, headers=refusal.headers)
-        except (NotEnoughAnswers, PoolClosed) as problem:
+        except (NotEnoughAnswers, PoolClosed, QueueFull) as problem:
             return JSONResponse({"error": str(problem)}, 503)
         except Exception:
             log.exception("a request could not be answered")
-            return JSONResponse({"error": "an error of the server's own; see its log"}, 500)
+            return JSONResponse({"error": "internal error; see the log of the server"}, 500)
 
-    async def _answer(self, request):
+    async def _respond(self, request):
         path, method = request.url.path.rstrip("/"), request.method
         if path in ("/healthz", "/metrics"):
             _allow(method, "GET", "HEAD")
@@ -149,18 +162,18 @@ class Front:
         if path != "":
             raise _Refusal(404, f"there is nothing at {path}; expected /, /healthz or /metrics")
         _allow(method, "POST")
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         readers = {_JSON: _from_json, _NPY: _from_npy}
-        if kind not in readers:
-            raise _Refusal(415, f"content type is {kind or 'not given'}; expected {' or '.join(readers)}")
-        body = await self._body(request)
-        x = readers[kind](body, self._dtype)
+        if media_type not in readers:
+            raise _Refusal(415, f"content type is {media_type or 'not given'}; expected {' or '.join(readers)}")
+        body = await self._read_body(request)
+        x = readers[media_type](body, self._dtype)
         self._check(x)
-        answer = await self._predict(x)
-        return (_to_json if kind == _JSON else _to_npy)(answer)
+        prediction = await self._predict(x)
+        return (_to_json if media_type == _JSON else _to_npy)(prediction)
 
-    async def _body(self, request):
-        """The request's body, refused as soon as it is too long."""
+    async def _read_body(self, request):
+        """Reads the body of a request, and refuses it as soon as it is too long."""
         too_long = _Refusal(413, f"the body is longer than {self._limit} bytes; send smaller batches")
         if int(request.headers.get("content-length", 0)) > self._limit:
             raise too_long
@@ -186,8 +199,8 @@ class Front:
 
     async def _predict(self, x):
         try:
-            return await self._server.asynchronously(x)
-        except (TypeError, ValueError) as problem:  # what a model says of shapes that it cannot take
+            return await self._server.predict_async(x)
+        except (TypeError, ValueError) as problem:  # raised by models for shapes they cannot take
             log.warning("refused: %s", problem)
             raise _Refusal(400, f"the model cannot take these inputs: {str(problem).splitlines()[0]}") from problem
 
@@ -210,7 +223,7 @@ class Front:
 
 
 def _stay_on_loopback():
-    """Has the replica, which is starting, take calls of Ray Serve's own from this machine only, not from everywhere."""
+    """Has the replica, which is starting, listen for Ray Serve's internal calls on the loopback interface only."""
     from ray.serve._private import replica
 
     add_port = replica.add_port_to_grpc_server  # pyright: ignore[reportPrivateImportUsage]
@@ -222,7 +235,7 @@ def _stay_on_loopback():
 
 
 class _Refusal(Exception):
-    """What is wrong with a request."""
+    """An HTTP error response: its status, a message and headers."""
 
     def __init__(self, status, message, headers=None):
         super().__init__(message)
@@ -253,25 +266,25 @@ def _from_npy(body, dtype):
         raise _Refusal(400, f"the body is not a NumPy file of numbers: {problem}") from problem
 
 
-def _to_json(answer):
-    def plain(leaf):
-        # JSON has no infinity, which an error of nothing known is.
+def _to_json(prediction):
+    def to_list(leaf):
+        # JSON has no infinity, which is the error where nothing can be said.
         return np.where(np.isfinite(leaf), leaf.astype(object), np.asarray(None)).tolist()
 
-    said = {
-        "outputs": jax.tree.map(plain, answer.values),
-        "error": None if answer.error is None else plain(answer.error),
-        "returned": int(answer.returned.sum()),
-        "latency": answer.latency,
+    response = {
+        "outputs": jax.tree.map(to_list, prediction.values),
+        "error": None if prediction.error is None else to_list(prediction.error),
+        "returned": int(prediction.returned.sum()),
+        "latency": prediction.latency,
     }
-    return json.dumps(said), _JSON
+    return json.dumps(response), _JSON
 
 
-def _to_npy(answer):
-    if not isinstance(answer.values, np.ndarray):
-        raise _Refusal(400, "the model returns several arrays; ask with JSON")
+def _to_npy(prediction):
+    if not isinstance(prediction.values, np.ndarray):
+        raise _Refusal(400, "the model returns several arrays; send the inputs as JSON")
     file = io.BytesIO()
-    np.save(file, answer.values, allow_pickle=False)
+    np.save(file, prediction.values, allow_pickle=False)
     return file.getvalue(), _NPY
 
 
@@ -279,8 +292,8 @@ def _model(name: str, factory: bool):
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"--model is {name!r}; expected module:attribute, such as my_package.models:predict")
-    found = operator.attrgetter(attribute)(importlib.import_module(module))
-    return found() if factory else found
+    model = operator.attrgetter(attribute)(importlib.import_module(module))
+    return model() if factory else model
 
 
 def _code(args):
@@ -299,14 +312,14 @@ def _policy(args):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jaxcode.serve",
-        description="Serves a model over HTTP, coded over Ray workers: answers come although workers are late or dead.",
+        prog="python -m jaxcode.serving",
+        description="Serves a model over HTTP, coded over Ray workers: it answers although workers are late or dead.",
     )
     add = parser.add_argument
 
-    def number(name: str, default: float | None, text: str, kind: type = int) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        add(name, type=_positive(kind), default=default, metavar="n", help=text + shown)
+    def add_number(name: str, default: float | None, text: str, kind: type = int) -> None:
+        suffix = "" if default is None else " (default: %(default)s)"
+        add(name, type=_positive(kind), default=default, metavar="n", help=text + suffix)
 
     add(
         "--model",
@@ -316,21 +329,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--factory", action="store_true", help="the attribute is a function without arguments that returns the model")
     add("--code", choices=sorted(_CODES), default="systematic", help="where workers sit (default: %(default)s)")
-    number("--num-data", 20, "K, inputs coded together")
-    number("--num-workers", 30, "N, worker processes")
+    add_number("--num-data", 20, "K, inputs coded together")
+    add_number("--num-workers", 30, "N, worker processes")
     add("--output", choices=sorted(_OUTPUTS), default="as-returned", help="space to decode in (default: %(default)s)")
-    add("--no-order", action="store_true", help="code inputs in the order they come in, instead of like beside like")
-    number("--answers", None, "answers to wait for (default: halfway between K and N)")
-    number("--deadline", None, "seconds after which whatever can be decoded is answered", float)
-    number("--error-below", None, "predicted error that is good enough, for all inputs of a batch", float)
-    number("--time-limit", 30.0, "seconds after which a request is refused", float)
-    add("--input-shape", type=_shape, metavar="n,n,...", help="of one input: others are refused, and workers warm up")
-    add("--dtype", default="float32", help="of inputs (default: %(default)s)")
+    add("--no-order", action="store_true", help="group inputs in the order of the batch, not similar ones together")
+    add_number("--answers", None, "answers to wait for (default: halfway between K and N)")
+    add_number(
+        "--deadline", None, "seconds after which to decode from the answers that came, if they are enough", float
+    )
+    add_number("--error-below", None, "predicted error to reach, for all inputs of a batch", float)
+    add_number("--time-limit", 30.0, "seconds after which a request is refused", float)
+    add(
+        "--input-shape",
+        type=_shape,
+        metavar="n,n,...",
+        help="shape of one input: others are refused, and workers compile for it at the start",
+    )
+    add("--dtype", default="float32", help="dtype of inputs (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    number("--port", 8000, "port to listen at")
-    number("--max-body", 64.0, "longest body of a request, in MiB", float)
-    number("--max-in-flight", 8, "requests that are worked on at a time; others wait")
-    add("--address", help="of a running Ray cluster; one of this machine alone is started if not given")
+    add_number("--port", 8000, "port to listen at")
+    add_number("--max-body", 64.0, "maximal length of a request's body, in MiB", float)
+    add_number("--max-in-flight", 8, "requests that are worked on concurrently; others wait")
+    add("--address", help="address of a running Ray cluster; a local one is started if not given")
     add("--num-cpus", type=float, default=0, help="processors that Ray reserves for a worker (default: %(default)s)")
     add("--num-gpus", type=float, default=0, help="GPUs that Ray reserves for a worker (default: %(default)s)")
     return parser
@@ -352,7 +372,3 @@ def _shape(text: str) -> tuple[int, ...]:
         return tuple(_positive(int)(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 28,28,1, got {text!r}") from None
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,6 +1,7 @@
-"""A server's counters in Prometheus' format."""
+"""Exports a server's counters in Prometheus' format."""
 
 import collections
+from typing import final
 
 try:
     from prometheus_client import REGISTRY
@@ -9,34 +10,45 @@ try:
 except ImportError as problem:
     raise ImportError("metrics need prometheus-client: pip install 'jaxcode[metrics]'") from problem
 
+__all__ = ["register"]
+
 
 def register(server, pool, registry=None) -> None:
-    """Has the registry, the default one if none is given, read the counters whenever it is read itself."""
-    (REGISTRY if registry is None else registry).register(_Counters(server, pool))
+    """Registers a server's counters, which are read whenever the registry is collected.
+
+    Args:
+        server: The `CodedServer`.
+        pool: Its pool.
+        registry: A `prometheus_client` registry; its default one if not given.
+    """
+    (REGISTRY if registry is None else registry).register(_ServerCollector(server, pool))
 
 
-class _Counters(Collector):
+@final
+class _ServerCollector(Collector):
     def __init__(self, server, pool):
         self._server, self._pool = server, pool
 
     def collect(self):
         counters = self._server.counters()
-        requests = CounterMetricFamily("jaxcode_requests", "Requests, by what became of them.", labels=["outcome"])
-        for outcome in ("answered", "refused"):
+        requests = CounterMetricFamily("jaxcode_requests", "Requests, by outcome.", labels=["outcome"])
+        for outcome in ("answered", "refused", "rejected"):
             requests.add_metric([outcome], counters[outcome])
         yield requests
         yield CounterMetricFamily(
-            "jaxcode_stragglers", "Workers that answered requests were not waited for.", value=counters["stragglers"]
+            "jaxcode_stragglers", "Coded inputs that answered requests did not wait for.", value=counters["stragglers"]
         )
-        latency = HistogramMetricFamily("jaxcode_latency_seconds", "From request to answer.")
+        latency = HistogramMetricFamily(
+            "jaxcode_latency_seconds", "From the submission of a request to its prediction."
+        )
         bounds = [("+Inf" if bound == float("inf") else str(bound), n) for bound, n in counters["latency"].items()]
         latency.add_metric([], bounds, counters["latency_sum"])
         yield latency
-        events = CounterMetricFamily("jaxcode_worker_events", "What happened to workers.", labels=["event"])
+        events = CounterMetricFamily("jaxcode_worker_events", "Events of workers, by kind.", labels=["event"])
         for event, number in counters["workers"].items():
             events.add_metric([event], number)
         yield events
-        workers = GaugeMetricFamily("jaxcode_workers", "Workers, by what they are doing.", labels=["state"])
+        workers = GaugeMetricFamily("jaxcode_workers", "Workers, by state.", labels=["state"])
         states = collections.Counter(self._pool.states())
         for state in ("idle", "busy", "starting", "resting"):
             workers.add_metric([state], states[state])

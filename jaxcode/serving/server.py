@@ -1,100 +1,114 @@
-"""The loop that keeps answering: encode, send, wait by a policy, decode from whoever replied."""
+"""The server: encodes a batch, has workers compute, waits as long as its policy says, decodes the answers that came."""
 
 import asyncio
-import bisect
 import dataclasses
+import functools
 import logging
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from ._groups import decode_groups, encode_groups, fill_up, in_the_callers_order, known_decoders
-from .checks import batch_size
-from .codes.abstract import AbstractInterpolatingCode, AbstractLinearCode
-from .codes.spline import SplineCode
-from .ordering import Ordering
-from .outputs import OutputSpace, as_returned
-from .robust import Defence, Suspicion
-from .stop import AbstractStop, answers
-from .workers.pool import AbstractPool
-from .workers.responses import Fault, NotEnoughAnswers
+from .._float64 import x64_is_on
+from ..checks import batch_size, check_count, is_static
+from ..codes import AbstractCode
+from ..ordering import Ordering
+from ..outputs import OutputSpace, as_returned
+from ..pipeline import StaticCode
+from ..pools import AbstractPool, Fault, NotEnoughAnswers, Responses
+from ..robust import Defence, Detection
+from ..stop import AbstractStop, answers
+from ._codec import Codec
+from ._counters import Counters
+from ._dispatch import dispatch_order
+from ._layout import find_finite, host_arrays, pad_inputs
+from ._queue import BoundedQueue, QueueFull
 
 log = logging.getLogger("jaxcode.serving")
 log.addHandler(logging.NullHandler())
 
-# Upper ends of the latency histogram's classes, in seconds.
-LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
-
+@final
 @dataclasses.dataclass(frozen=True, eq=False)
-class Answer:
-    """What came of a request.
+class Prediction:
+    """The results of a request, and what is known of their quality. Its NumPy arrays are read-only.
 
     Attributes:
-        values: Results in the caller's order, NumPy arrays, leaves (B, ...).
-        returned: To which coded inputs the answers came that they were decoded from, bool, shape (N,).
-        latency: Seconds from the request to this answer.
+        values: Results in the order of the batch, NumPy arrays, leaves (B, ...). NaN (the lowest number of an integer
+            dtype) for an input that has a NaN or an infinite number.
         error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
-            `SplineCode.decode_with_error`, in the space in which answers are decoded; infinite where nothing can be
-            said. None where the code predicts none.
+            `decode_with_error`, in the space in which answers are decoded; infinite where nothing can be said. None
+            where the code predicts none.
+        exact: Which results are f's own, because the input itself was computed and its answer is passed on, bool (B,).
+        returned: Which coded inputs have an answer that the results were decoded from, bool, shape (N,).
+        latency: Seconds from the submission of the request to this prediction, time in the queue included.
         faults: What went wrong with workers.
-        suspicion: Whom the defence did not believe, if there is one.
+        detection: Which workers the defence flagged; None without a defence.
     """
 
     values: PyTree[np.ndarray]
+    error: Float[np.ndarray, "batch"] | None
+    exact: Bool[np.ndarray, "batch"]
     returned: Bool[np.ndarray, "workers"]
     latency: float
-    error: Float[np.ndarray, "batch"] | None
     faults: tuple[Fault, ...]
-    suspicion: Suspicion | None
+    detection: Detection | None
 
 
+@final
 class CodedServer:
     r"""Answers batches from whichever of the pool's workers reply.
 
     A batch is ordered, cut into groups of K and encoded; workers that are free compute f on the N coded inputs of all
-    groups, and when the policy says stop the results are decoded from what came. Workers that are slow, dead, stuck or
-    wrong make an answer less exact, not late.
+    groups, and when the policy says stop the results are decoded from the answers that came. Workers that are slow,
+    dead, stuck or faulty make a prediction less exact, not late.
 
-    Batches that make another number of groups have everything compiled again: `warm_up` does that beforehand.
+    Here and in the workers everything is compiled for each number of groups, which is rounded up to a power of two:
+    `warm_up` does that beforehand. The first request that needs what is not compiled yet says so in the log.
+
+    An input with a NaN or an infinite number is not encoded, as it would spoil its whole group: its own result is NaN,
+    and the log names it.
+
+    The server computes in the precision, with x64 or without, in which it was made, in whichever thread a request is
+    made.
 
     Args:
         code: Whose N coded inputs are computed by whichever of the pool's workers are free; usually there are N too.
         pool: Whose workers compute f. The server does not close it.
-        stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. Before the code can decode every
-            input the policy is not asked, and it is over where nobody who could answer soon is left.
-        time_limit: Seconds after which a request is answered from what came, or refused.
+        stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. The policy is asked once the
+            code can decode every input, and waiting also ends where no worker is left that could answer soon. Its
+            seconds, too, count from the submission of a request.
+        time_limit: Seconds from its submission after which a request is answered from what came, or refused.
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
         defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
         again_after: Seconds after which coded inputs that have no answer are given to another worker too, if one is
             free; never if not given.
-        predict_error: Whether answers carry their predicted error, which costs some milliseconds; where the code
+        predict_error: Whether predictions carry their predicted error, which costs some milliseconds; where the code
             predicts any if not given.
-        max_in_flight: How many requests `submit` and `asynchronously` work on at a time.
+        max_in_flight: How many requests `submit` and `predict_async` work on concurrently.
+        max_queued: How many more of them may wait; what exceeds that is refused with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, or a number or the code is not what it should be.
+        ValueError: If stop can never be reached, a number is out of range, or the code is none or is not static.
 
     >>> from jaxcode import SplineCode, stop
-    >>> from jaxcode.workers import ThreadPool
+    >>> from jaxcode.pools import ThreadPool
     >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)
+    >>> x = np.linspace(0.0, 1.0, 4, dtype=np.float32)
     >>> with ThreadPool(jnp.sin, num_workers=12) as pool:
     ...     server = CodedServer(code, pool, stop.answers(9))
-    ...     answer = server(np.linspace(0.0, 1.0, 4, dtype=np.float32))
-    >>> int(answer.returned.sum()) >= 9, bool(np.max(np.abs(answer.values - np.sin(np.linspace(0.0, 1.0, 4)))) < 0.01)
+    ...     prediction = server(x)
+    >>> int(prediction.returned.sum()) >= 9, bool(np.max(np.abs(prediction.values - np.sin(x))) < 0.01)
     (True, True)
     """
 
     def __init__(
         self,
-        code: AbstractLinearCode,
+        code: AbstractCode,
         pool: AbstractPool,
         stop: AbstractStop,
         *,
@@ -105,101 +119,118 @@ class CodedServer:
         again_after: float | None = None,
         predict_error: bool | None = None,
         max_in_flight: int = 8,
+        max_queued: int = 64,
     ):
-        predicts = isinstance(code, SplineCode) if predict_error is None else predict_error
-        if predicts and not isinstance(code, SplineCode):
-            raise ValueError(f"predict_error is True, but {type(code).__name__} predicts none; expected a SplineCode")
-        stop.check(code.num_workers, predicts)
+        if not isinstance(code, AbstractCode):
+            raise ValueError(
+                f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)"
+            )
+        if not is_static(code):
+            raise ValueError(
+                f"code is a {type(code).__name__} whose nodes or smoothing the host does not know (traced, or on an "
+                "accelerator); expected a static one: make it from NumPy arrays, outside of jitted functions"
+            )
+        if predict_error and not code.predicts_error:
+            raise ValueError(
+                f"predict_error is True, but this {type(code).__name__} predicts no errors; expected a code that does, "
+                "such as SplineCode.chebyshev(num_data=20, num_workers=30)"
+            )
+        self._predicts = code.predicts_error if predict_error is None else predict_error
+        stop.check(code.num_workers, self._predicts)
         for name, seconds in (("time_limit", time_limit), ("again_after", again_after)):
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
-        self._again_after, self._shares = again_after, most_telling_first(code)
-        self._predicts = predicts
-        self._steps = _Steps(code, order, output, defence)
-        self._executor = ThreadPoolExecutor(max_in_flight, thread_name_prefix="jaxcode request")
-        self._tally = _Tally()
+        self._again_after, self._dispatch_order = again_after, dispatch_order(code)
+        self._x64 = x64_is_on()
+        self._codec = Codec(StaticCode(code), order, output, defence, self._x64)
+        self._queue = BoundedQueue(
+            check_count("max_in_flight", max_in_flight), check_count("max_queued", max_queued, least=0)
+        )
+        self._counters = Counters()
+        # Structures, shapes and dtypes of padded batches for which everything is compiled.
+        self._warm: set[Any] = set()
 
-    def __call__(self, x: PyTree[Any]) -> Answer:
-        """Answers a batch, leaves (B, ...).
+    def __call__(self, x: PyTree[Any]) -> Prediction:
+        """Answers a batch, in the thread of the caller and without waiting in the queue.
+
+        Args:
+            x: The batch, leaves (B, ...).
 
         Raises:
             NotEnoughAnswers: If too few workers answered within the time limit.
             PoolClosed: If the pool is closed.
-            ValueError: As `jaxcode.coded`'s predict does.
+            ValueError: As a call of `jaxcode.coded`'s result does; if no input is finite; or if x64 is on here and was
+                off where the server was made.
         """
-        began = time.monotonic()
-        size = batch_size("x", x)
-        sent, cut = self._steps.encode(self._filled(x, size))
-        error = self._predicted_error(cut) if self._predicts else None
+        self._check_precision()
+        return self._predict(x, time.monotonic())
+
+    def submit(self, x: PyTree[Any]) -> Future[Prediction]:
+        """Answers a batch in the background, when at most `max_in_flight` submitted before are still worked on.
+
+        Cancelling the future of a request that waits makes room for another.
+
+        Args:
+            x: As for a call.
+
+        Returns:
+            The future, which raises what a call does.
+
+        Raises:
+            QueueFull: If `max_queued` requests wait already.
+            RuntimeError: If the server is closed.
+            ValueError: If x64 is on here and was off where the server was made.
+        """
+        self._check_precision()
         try:
-            responses = self._pool.run(
-                sent,
-                self._stop,
-                time_limit=max(0.0, self._time_limit - (time.monotonic() - began)),
-                enough=self._steps.enough,
-                error=error,
-                order=self._shares,
-                again_after=self._again_after,
-            )
-        except NotEnoughAnswers as refusal:
-            self._tally.refused()
-            log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": size})
+            return self._queue.submit(functools.partial(self._predict, x, time.monotonic()))
+        except QueueFull as problem:
+            self._counters.count_rejected()
+            log.warning("rejected: %s", problem, extra={"kind": "rejected"})
             raise
-        values, suspicion = self._steps.decode(responses.values, responses.returned, cut)
-        returned = responses.returned if suspicion is None else np.asarray(suspicion.returned)
-        answer = Answer(
-            values=jax.tree.map(lambda leaf: np.asarray(leaf)[:size], values),
-            returned=returned,
-            latency=0.0,
-            error=None if error is None else error(responses.values, returned)[:size],
-            faults=responses.faults,
-            suspicion=suspicion,
-        )
-        answer = dataclasses.replace(answer, latency=time.monotonic() - began)
-        self._tally.answered(answer)
-        log.info(
-            "answered",
-            extra={"kind": "answered", "batch": size, "answers": int(returned.sum()), "seconds": answer.latency},
-        )
-        return answer
 
-    def submit(self, x: PyTree[Any]) -> Future[Answer]:
-        """Answers a batch in the background; at most `max_in_flight` at a time, others wait for their turn."""
-        return self._executor.submit(self, x)
-
-    async def asynchronously(self, x: PyTree[Any]) -> Answer:
-        """Answers a batch without blocking the event loop."""
+    async def predict_async(self, x: PyTree[Any]) -> Prediction:
+        """Answers a batch without blocking the event loop; arguments, returns and errors as for `submit`."""
         return await asyncio.wrap_future(self.submit(x))
 
     def warm_up(self, x: PyTree[Any]) -> None:
         """Compiles everything, here and in the workers, for batches like x; workers started later do so too.
 
+        Batches of other sizes need the same programs if their number of groups is rounded up to the same power of two.
+
         Args:
-            x: Leaves (B, ...), of which only shapes and dtypes count.
+            x: Leaves (B, ...), arrays or `jax.ShapeDtypeStruct`, of which only shapes and dtypes are read.
         """
-        zeros = jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x)
-        sent, cut = self._steps.encode(self._filled(zeros, batch_size("x", x)))
-        self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
-        values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
-        # Where everyone answered, decoding may be another program.
-        for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
-            self._steps.enough(returned)
-            self._steps.decode(values, returned, cut)
-            if self._predicts:
-                self._steps.error(values, returned, cut)
+        self._check_precision()
+        with jax.enable_x64(self._x64):
+            zeros = host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
+            all_finite = np.ones(batch_size("x", x), bool)
+            padded = pad_inputs(zeros, all_finite, self._code.num_data)
+            _, sent = self._codec.encode(padded, all_finite)
+            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
+            values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
+            num_groups = jax.tree.leaves(sent)[0].shape[1]
+            # Decoding may be another program where every worker answered. A defence reads all groups, or half of them.
+            for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
+                for used in {num_groups, -(-num_groups // 2)}:
+                    self._codec.decode(values, returned, used)
+                if self._predicts:
+                    self._codec.predict_errors(values, returned)
+            self._warm.add(_shapes(padded))
 
     def counters(self) -> dict[str, Any]:
-        """What happened since the server was made.
+        """Returns what happened since the server was made.
 
-        Requests "answered" and "refused"; coded inputs that were not waited for, of all answered requests together
-        ("stragglers"); how many answers took at most so many seconds ("latency", by the upper end, and "latency_sum" in
-        all); and since the pool was made, "workers": its own counters.
+        Requests "answered", "refused" for too few answers and "rejected" by a full queue; coded inputs that were not
+        waited for, of all answered requests together ("stragglers"); how many predictions took at most so many seconds
+        ("latency", by the upper end, and "latency_sum" in all); and since the pool was made, "workers": its own
+        counters.
         """
-        return {**self._tally.counters(), "workers": self._pool.counters()}
+        return {**self._counters.snapshot(), "workers": self._pool.counters()}
 
     def register_metrics(self, registry: Any = None) -> None:
-        """Shows the counters to Prometheus, as metrics named jaxcode_...; read whenever they are collected.
+        """Exports the counters to Prometheus, as metrics named jaxcode_...; read whenever they are collected.
 
         Args:
             registry: A `prometheus_client` registry; its default one if not given.
@@ -207,123 +238,139 @@ class CodedServer:
         Raises:
             ImportError: If prometheus-client is not installed.
         """
-        from ._prometheus import register
+        from .prometheus import register
 
         register(self, self._pool, registry)
 
     def close(self) -> None:
         """Waits for what was submitted, and takes no more of it. The pool stays open."""
-        self._executor.shutdown()
+        self._queue.close()
 
-    def _filled(self, x, size):
-        """The batch made up to whole groups before it is traced, so that fewer shapes are compiled for."""
-        if size % self._code.num_data == 0:
-            return jax.tree.map(jnp.asarray, x)
-        return jax.tree.map(lambda leaf: fill_up(np.asarray(leaf), self._code.num_data), x)
-
-    def _predicted_error(self, cut):
-        """The error that is predicted from values and whose they are; computed once for the same."""
-        known = {}
-
-        def error(values, returned):
-            mask = returned.tobytes()
-            if mask not in known:
-                known[mask] = np.asarray(self._steps.error(values, returned, cut))
-            return known[mask]
-
-        return error
-
-
-def most_telling_first(code: AbstractLinearCode) -> list[int]:
-    """In which order workers' coded inputs are given out while fewer workers are free than there are.
-
-    First one for each input that is itself computed somewhere, whose answer is then exact; then, one after the other,
-    the node that is farthest from all before it. Codes without nodes keep their order.
-    """
-    if not isinstance(code, AbstractInterpolatingCode):
-        return list(range(code.num_workers))
-    beta, alpha = np.asarray(code.worker_nodes, np.float64), np.asarray(code.data_nodes, np.float64)
-    nearest = np.abs(beta[:, None] - alpha).argmin(axis=0)
-    order = np.unique(nearest[np.abs(beta[nearest] - alpha) < 1e-9]).tolist() or [0]
-    # Nodes crowd towards the ends in equal angles.
-    middle, radius = (beta[-1] + beta[0]) / 2, (beta[-1] - beta[0]) / 2
-    angle = np.arccos(np.clip((beta - middle) / radius, -1, 1))
-    distance = np.abs(angle[:, None] - angle[order]).min(axis=1)
-    distance[order] = -1
-    while len(order) < len(beta):
-        order.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.abs(angle - angle[order[-1]]))
-        distance[order] = -1
-    return order
-
-
-class _Steps:
-    """What happens on the host's own device: compiled once for each shape of batch, whoever returned."""
-
-    def __init__(self, code, order, output, defence):
-        encoder, num_data, num_workers = code.encoder_map(), code.num_data, code.num_workers
-
-        def by_group(values, cut):
-            """From leaves (N, groups, ...) to leaves (groups N, ...)."""
-            swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), values)
-            return jax.tree.map(lambda leaf: leaf.reshape(cut.num_groups * num_workers, *leaf.shape[2:]), swapped)
-
-        @jax.jit
-        def encode(x):
-            sent, cut = encode_groups(encoder, num_data, order, x)
-            by_worker = jax.tree.map(
-                lambda leaf: jnp.swapaxes(leaf.reshape(cut.num_groups, num_workers, *leaf.shape[1:]), 0, 1), sent
+    def _check_precision(self):
+        if x64_is_on() and not self._x64:
+            raise ValueError(
+                "x64 is on here, but was off where the server was made, which computes in single precision; make the "
+                "server and its pool with x64 on, as with jax.enable_x64(True)"
             )
-            return by_worker, cut
 
-        @jax.jit
-        def decode(values, decoder, returned, cut):
-            return decode_groups(code, decoder, by_group(values, cut), returned, cut, output, defence)
-
-        @jax.jit
-        def error(values, returned, cut):
-            answers = output.of_answers(by_group(values, cut))
-            rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(cut.num_groups, num_workers, -1), 0, 1), answers)
-            _, errors = code.decode_with_error(rows, returned)
-            squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)
-            of_inputs = jnp.sqrt(jnp.mean(squares, axis=-1)).T.reshape(cut.num_groups * num_data)
-            return in_the_callers_order(of_inputs, cut)
-
-        known = known_decoders(code)
-        self.encode, self.error = encode, error
-        self.decode = lambda values, returned, cut: decode(
-            values, known(returned) if defence is None else None, returned, cut
+    def _predict(self, x, submitted):
+        """Answers a batch that was submitted at this time of `time.monotonic`."""
+        with jax.enable_x64(self._x64):
+            try:
+                prediction = self._answer(x, submitted)
+            except NotEnoughAnswers as refusal:
+                self._counters.count_refused()
+                log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": batch_size("x", x)})
+                raise
+        num_answers = int(prediction.returned.sum())
+        self._counters.count_answered(prediction.latency, len(prediction.returned) - num_answers)
+        log.info(
+            "answered",
+            extra={
+                "kind": "answered",
+                "batch": len(prediction.exact),
+                "answers": num_answers,
+                "seconds": prediction.latency,
+            },
         )
-        self.enough = lambda returned: bool(np.all(code.recovered(returned)))
+        return prediction
+
+    def _answer(self, x, submitted):
+        code = self._code
+        batch_size("x", x)
+        if time.monotonic() - submitted >= self._time_limit:
+            raise self._refuse_unsent()
+        x = host_arrays(x)
+        finite = find_finite(x)
+        if not finite.all():
+            _log_not_finite(finite)
+        padded = pad_inputs(x, finite, code.num_data)
+        shapes = _shapes(padded)
+        is_cold = shapes not in self._warm
+        if is_cold:
+            log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
+        predict = _keep_latest(self._codec.predict_errors)
+        encode_began = time.monotonic()
+        layout, sent = self._codec.encode(padded, finite)
+        seconds_to_encode = time.monotonic() - encode_began
+        try:
+            responses = self._pool.run(
+                sent,
+                self._stop,
+                time_limit=self._time_limit,
+                began=submitted,
+                enough=lambda returned: bool(np.all(code.recovered(returned))),
+                error=(lambda *answered: predict(*answered)[layout.place]) if self._predicts else None,
+                order=self._dispatch_order,
+                again_after=self._again_after,
+            )
+        except NotEnoughAnswers as refusal:
+            if not is_cold:
+                raise
+            message = (
+                f"{refusal}; it was the first request of its shape, for which the server compiled for "
+                f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
+            )
+            raise NotEnoughAnswers(message, refusal.responses) from refusal
+        values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_groups)
+        self._warm.add(shapes)
+        return Prediction(
+            values=layout.restore(values),
+            error=layout.restore_errors(predict(responses.values, returned)) if self._predicts else None,
+            exact=layout.restore_members(np.asarray(code.exact(returned))),
+            returned=_read_only(returned),
+            latency=time.monotonic() - submitted,
+            faults=responses.faults,
+            detection=detection,
+        )
+
+    def _refuse_unsent(self):
+        """Returns the refusal of a request of which nothing was sent to workers."""
+        num_workers = self._code.num_workers
+        nothing = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
+        message = (
+            f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s; allow more in "
+            "flight, or fewer to wait"
+        )
+        return NotEnoughAnswers(message, nothing)
 
 
-class _Tally:
-    """Counters that several threads write."""
+def _log_not_finite(finite):
+    numbers = np.flatnonzero(~finite)
+    listed = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    log.warning(
+        "inputs %s of a batch of %d have a NaN or an infinite number: their results are NaN",
+        listed,
+        len(finite),
+        extra={"kind": "not finite", "batch": len(finite)},
+    )
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._answered = self._refused = self._stragglers = 0
-        self._latency_sum = 0.0
-        self._latency = [0] * (len(LATENCY_BOUNDS) + 1)
 
-    def answered(self, answer: Answer) -> None:
-        with self._lock:
-            self._answered += 1
-            self._stragglers += int(np.sum(~answer.returned))
-            self._latency_sum += answer.latency
-            self._latency[bisect.bisect_left(LATENCY_BOUNDS, answer.latency)] += 1
+def _keep_latest(predict):
+    """Has a function of answers and a mask keep its latest result, for the same mask of one request."""
+    latest = {}
 
-    def refused(self) -> None:
-        with self._lock:
-            self._refused += 1
+    def predict_once(values, returned):
+        mask = returned.tobytes()
+        if mask not in latest:
+            errors = predict(values, returned)
+            latest.clear()
+            latest[mask] = errors
+        return latest[mask]
 
-    def counters(self) -> dict[str, Any]:
-        with self._lock:
-            upto = np.cumsum(self._latency).tolist()
-            return {
-                "answered": self._answered,
-                "refused": self._refused,
-                "stragglers": self._stragglers,
-                "latency": dict(zip((*LATENCY_BOUNDS, np.inf), upto, strict=True)),
-                "latency_sum": self._latency_sum,
-            }
+    return predict_once
+
+
+def _read_only(array):
+    array = np.array(array)
+    array.flags.writeable = False
+    return array
+
+
+def _shapes(x):
+    leaves, structure = jax.tree.flatten(x)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def _describe(x):
+    return ", ".join(f"{leaf.dtype} of shape {leaf.shape}" for leaf in jax.tree.leaves(x))

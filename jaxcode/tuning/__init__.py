@@ -1,12 +1,21 @@
-"""Choosing a code for a model: from samples of its inputs, from the nodes' geometry, from the answers themselves."""
+"""Which code is best for a model: chosen by measurement on a sample of its inputs, or by moving worker nodes."""
 
-from ..splines.cross_validation import gcv_score as gcv_score
-from ..splines.cross_validation import gcv_smoothing as gcv_smoothing
-from .evaluation import disagreement as disagreement
-from .evaluation import squared_error as squared_error
+from .losses import disagreement as disagreement
+from .losses import squared_error as squared_error
 from .optimise import optimise_nodes as optimise_nodes
 from .report import Candidate as Candidate
 from .report import Tuned as Tuned
 from .search import standard_layouts as standard_layouts
 from .search import standard_orders as standard_orders
 from .search import tune as tune
+
+__all__ = [
+    "Candidate",
+    "Tuned",
+    "disagreement",
+    "optimise_nodes",
+    "squared_error",
+    "standard_layouts",
+    "standard_orders",
+    "tune",
+]

@@ -1,4 +1,4 @@
-"""Moving worker nodes by gradient, to where the decoder errs least."""
+"""Moves worker nodes by gradient to where decoding errs least."""
 
 import dataclasses
 import functools
@@ -13,18 +13,23 @@ from flax import linen, nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm import trange
 
-from .._maps import apply_to_groups
 from ..checks import batch_size, check_count
-from ..codes import SplineCode
+from ..codes import AbstractCode, InterpolatingCode
 from ..functions import as_pure_function
-from ..splines.wiener import unit_variances
+from ..interpolants.spline.wiener import unit_variances
+from ..outputs import as_returned
+from ..pipeline import decode, encode, flatten_groups, group, unflatten_groups
 from ..stragglers import AbstractStragglers
+from .losses import squared_error
+from .smoothing import smoothing_of
+
+__all__ = ["optimise_nodes"]
 
 _MASKS_TO_COMPARE = 256
 
 
 def optimise_nodes(
-    code: SplineCode,
+    code: InterpolatingCode,
     stragglers: AbstractStragglers,
     *,
     f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]] | None = None,
@@ -33,7 +38,7 @@ def optimise_nodes(
     num_masks: int = 32,
     key: PRNGKeyArray | None = None,
     progress: bool = True,
-) -> SplineCode:
+) -> InterpolatingCode:
     r"""Moves beta by gradient, to lower the error that is expected under a straggler model.
 
     Without a model the expected posterior variance is lowered, that of an integrated Wiener process of scale 1 at
@@ -48,8 +53,8 @@ def optimise_nodes(
     straggler sets at every step.
 
     Args:
-        code: Where to start; alpha and the smoothings stay.
-        stragglers: Who is late.
+        code: The code to start from; its alpha and interpolants stay. Without f, its decoder is a `Spline`.
+        stragglers: Which workers are late.
         f: A model as `jaxcode.coded` takes it, differentiable; none for the posterior variance.
         x_sample: Inputs, leaves (B, ...), B at least K, in the order in which they are to be coded. Needed with f.
         steps: How many steps.
@@ -61,15 +66,18 @@ def optimise_nodes(
         The code with its worker nodes moved; the code given if that errs no more, on other straggler sets.
 
     Raises:
-        ValueError: If arguments do not fit together, or worker nodes are not on [-1, 1].
+        ValueError: If arguments do not fit together, the code has no nodes, or worker nodes are not on [-1, 1].
 
     References:
         Kanagawa et al., Gaussian processes and kernel methods, arXiv 1807.02582, section 3, for the variance.
+
+    >>> from jaxcode import SplineCode, stragglers
+    >>> code = SplineCode.chebyshev(num_data=4, num_workers=6)
+    >>> moved = optimise_nodes(code, stragglers.Uniform(1), steps=2, progress=False)
+    >>> moved.num_workers
+    6
     """
-    if not isinstance(code, SplineCode):
-        raise ValueError(f"code is {code!r}; expected a SplineCode, whose worker nodes can be moved")
-    if np.max(np.abs(code.worker_nodes)) > 1:
-        raise ValueError(f"code.worker_nodes reach {np.max(np.abs(code.worker_nodes))}; expected nodes on [-1, 1]")
+    _check_code(code, needs_smoothing=f is None)
     if (f is None) != (x_sample is None):
         raise ValueError("f and x_sample go together; expected both, or neither for the posterior variance")
     check_count("steps", steps, least=0)
@@ -77,57 +85,79 @@ def optimise_nodes(
     key = jax.random.key(0) if key is None else key
     error = _posterior_variance if f is None else _decoding_error(f, x_sample, code)
 
-    def expected(angles, masks):
-        moved = dataclasses.replace(code, worker_nodes=jnp.sort(jnp.sin(angles)))
+    def expected_error(angles, masks):
+        moved = _with_workers(code, jnp.sort(jnp.sin(angles)))
         return jnp.mean(jax.vmap(functools.partial(error, moved))(masks))
 
     def draw(key, count):
-        return jax.vmap(lambda k: stragglers.sample(k, code.num_workers))(jax.random.split(key, count))
+        return jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))
 
     # A tenth of the mean distance between nodes.
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1 * np.pi / code.num_workers, max(steps, 1)))
 
     @jax.jit
     def step(angles, state, masks):
-        value, gradient = jax.value_and_grad(expected)(angles, masks)
+        value, gradient = jax.value_and_grad(expected_error)(angles, masks)
         updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
         return optax.apply_updates(angles, updates), state, value
 
-    draws, compared = jax.random.split(key)
-    start = angles = jnp.asarray(np.arcsin(code.worker_nodes))
+    draws, comparison = jax.random.split(key)
+    start = angles = jnp.asarray(np.arcsin(code.nodes.workers))
     state = optimizer.init(angles)
     for i in trange(steps, desc="moving nodes", unit="step", disable=not progress):
         angles, state, _ = step(angles, state, draw(jax.random.fold_in(draws, i), num_masks))
 
-    def error_of(angles):
+    def error_at(angles):
         # By the step itself, which is compiled.
-        rounds = jax.random.split(compared, -(-_MASKS_TO_COMPARE // num_masks))
-        return np.mean([float(step(angles, state, draw(k, num_masks))[2]) for k in rounds])
+        keys = jax.random.split(comparison, -(-_MASKS_TO_COMPARE // num_masks))
+        return np.mean([float(step(angles, state, draw(key, num_masks))[2]) for key in keys])
 
-    before, after = error_of(start), error_of(angles)
+    before, after = error_at(start), error_at(angles)
     if not after < before:
         return code
-    return dataclasses.replace(code, worker_nodes=np.sort(np.sin(np.asarray(angles, np.float64))))
+    return _with_workers(code, np.sort(np.sin(np.asarray(angles, np.float64))))
 
 
-def _posterior_variance(code: SplineCode, returned) -> Float[Array, "data"]:
-    smoothing = jnp.sum(returned) * code.decoder_smoothing
-    return unit_variances(code.worker_nodes, code.data_nodes, returned, smoothing)
+def _check_code(code: AbstractCode, needs_smoothing: bool) -> None:
+    if not (dataclasses.is_dataclass(code) and getattr(code, "nodes", None) is not None):
+        raise ValueError(
+            f"code is {code!r}; expected one with nodes that can be moved, such as SplineCode.chebyshev(20, 30)"
+        )
+    if needs_smoothing and smoothing_of(code, "decoder") is None:
+        raise ValueError(
+            f"code.decoder is {getattr(code, 'decoder', None)!r}, which has no posterior variance; expected "
+            "jaxcode.interpolants.Spline, or f and x_sample, to lower the error of the decoded answers instead"
+        )
+    farthest = np.max(np.abs(code.nodes.workers))  # pyright: ignore[reportOptionalMemberAccess]
+    if farthest > 1:
+        raise ValueError(f"code.nodes.workers reach {farthest}; expected nodes on [-1, 1]")
+
+
+def _with_workers(code: InterpolatingCode, workers: Float[Array | np.ndarray, "workers"]) -> InterpolatingCode:
+    return dataclasses.replace(code, nodes=dataclasses.replace(code.nodes, workers=workers))
+
+
+def _posterior_variance(code: InterpolatingCode, returned) -> Float[Array, "data"]:
+    # The decoder's smoothing stands beside the mean of squares, the variance's beside their sum.
+    count = jnp.sum(returned, dtype=jnp.result_type(float))
+    smoothing = count * jnp.asarray(code.decoder.smoothing, count.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    return unit_variances(code.nodes.workers, code.nodes.data, returned, smoothing)
 
 
 def _decoding_error(f, x_sample, code):
+    """Makes the function from a code and a mask to the mean squared error of the decoded answers."""
     fn, params = as_pure_function(f)
-    groups = batch_size("x_sample", x_sample) // code.num_data
-    if not groups:
+    num_groups = batch_size("x_sample", x_sample) // code.num_data
+    if not num_groups:
         raise ValueError(f"x_sample has fewer inputs than a group; expected at least num_data, {code.num_data}")
-    x = jax.tree.map(lambda leaf: jnp.asarray(leaf[: groups * code.num_data]), x_sample)
-    targets = jax.jit(fn)(params, x)
+    complete = jax.tree.map(lambda leaf: jnp.asarray(leaf[: num_groups * code.num_data]), x_sample)
+    x, _ = group(complete, code.num_data, None)
+    targets = jax.jit(fn)(params, flatten_groups(x))
 
     def error(moved, returned):
         # The same for every straggler set: under vmap the model runs once.
-        answers = fn(params, apply_to_groups("x_sample", moved.encoder_map(), x, groups))
-        results = apply_to_groups("f's result", moved.decoder_map(returned), answers, groups)
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), results, targets)
-        return sum(jax.tree.leaves(squares)) / (groups * code.num_data)
+        answers = fn(params, flatten_groups(encode(moved, None, x)))
+        results = decode(moved, None, unflatten_groups(answers, code.num_workers), as_returned, returned)
+        return squared_error(flatten_groups(results), targets)
 
     return error

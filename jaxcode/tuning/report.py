@@ -1,38 +1,41 @@
-"""What tuning found: the chosen code and all that it was chosen from, as a table and as a plot."""
+"""The result of tuning: the chosen code and all candidates, as a table and as a plot."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-import numpy as np
 from flax import linen, nnx
 
-from ..coded import Predict, coded
-from ..codes import AbstractLinearCode, SplineCode
+from .._coded import Coded, coded
+from ..codes import AbstractCode
 from ..ordering import Ordering
 from ..outputs import OutputSpace
+from .smoothing import smoothing_of
+
+__all__ = ["Candidate", "Tuned"]
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to code, and how it did.
+    """One combination of code, order and output space, and its loss.
 
     Attributes:
-        layout: Where its nodes are.
+        layout: Name of the layout.
         order: Name of the order in which a batch is cut into groups.
         code: The code.
         output: In which space answers are decoded.
         loss: Mean loss over straggler sets and groups of inputs.
         half_width: Half the width of the loss's 95 % confidence interval, over both.
-        rmse: Root mean squared error norm of the results, in the units of the model's answers; a lost input counts as
-            if it had been answered by the sample's mean.
-        num_groups: How many groups of inputs it was measured on; fewer than others if it was dropped early.
+        rmse: Root mean squared error norm of the results, in the unit of the model's answers; the result of a lost
+            input is taken to be the sample's mean answer.
+        num_groups: How many groups of inputs it was measured on; fewer than all if it was dropped early.
     """
 
     layout: str
     order: str
-    code: AbstractLinearCode
+    code: AbstractCode
     output: OutputSpace
     loss: float
     half_width: float
@@ -40,35 +43,46 @@ class Candidate:
     num_groups: int
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What `tune` chose, and what it chose from.
+    """The code that `tune` chose, and the candidates that it chose from.
 
     Attributes:
         code: The code.
         order: The order in which batches are cut into groups; None for their own.
         output: In which space answers are decoded.
-        candidates: All that were measured: the chosen one first, then by how long they stayed in and by their loss.
+        candidates: All that were measured: the chosen one first, then those measured on more groups, by their loss.
         num_evaluations: How many inputs, coded or not, the model was run on.
     """
 
-    code: AbstractLinearCode
+    code: AbstractCode
     order: Ordering | None
     output: OutputSpace
     candidates: tuple[Candidate, ...]
     num_evaluations: int
 
-    def coded(self, f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> Predict:
-        """`jaxcode.coded` with what was chosen, of the model it was chosen for or of one like it."""
+    def coded(self, f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> Coded:
+        """Makes a coded model with the chosen code, order and output space.
+
+        Args:
+            f: The model that they were chosen for, or one like it, as `jaxcode.coded` takes it.
+
+        Returns:
+            What `jaxcode.coded` returns.
+
+        Raises:
+            ValueError: As for `jaxcode.coded`.
+        """
         return coded(f, self.code, order=self.order, output=self.output)
 
     def table(self) -> str:
-        """The candidates as text, one a line."""
+        """Formats the candidates as text, one a line, under a heading."""
         rows = [("layout", "order", "decodes", "smoothing", "loss", "RMSE", "groups")]
         for c in self.candidates:
             loss = f"{c.loss:.4f} ± {c.half_width:.4f}"
             rows.append(
-                (c.layout, c.order, c.output.name, _smoothing(c.code), loss, f"{c.rmse:.3g}", f"{c.num_groups}")
+                (c.layout, c.order, c.output.name, _format_smoothing(c.code), loss, f"{c.rmse:.3g}", f"{c.num_groups}")
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -92,10 +106,10 @@ class Tuned:
 
         figure = Figure(figsize=(9, 1.2 + 0.25 * len(self.candidates)), layout="constrained")
         axes = figure.subplots()
-        most = max(c.num_groups for c in self.candidates)
-        for place, c in enumerate(self.candidates):
-            color = "#0072B2" if place == 0 else "#444444" if c.num_groups == most else "#aaaaaa"
-            axes.errorbar(c.loss, place, xerr=c.half_width, color=color, marker="o", markersize=5, capsize=2)
+        most_groups = max(c.num_groups for c in self.candidates)
+        for row, c in enumerate(self.candidates):
+            color = "#0072B2" if row == 0 else "#444444" if c.num_groups == most_groups else "#aaaaaa"
+            axes.errorbar(c.loss, row, xerr=c.half_width, color=color, marker="o", markersize=5, capsize=2)
         names = [f"{c.layout}, {c.order}, {c.output.name}" for c in self.candidates]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -108,9 +122,10 @@ class Tuned:
         return figure
 
 
-def _smoothing(code):
-    if not isinstance(code, SplineCode):
+def _format_smoothing(code):
+    """Formats the decoder's smoothing, after the encoder's where that is not zero; nothing for a code without."""
+    encoder, decoder = (smoothing_of(code, side) for side in ("encoder", "decoder"))
+    if encoder is None and decoder is None:
         return ""
-    smoothings = (float(np.asarray(s)) for s in (code.encoder_smoothing, code.decoder_smoothing))
-    encoder, decoder = (f"{s:.0e}" if s else "0" for s in smoothings)
+    encoder, decoder = (f"{smoothing:.0e}" if smoothing else "0" for smoothing in (encoder, decoder))
     return decoder if encoder == "0" else f"{encoder}, {decoder}"

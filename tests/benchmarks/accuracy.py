@@ -11,8 +11,8 @@ import sys
 
 from tqdm import tqdm
 
-from tests.splines import cases
-from tests.splines.measure import PROGRAMS, bar, errors, scipy_is_right
+from tests.interpolants.spline import cases
+from tests.interpolants.spline.measure import PROGRAMS, bar, errors, scipy_is_right
 
 
 def main(argv=None):

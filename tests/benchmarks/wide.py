@@ -9,9 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxcode.splines import maps
 
 from jaxcode import SplineCode
-from jaxcode.splines import maps
 
 from .timing import Report, progress, race, run_script
 

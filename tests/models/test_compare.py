@@ -20,16 +20,18 @@ SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--nu
 def run(tmp_path_factory):
     """One small run: its folder and what it printed."""
     out = tmp_path_factory.mktemp("compare")
-    every = models.compare._schemes
+    all_schemes = models.compare._schemes
 
-    def some(num_data, num_workers, tune):
-        """Compiling them all takes a minute."""
-        kept = [s for s in every(num_data, num_workers, tune) if s.name in ("uncoded", "replication", "nercc", "lcc")]
+    def some_schemes(num_data, num_workers, tune):
+        """Leaves out most schemes: compiling them all takes a minute."""
+        kept = [
+            s for s in all_schemes(num_data, num_workers, tune) if s.name in ("uncoded", "replication", "nercc", "lcc")
+        ]
         assert len(kept) == 4
         return tuple(kept)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(models.compare, "_schemes", some)
+        patch.setattr(models.compare, "_schemes", some_schemes)
         patch.setitem(models.networks._TRAINING["digits"], "epochs", 6)
         main([*SMALL, "--out", str(out)])
     return out, printed.getvalue()

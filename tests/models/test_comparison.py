@@ -66,11 +66,11 @@ def test_every_figure_is_finite_and_in_range(comparison):
 
 @pytest.mark.parametrize("name", ["uncoded", "replication"])
 def test_copies_are_right_unless_lost(comparison, name):
-    at = _index(comparison, name)
-    lost = comparison.values["lost"][at]
-    np.testing.assert_allclose(comparison.values["agreement"][at], 1 - lost, atol=1e-6)
+    index = _index(comparison, name)
+    lost = comparison.values["lost"][index]
+    np.testing.assert_allclose(comparison.values["agreement"][index], 1 - lost, atol=1e-6)
     np.testing.assert_allclose(lost[0], 0, atol=1e-6)
-    np.testing.assert_allclose(comparison.values["rmse"][at, 0], 0, atol=1e-5)
+    np.testing.assert_allclose(comparison.values["rmse"][index, 0], 0, atol=1e-5)
     # Smaller straggler sets are parts of the larger ones.
     assert (np.diff(lost, axis=0) >= 0).all()
     assert lost[-1].mean() > 0.02
@@ -96,9 +96,9 @@ def test_a_lost_input_counts_as_equal_probabilities(data):
 
 def test_splines_lose_nothing_and_get_worse_with_stragglers(comparison):
     for name in ("bacc", "letcc", "logits", "ordered", "repeated"):
-        at = _index(comparison, name)
-        assert not comparison.values["lost"][at].any()
-        rmse = comparison.values["rmse"][at].mean(axis=-1)
+        index = _index(comparison, name)
+        assert not comparison.values["lost"][index].any()
+        rmse = comparison.values["rmse"][index].mean(axis=-1)
         assert rmse[0] < rmse[-1]
     # With repeated nodes the workers hold the inputs themselves.
     assert comparison.values["rmse"][_index(comparison, "repeated"), 0].max() < 1e-3
@@ -107,10 +107,10 @@ def test_splines_lose_nothing_and_get_worse_with_stragglers(comparison):
 
 def test_the_seed_decides_everything(data):
     schemes = standard_schemes(NUM_DATA, NUM_WORKERS)[1:3]
-    one, again, other = _run(data, schemes, 1), _run(data, schemes, 1), _run(data, schemes, 2)
+    first, repeated, other = _run(data, schemes, 1), _run(data, schemes, 1), _run(data, schemes, 2)
     for metric in METRICS:
-        np.testing.assert_array_equal(one.values[metric], again.values[metric])
-    assert not np.array_equal(one.values["rmse"], other.values["rmse"])
+        np.testing.assert_array_equal(first.values[metric], repeated.values[metric])
+    assert not np.array_equal(first.values["rmse"], other.values["rmse"])
 
 
 def test_intervals_are_those_of_students_t():

@@ -45,7 +45,7 @@ def _npz(path, **changes):
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def test_digits_are_real_shuffled_and_split_for_good():
+def test_digits_are_real_and_in_a_fixed_shuffle_and_split():
     from sklearn.datasets import load_digits
 
     data = datasets.load("digits")

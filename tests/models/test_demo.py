@@ -46,7 +46,7 @@ def _figures(out):
         return {(r["scheme"], int(r["num_stragglers"]), r["metric"]): float(r["mean"]) for r in csv.DictReader(file)}
 
 
-def test_it_writes_what_it_says(run):
+def test_every_file_is_written_and_named(run):
     out, printed = run
     assert {path.name for path in out.iterdir()} == FILES
     for name in FILES:
@@ -115,7 +115,7 @@ def test_bad_arguments(arguments, message, monkeypatch, tmp_path, capsys):
     assert printed.out == ""
 
 
-def test_an_output_folder_that_cannot_be(tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stopped:
         main(["--out", str(tmp_path / "file")])
@@ -123,7 +123,7 @@ def test_an_output_folder_that_cannot_be(tmp_path, capsys):
     assert "file" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_as_a_command_it_complains_without_a_traceback(tmp_path):
+def test_errors_of_the_command_have_no_traceback(tmp_path):
     command = [sys.executable, "-m", "models.demo", "--num-stragglers", "60", "--out", str(tmp_path)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)

@@ -25,10 +25,10 @@ def test_linen_and_nnx_agree_with_the_same_weights(shape):
     np.testing.assert_allclose(LeNet5Linen(7).apply(to_linen(model), x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_weights_matter_to_the_linen_module():
+def test_the_linen_module_depends_on_the_weights():
     x = jax.random.uniform(jax.random.key(2), (2, 28, 28, 1))
-    one, other = (LeNet5Linen().apply(to_linen(LeNet5(rngs=nnx.Rngs(seed))), x) for seed in (0, 1))
-    assert not np.allclose(one, other, atol=1e-3)
+    first, second = (LeNet5Linen().apply(to_linen(LeNet5(rngs=nnx.Rngs(seed))), x) for seed in (0, 1))
+    assert not np.allclose(first, second, atol=1e-3)
 
 
 def test_classes_are_not_shared_between_images_of_a_batch():

@@ -24,24 +24,24 @@ def trained():
     return model
 
 
-def test_it_is_of_the_size_it_says(trained):
+def test_the_number_of_parameters_is_that_of_the_docstring(trained):
     assert trained(images()).shape == (3, 10)
     assert f"{num_parameters(trained):,}" in ResNet14.__doc__
     with pytest.raises(ValueError, match="at least 8 x 8, got 7 x 32"):
         ResNet14((7, 32, 3), rngs=nnx.Rngs(0))
 
 
-def test_images_do_not_touch_each_other_in_evaluation(trained):
+def test_images_of_a_batch_are_independent_in_evaluation(trained):
     x = images(4)
     np.testing.assert_allclose(trained(x)[:1], trained(x[:1]), atol=1e-5)
 
 
-def test_it_is_coded(trained):
+def test_a_coded_network_gives_its_answers(trained):
     predict = coded(trained, SplineCode.repeated(3, 6))
     np.testing.assert_allclose(predict(images(), np.arange(6) > 0), trained(images()), atol=1e-4)
 
 
-def test_weights_come_back(trained, tmp_path):
+def test_saved_weights_are_loaded_bit_for_bit(trained, tmp_path):
     path = tmp_path / "new" / "weights.safetensors"
     weights.save(trained, path)
     other = ResNet14(rngs=nnx.Rngs(1))

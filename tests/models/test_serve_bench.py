@@ -1,4 +1,4 @@
-"""The serving benchmark: its delays, its baselines, and the whole of it with threads for processes."""
+"""The serving benchmark: its delays, and a run of all schemes on threads in place of processes."""
 
 import csv
 import time
@@ -34,7 +34,7 @@ def test_delays_follow_their_law_and_are_cut(delays, law):
     assert cut.draw(np.random.default_rng(1), 2000).max() == 0.05
 
 
-def test_a_worker_sleeps_before_it_computes_and_each_has_its_own_delays():
+def test_each_worker_sleeps_for_delays_of_its_own_before_it_computes():
     delays = Delays("lognormal", 0.02, 0.5, 1.0, seed=5)
     slept = []
     for worker in (0, 1, 0):
@@ -47,21 +47,21 @@ def test_a_worker_sleeps_before_it_computes_and_each_has_its_own_delays():
     assert expected[0] != expected[1]
 
 
-def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
+def test_all_schemes_are_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lenet5.safetensors"
     weights.save(LeNet5(rngs=nnx.Rngs(0)), path)
-    # Threads for processes, which have their own tests; and a code, instead of looking for one.
-    monkeypatch.setattr(serve_bench.jc.workers, "RayPool", jc.workers.ThreadPool)
+    # Processes and tuning have their own tests.
+    monkeypatch.setattr(serve_bench.jc.pools, "RayPool", jc.pools.ThreadPool)
     code = jc.SplineCode.repeated(2, 4)
     candidate = jc.tuning.Candidate("repeated", "as given", code, jc.outputs.as_returned, 0.0, 0.0, 0.0, 1)
     tuned = jc.tuning.Tuned(code, None, jc.outputs.as_returned, (candidate,), 0)
     monkeypatch.setattr(serve_bench.jc, "tune", lambda *args: tuned)
     settings = "--num-data 2 --num-workers 4 --num-answers 3 --batch-size 4 --num-requests 6 --clients 2 --delay 1"
     main([*settings.split(), "--weights", str(path), "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    rows = {line[:22].strip(): line[22:].split() for line in said.splitlines() if len(line.split()) >= 9}
+    printed = capsys.readouterr().out
+    rows = {line[:22].strip(): line[22:].split() for line in printed.splitlines() if len(line.split()) >= 9}
     for scheme in ("uncoded", "replication", "hedged replication"):
-        assert float(rows[scheme][-1]) == 1, said
+        assert float(rows[scheme][-1]) == 1, printed
     for scheme in ("LeTCC, as published", "ours"):
         assert 0 <= float(rows[scheme][-1]) <= 1
         latencies = [float(cell) for cell in rows[scheme][:4]]

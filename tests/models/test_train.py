@@ -79,7 +79,7 @@ def test_augmented_images_are_shifted_and_mirrored_ones():
     x = np.random.default_rng(0).random((200, 16, 16, 1)).astype(np.float32)
     augmented = _augmented(x, np.random.default_rng(1))
     padded = np.pad(x, [(0, 0), (2, 2), (2, 2), (0, 0)])
-    seen = set()
+    transformations = set()
     for i, image in enumerate(augmented):
         matches = [
             (row, column, mirrored)
@@ -89,5 +89,5 @@ def test_augmented_images_are_shifted_and_mirrored_ones():
             if np.array_equal(image, padded[i, row : row + 16, column : column + 16][:, :: -1 if mirrored else 1])
         ]
         assert len(matches) == 1
-        seen.add(matches[0])
-    assert len(seen) > 40
+        transformations.add(matches[0])
+    assert len(transformations) > 40

@@ -93,7 +93,7 @@ def what_is_written(loss, correction, period, sampling="uniform", **settings):
     ends = np.cumsum(sizes)
     for k, (m, e) in enumerate(zip(sizes, ends, strict=True)):
         expected = slopes[e - m : e] if loss is saga.logistic else slopes[e - m : e, None] * x[e - m : e]
-        np.testing.assert_allclose(state.own["table"][k][:m], expected, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(state.local["table"][k][:m], expected, rtol=1e-11, atol=1e-12)
 
 
 def test_with_one_machine_or_a_period_of_one_all_corrections_are_the_same():
@@ -134,14 +134,14 @@ def test_sums_are_those_of_tables_after_every_round(loss, batch_size):
     for _ in range(12):
         state = method.round(state, key, jnp.asarray(np.random.default_rng(int(state.round)).random(7) < 0.8))
         sizes = np.asarray(state.data.sizes)
-        tables = [np.asarray(table)[:size] for table, size in zip(state.own["table"], sizes, strict=True)]
+        tables = [np.asarray(table)[:size] for table, size in zip(state.local["table"], sizes, strict=True)]
         if loss is saga.logistic:
             parts = np.split(x, np.cumsum(sizes)[:-1])
             sums = [part.T @ table for part, table in zip(parts, tables, strict=True)]
         else:
             sums = [table.sum(0) for table in tables]
-        np.testing.assert_allclose(state.told, sums, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(state.shared, np.sum(sums, axis=0), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state.messages, sums, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state.message_sum, np.sum(sums, axis=0), rtol=0, atol=1e-10)
 
 
 def test_samples_that_differ_in_length_are_no_burden_where_long_ones_are_drawn_more_often():

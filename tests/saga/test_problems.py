@@ -134,7 +134,7 @@ def test_float32_where_wider_numbers_are_on(loss, batch_size):
     method = DistributedSaga(loss, 4, 8, 0.1, step_size=0.4, batch_size=batch_size)
     state = method.init(jnp.zeros(4, jnp.float32), (x, y))
     state = method.run(state, KEY, 100, progress=False, every=100)[0]
-    wide = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.told, state.own))}
+    wide = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.messages, state.local))}
     assert wide == {np.dtype(np.float32)}
     assert problems.distance(state.params, problems.logistic_optimum(x, y, 0.1)) < 1e-8
 
@@ -145,10 +145,10 @@ def test_sums_of_machines_do_not_drift_in_a_million_updates():
         x, y = (part.astype(np.float32) for part in problems.classes(256, 4))
         method = DistributedSaga(saga.logistic, 8, 64, 1e-3, step_size=30.0)
         state = method.run(method.init(jnp.zeros(4), (x, y)), KEY, 2000, every=2000, progress=False)[0]
-        slopes = np.asarray(state.own["table"], np.float64)
+        slopes = np.asarray(state.local["table"], np.float64)
         assert np.abs(slopes).max() > 0.1  # it has not settled
         exact = np.einsum("km,kmd->kd", slopes, x.reshape(8, 32, 4).astype(np.float64))
-        assert np.abs(np.asarray(state.told, np.float64) - exact).max() < 1e-4
+        assert np.abs(np.asarray(state.messages, np.float64) - exact).max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, bool, np.float16, np.float64])
@@ -213,7 +213,7 @@ def test_losses_go_to_other_processes(loss):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     again = cloudpickle.loads(cloudpickle.dumps(loss))
     margin, y = (jnp.arange(3.0), 1) if loss is saga.multinomial else (0.3, 1.0)
-    np.testing.assert_array_equal(jax.grad(again.of_margin)(margin, y), jax.grad(loss.of_margin)(margin, y))
+    np.testing.assert_array_equal(jax.grad(again.margin_loss)(margin, y), jax.grad(loss.margin_loss)(margin, y))
 
 
 def test_the_objective_is_that_of_all_samples():

@@ -11,7 +11,7 @@ import pytest
 from jaxcode import saga
 from jaxcode.saga import DistributedSaga, RayMachines
 
-from ..workers.faults import FileFaults, alive_in_ray, until
+from ..pools.faults import FileFaults, alive_in_ray, until
 from . import problems
 
 KEY = jax.random.key(0)
@@ -45,7 +45,7 @@ def shared(tmp_path_factory):
 
 
 def settle(machines):
-    machines._gather(60.0, lambda: not machines._pending)
+    machines._receive(60.0, lambda: not machines._pending)
 
 
 @pytest.mark.long
@@ -62,7 +62,7 @@ def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(share
     )
     assert history.rounds.tolist() == [4, 6]
     np.testing.assert_allclose(state.params, expected.params, rtol=1e-10)
-    np.testing.assert_allclose(state.told, expected.told, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(state.messages, expected.messages, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(history.values[-1], METHOD.objective(expected.params, expected), rtol=1e-12)
 
 
@@ -76,23 +76,23 @@ def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared
         settle(machines)
     # Late: dropped for this round; its table moves and is told later.
     faults.tell("wait 3", 1)
-    before = state.told[1]
+    before = state.messages[1]
     state = machines.round(state, KEY)
-    np.testing.assert_array_equal(state.told[1], before)
+    np.testing.assert_array_equal(state.messages[1], before)
     faults.tell("", 1)
     settle(machines)
     state = machines.round(state, KEY)
-    assert (state.told[1] != before).any()
+    assert (state.messages[1] != before).any()
     # Whoever raises has missed the round, no more.
     faults.tell("raise", 2)
-    before = state.told[2]
+    before = state.messages[2]
     state = machines.round(state, KEY)
-    np.testing.assert_array_equal(state.told[2], before)
+    np.testing.assert_array_equal(state.messages[2], before)
     faults.tell("", 2)
     # Dead: begins anew with gradients of now.
     faults.kill(0)
     state = machines.round(state, KEY)
-    assert machines._await(3, state, 60.0)
+    assert machines._wait_for_idle(3, state, 60.0)
     # Stuck: replaced once the time limit has passed.
     monkeypatch.setattr(machines, "_time_limit", 2.0)
     stuck = faults.pid(1)
@@ -101,12 +101,12 @@ def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared
     monkeypatch.undo()
     time.sleep(1.0)
     state = machines.round(state, KEY)
-    assert machines._await(3, state, 60.0)
+    assert machines._wait_for_idle(3, state, 60.0)
     state = machines.round(state, KEY)
     assert faults.pid(1) != stuck
     for _ in range(250):
         state = machines.round(state, KEY)
-    np.testing.assert_allclose(state.shared, np.sum(state.told, axis=0), atol=1e-12)
+    np.testing.assert_allclose(state.message_sum, np.sum(state.messages, axis=0), atol=1e-12)
     assert problems.distance(state.params, optimum) < 1e-12
 
 

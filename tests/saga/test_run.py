@@ -1,8 +1,9 @@
-"""Many rounds: records, callbacks, checkpoints, machines that miss rounds, machines on devices."""
+"""Tests runs: records, callbacks, divergence, machines that miss rounds, machines on devices."""
 
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +39,6 @@ def begin(method):
     return method.init(jnp.zeros(6), DATA)
 
 
-def same(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
-
-
 @each_method
 def test_rounds_one_by_one_are_a_run_and_halves_are_the_whole(method):
     state = begin(method)
@@ -50,7 +47,7 @@ def test_rounds_one_by_one_are_a_run_and_halves_are_the_whole(method):
     for _ in range(6):
         one = method.round(one, KEY)
     half = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
-    same(half, whole)
+    chex.assert_trees_all_equal(half, whole)
     np.testing.assert_allclose(one.params, whole.params, rtol=1e-12)
     assert history.rounds.tolist() == [0, 4, 6]
     np.testing.assert_allclose(history.epochs, np.array([0, 4, 6]) * 8 * 16 / 256)
@@ -61,42 +58,44 @@ def test_rounds_one_by_one_are_a_run_and_halves_are_the_whole(method):
     np.testing.assert_allclose(history.values[[0, -1]], expected, rtol=1e-12)
 
 
-@each_method
-def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, method):
-    late = stragglers.Independent(0.3)
-    whole, _ = method.run(begin(method), KEY, 10, every=2, stragglers=late, progress=False)
-
-    def stop_early(state, record):
-        return record["rounds"] == 6
-
-    folder = tmp_path / "new" / "folder"
-    settings = {"every": 2, "stragglers": late, "checkpoint": folder, "progress": False}
-    part, history = method.run(begin(method), KEY, 10, callbacks=[stop_early], **settings)
-    assert int(part.round) == 6
-    assert history.rounds.tolist() == [0, 2, 4, 6]
-    resumed, history = method.run(begin(method), KEY, 10, **settings)
-    assert history.rounds.tolist() == [6, 8, 10]
-    same(resumed, whole)
-    # Nothing is left to do.
-    again, history = method.run(begin(method), KEY, 10, **settings)
-    assert history.rounds.tolist() == [10]
-    same(again, whole)
+def run_to_divergence(method, params=None, evaluate=None):
+    """Runs steps that are too long."""
+    state = method.init(jnp.zeros(6) if params is None else params, DATA)
+    return method.run(state, KEY, 200, every=4, evaluate=evaluate, progress=False)
 
 
-def test_a_checkpoint_of_another_problem_is_refused(tmp_path):
-    METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)
-    other = DistributedSaga(saga.logistic, 4, 16, RIDGE)
-    with pytest.raises(ValueError, match="checkpoint"):
-        other.run(begin(other), KEY, 2, checkpoint=tmp_path, progress=False)
-    for settings in ({"step_size": 0.01}, {"correction": "own"}, {"period": 17}):
-        other = dataclasses.replace(METHOD, **settings)
-        with pytest.raises(ValueError, match="other settings than DistributedSaga"):
-            other.run(begin(other), KEY, 2, checkpoint=tmp_path, progress=False)
-    x, y = DATA
-    for data in ((x, -y), (x[::-1], y), (x, y[::-1])):
-        state = METHOD.init(jnp.zeros(6), data)
-        with pytest.raises(ValueError, match="other samples"):
-            METHOD.run(state, KEY, 2, checkpoint=tmp_path, progress=False)
+@pytest.mark.parametrize("evaluate", [None, lambda w: w], ids=["objective", "evaluate"])
+@pytest.mark.parametrize("kind", [DistributedSaga, FederatedAveraging, MinibatchSgd, Scaffold])
+def test_divergence_raises_and_keeps_what_was_recorded(kind, evaluate):
+    with pytest.raises(saga.DivergenceError, match="take shorter steps than step_size = 1e\\+03") as caught:
+        run_to_divergence(kind(saga.squared, 8, 16, step_size=1e3), evaluate=evaluate)
+    history = caught.value.history
+    assert history.rounds[0] == 0
+    assert len(history.rounds) >= 2
+    assert len(history.values) == len(history.rounds)
+
+
+def test_divergence_is_found_at_the_end_where_parameters_stay_finite():
+    """Two rounds make the objective large, not infinite."""
+    method = DistributedSaga(saga.squared, 8, 16, step_size=20.0)
+    state = method.init(jnp.zeros(6), DATA)
+    with pytest.raises(saga.DivergenceError, match="after 2 rounds the objective is"):
+        method.run(state, KEY, 2, evaluate=lambda w: w[0], progress=False)
+
+
+def test_a_start_that_is_far_away_or_perfect_is_no_divergence():
+    x, _ = DATA
+    method = DistributedSaga(saga.squared, 8, 16, RIDGE)
+    for params, y in ((1e6 * jnp.ones(6), DATA[1]), (jnp.zeros(6), np.zeros(256)), (jnp.ones(6), x @ np.ones(6))):
+        state, _ = method.run(method.init(params, (x, y)), KEY, 5, progress=False)
+        chex.assert_tree_all_finite(state.params)
+
+
+def test_a_start_that_is_not_finite_is_divergence():
+    state = begin(METHOD)
+    broken = dataclasses.replace(state, params=state.params.at[0].set(jnp.nan))
+    with pytest.raises(saga.DivergenceError, match="after 0 rounds params are not finite"):
+        METHOD.run(broken, KEY, 3, progress=False)
 
 
 def test_what_is_recorded_can_be_chosen_and_everybody_is_called_back(capsys):
@@ -130,25 +129,27 @@ def test_linear_rate_with_machines_that_miss_rounds():
     assert slower < 0.7 * rate
 
 
-def test_a_machine_that_misses_rounds_keeps_its_table_and_what_it_told_counts():
+def test_a_machine_that_misses_rounds_keeps_its_table_and_its_message_counts():
     state = METHOD.run(begin(METHOD), KEY, 3, progress=False)[0]
     away = jnp.arange(8) != 2
     later = state
     for _ in range(2):
         later = METHOD.round(later, KEY, away)
-    np.testing.assert_array_equal(later.told[2], state.told[2])
-    np.testing.assert_array_equal(later.own["table"][2], state.own["table"][2])
-    assert (np.asarray(later.own["table"]) != np.asarray(state.own["table"])).any(axis=1).tolist() == away.tolist()
-    np.testing.assert_allclose(later.shared, np.sum(later.told, axis=0), atol=1e-12)
+    np.testing.assert_array_equal(later.messages[2], state.messages[2])
+    np.testing.assert_array_equal(later.local["table"][2], state.local["table"][2])
+    assert (np.asarray(later.local["table"]) != np.asarray(state.local["table"])).any(axis=1).tolist() == away.tolist()
+    np.testing.assert_allclose(later.message_sum, np.sum(later.messages, axis=0), atol=1e-12)
     # Garbage in the work of those who are away harms nobody.
     poisoned = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
     broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=poisoned))
     harmed = METHOD.round(broken, KEY, away)
     np.testing.assert_array_equal(harmed.params, METHOD.round(state, KEY, away).params)
-    same(jax.tree.map(lambda leaf: leaf[2], harmed.own), jax.tree.map(lambda leaf: leaf[2], state.own))
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda leaf: leaf[2], harmed.local), jax.tree.map(lambda leaf: leaf[2], state.local)
+    )
     nobody = METHOD.round(state, KEY, jnp.zeros(8, bool))
     np.testing.assert_array_equal(nobody.params, state.params)
-    same(nobody.own, state.own)
+    chex.assert_trees_all_equal(nobody.local, state.local)
 
 
 @each_method
@@ -178,7 +179,7 @@ def test_a_state_of_another_method_is_refused(method):
         with pytest.raises(ValueError, match="state is of 4 machines, but num_machines is 8"):
             go()
     by_length = begin(dataclasses.replace(METHOD, sampling="lipschitz"))
-    with pytest.raises(ValueError, match=rf"but {type(method).__name__} has them keep .*; expected a state that"):
+    with pytest.raises(ValueError, match=rf"but those of {type(method).__name__} have .*; expected a state that"):
         method.run(by_length, KEY, 1, progress=False)
 
 

@@ -136,7 +136,7 @@ def test_sums_do_not_drift_in_a_million_updates():
 
     state, plain = go(transformation.init(jnp.zeros(2)), jax.random.key(0))
     exact = np.sum(np.asarray(state.table, np.float64), axis=0)
-    drift = np.abs(np.asarray(state.total, np.float64) + np.asarray(state.rest, np.float64) - exact).max()
+    drift = np.abs(np.asarray(state.total, np.float64) + np.asarray(state.compensation, np.float64) - exact).max()
     assert drift < 1e-8
     assert np.abs(np.asarray(plain, np.float64) - exact).max() > 1e-4
 
@@ -159,7 +159,7 @@ def test_sums_are_those_of_the_table(dtype, batch):
     state = go(transformation.init(jnp.zeros(2, dtype)), jax.random.key(0))
     assert state.table.dtype == dtype
     exact = np.sum(np.asarray(state.table, np.float64), axis=0)
-    np.testing.assert_allclose(np.asarray(state.total, np.float64) + np.asarray(state.rest), exact, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(state.total, np.float64) + np.asarray(state.compensation), exact, atol=1e-4)
 
 
 def test_state_can_be_donated():

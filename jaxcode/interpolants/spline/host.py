@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg.lapack import dgbsv  # pyright: ignore[reportAttributeAccessIssue]
 
-from ..abstract import SAME_SITE
+from ..abstract import SAME_SITE, in_units_of_span
 
 
 def banded_matrix(
@@ -43,7 +43,8 @@ def banded_matrix(
     if len(live) < 2:
         matrix[:] = np.nan
         return matrix
-    knots, points, smoothing = in_units_of_span(knots, points, smoothing)
+    knots, points, unit = in_units_of_span(knots, points)
+    smoothing = smoothing / unit / unit / unit
     t, w = knots[live], weights[live]
     gap = t[1:] - t[:-1]
     if gap.min() > SAME_SITE:
@@ -61,16 +62,6 @@ def banded_matrix(
         by_site = fit_matrix(t, reading_matrix(t, points), total, smoothing)
         matrix[:, live] = np.repeat(by_site, count, axis=1) * share
     return matrix
-
-
-def in_units_of_span(
-    knots: Float[np.ndarray, "knots"], points: Float[np.ndarray, "points"], smoothing: float
-) -> tuple[Float[np.ndarray, "knots"], Float[np.ndarray, "points"], float]:
-    """The same spline in a unit in which LAPACK's choice of pivots keeps its digits: the knots' span is one."""
-    span = float(knots[-1] - knots[0])
-    if span == 0:
-        return knots, points, smoothing
-    return (knots - knots[0]) / span, (points - knots[0]) / span, smoothing / span / span / span
 
 
 def fit_matrix(
@@ -133,26 +124,29 @@ _CURVATURE = _coefficients(
 
 
 def reading_matrix(
-    t: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"]
+    sites: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"]
 ) -> Float[np.ndarray, "points unknowns"]:
-    """What each point's value takes of the unknowns, two at each of the sites t."""
-    gap = t[1:] - t[:-1]
-    lower = t[1:-1].searchsorted(points, side="right")
+    r"""The coefficients with which the curve's value at each point combines the unknowns, two for each of the sites.
+
+    Between sites with values :math:`g_0, g_1` and second derivatives :math:`\gamma_0, \gamma_1`, a distance h apart,
+    and with :math:`a = 1 - b` the point's barycentric coordinates, the value is (Green and Silverman 1994, section 2.1)
+
+    .. math::
+        a g_0 + b g_1 - \tfrac{h^2}{6} a b \big( (1 + a) \gamma_0 + (1 + b) \gamma_1 \big).
+
+    Beyond an end, whose own second derivative is zero, it is the straight line that coordinates clipped to [0, 1] give
+    in the products above: :math:`a \, \bar b (1 + \bar a) \gamma_0 + b \, \bar a (1 + \bar b) \gamma_1`.
+    """
+    gap = sites[1:] - sites[:-1]
+    lower = sites[1:-1].searchsorted(points, side="right")
     width = gap[lower]
-    b = (points - t[lower]) / width
-    a = 1 - b
-    # a^3 - a = -a b (1 + a), and for b likewise.
-    square = width**2 / 6
-    both = a * b
-    bend = square * both
-    of_a, of_b = -bend * (1 + a), -bend * (1 + b)
-    outside = both < 0
-    if outside.any():
-        # The end's own second derivative is zero, and the inner site's sets the slope.
-        of_a = np.where(outside, square * np.maximum(-a, 0), of_a)
-        of_b = np.where(outside, square * np.maximum(-b, 0), of_b)
-    reading = np.zeros((len(points), 2 * len(t)))
+    values = np.empty((2, len(points)))
+    np.divide(points - sites[lower], width, out=values[1])
+    np.subtract(1, values[1], out=values[0])
+    clipped = np.minimum(np.maximum(values, 0), 1)
+    curvatures = width * width / -6 * values * (clipped[::-1] * (1 + clipped))
+    reading = np.zeros((len(points), 2 * len(sites)))
     flat = reading.reshape(-1)
-    at = 2 * lower + np.arange(0, reading.size, reading.shape[1])
-    flat[at], flat[at + 1], flat[at + 2], flat[at + 3] = a, of_a, b, of_b
+    first = 2 * lower + np.arange(0, reading.size, reading.shape[1])
+    flat[first], flat[first + 1], flat[first + 2], flat[first + 3] = values[0], curvatures[0], values[1], curvatures[1]
     return reading

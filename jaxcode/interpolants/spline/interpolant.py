@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Inexact
 
+from ..._float64 import in_float64
 from ..._pytree import pytree
 from ...checks import check_smoothing, static_value
 from ...linops import AbstractLinop
@@ -62,7 +63,7 @@ class Spline(AbstractInterpolant):
         points: Vector,
         returned: Bool[Array | np.ndarray, "knots"],
     ) -> Inexact[Array, "points features"]:
-        """Predicts how far the curve is from the truth; `interpolants.spline.error` says how.
+        r"""Predicts how far the curve is from the truth; `interpolants.spline.error` says how.
 
         Args:
             knots: As for `linop`.
@@ -71,7 +72,7 @@ class Spline(AbstractInterpolant):
             returned: As for `linop`.
 
         Returns:
-            Shape (p, features), in the unit of the data: the curve's value :math:`\\pm 1.645` of them holds nine truths
+            Shape (p, features), in the unit of the data: the curve's value :math:`\pm 1.645` of them holds nine truths
             of ten.
         """
         smoothing = 0.0 if self.interpolates else self._total_smoothing(knots, returned)
@@ -83,4 +84,9 @@ class Spline(AbstractInterpolant):
             return self.smoothing * float(knots.shape[0])
         if isinstance(returned, np.ndarray):
             return self.smoothing * float(np.count_nonzero(returned))
-        return self.smoothing * jnp.sum(returned, dtype=jnp.result_type(float))
+        return _total_smoothing(self.smoothing, returned)
+
+
+@in_float64
+def _total_smoothing(smoothing, returned):
+    return smoothing * jnp.sum(returned, dtype=jnp.float64)

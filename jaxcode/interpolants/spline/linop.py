@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 from ..._float64 import in_float64
 from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
-from ..abstract import Vector
+from ..abstract import Vector, in_units_of_span
 from .host import banded_matrix
 from .kalman import Moves, blocks_by_filters, find_moves, matrix_by_filters
 from .sequence import Sequence, arrange
@@ -63,25 +63,31 @@ def _program_linop(knots, points, smoothing, weights):
     present = weights > 0
     present = None if xp is np and present.all() else present
     defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
-    weights = jnp.asarray(weights, jnp.result_type(float))
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
-    sequence = _arrange(knots, points, None if one_matrix else ENTRIES_IN_A_BLOCK)
+    block = None if one_matrix else ENTRIES_IN_A_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
-        gaps = find_moves(sequence, np.float64(knots), np.float64(points))
+        knots, points, unit = in_units_of_span(np.float64(knots), np.float64(points))
+        sequence = arrange(knots, points, block)
+        places = find_moves(sequence, knots, points), unit
     else:
-        gaps = knots, points
+        sequence = _arrange_in_program(knots, points, block)
+        places = knots, points
     if one_matrix:
-        return Dense(split(_solve_matrix(sequence, gaps, weights, smoothing)), present, defined)
-    forward, backward = map(split, _solve_blocks(sequence, gaps, weights, smoothing))
+        return Dense(split(_solve_matrix(sequence, places, smoothing, weights)), present, defined)
+    forward, backward = map(split, _solve_blocks(sequence, places, smoothing, weights))
     return Blocked(sequence.first_row, sequence.first_point, forward, backward, n, p, sequence.rows, present, defined)
 
 
 def _solver(by_filters):
-    """Has filters compute in float64, from the moves over the gaps, or from knots and points where those are traced."""
+    """Has filters compute in float64, from (moves, unit) or, where places are traced, from (knots, points)."""
 
-    def solve(sequence, gaps, weights, smoothing):
-        moves = gaps if isinstance(gaps, Moves) else find_moves(sequence, *gaps)
-        return by_filters(sequence, moves, weights, smoothing)
+    def solve(sequence, places, smoothing, weights):
+        if isinstance(places[0], Moves):
+            moves, unit = places
+        else:
+            knots, points, unit = in_units_of_span(*places)
+            moves = find_moves(sequence, knots, points)
+        return by_filters(sequence, moves, weights.astype(unit.dtype), smoothing / unit / unit / unit)
 
     return in_float64(jax.jit(solve))
 
@@ -89,9 +95,7 @@ def _solver(by_filters):
 _solve_matrix, _solve_blocks = _solver(matrix_by_filters), _solver(blocks_by_filters)
 
 
-def _arrange(knots, points, block) -> Sequence:
-    if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
-        return arrange(np.float64(knots), np.float64(points), block)
+def _arrange_in_program(knots, points, block) -> Sequence:
     with jax.enable_x64(True):
         knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
         return arrange(knots, points, block)

@@ -1,0 +1,77 @@
+"""Moves arguments to the device, and from explicit mesh axes, before they are computed with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+
+def as_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
+    """Makes every leaf a JAX array; those of NumPy and Python's numbers are transferred explicitly.
+
+    Unlike `jnp.asarray` it does so under `jax.transfer_guard("disallow")`, which refuses implicit transfers.
+
+    Args:
+        name: Name of the argument, for the error.
+        tree: Arrays and numbers.
+
+    Returns:
+        The same tree of `jax.Array`, in the dtypes that JAX has for them.
+
+    Raises:
+        ValueError: If a leaf holds no numbers.
+    """
+
+    def convert(path, leaf):
+        if isinstance(leaf, jax.Array):
+            return leaf
+        try:
+            return jax.device_put(np.asarray(leaf))
+        except (TypeError, ValueError):
+            where = name + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} is {leaf!r}; expected numbers: give arrays") from None
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
+    """Replicates arrays along their explicitly sharded axes.
+
+    Indexing and reshaping along such an axis raise `ShardingTypeError`. Axes of a mesh that are automatic or manual
+    stay as they are.
+
+    Args:
+        tree: Arrays.
+        keep: How many leading axes of the arrays stay sharded.
+
+    Returns:
+        The same values.
+    """
+
+    def replicate(leaf):
+        sharding = jax.typeof(leaf).sharding
+        if all(axes is None for axes in sharding.spec[keep:]):
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:keep])))
+
+    return jax.tree.map(replicate, tree)
+
+
+def sharded_like(x: Array, other: Array) -> Array:
+    """Shards an array along the explicit axes along which another of its shape is sharded."""
+    sharding = jax.typeof(other).sharding
+    return x if all(axes is None for axes in sharding.spec) else jax.sharding.reshard(x, sharding)
+
+
+def as_float(value: ArrayLike | Sequence[float]) -> Array:
+    """Converts real numbers to JAX's default floating dtype, with an explicit transfer."""
+    return value.astype(float) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.float64))
+
+
+def as_int(value: ArrayLike) -> Array:
+    """Converts an integer to JAX's default integer dtype, with an explicit transfer."""
+    return value.astype(int) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.int64))

@@ -1,0 +1,148 @@
+"""Computes a model inside a worker: compiled, with its parameters on the worker's device, from NumPy to NumPy."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, PyTree
+
+from ..functions import PureFunction, check_answers
+
+# Replaces the computation of a worker: called with the worker's number, the compiled model and a batch.
+Around = Callable[[int, Callable[[Any], Any], Any], Any]
+
+
+@final
+class Compute:
+    """Computes a model on one device; compiles at the first batch of each shape.
+
+    Args:
+        fn: The model, a pure function of params and a batch.
+        params: Its parameters, as they are or packed.
+        worker: Index of the worker.
+        around: Called with the worker's number, the compiled model and a batch in place of the model; None for none.
+        device: Where to compute; JAX's default if None.
+    """
+
+    def __init__(
+        self,
+        fn: PureFunction,
+        params: PyTree,
+        worker: int,
+        around: Around | None = None,
+        device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ):
+        params = jax.device_put(unpacked(params), device)
+        compiled = jax.jit(fn)
+
+        def compute(batch):
+            return jax.tree.map(np.asarray, compiled(params, jax.device_put(batch, device)))
+
+        self._compute = compute
+        self._run = compute if around is None else functools.partial(around, worker, compute)
+
+    def __call__(self, batch: PyTree[np.ndarray]) -> Any:
+        """Computes the model's answers to a batch, NumPy arrays."""
+        return self._run(batch)
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
+        """Compiles for such batches."""
+        for shapes in examples:
+            self._compute(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+
+
+@final
+class _PackedKey:
+    """A typed random key as NumPy arrays, which cannot hold it itself."""
+
+    def __init__(self, key):
+        self.impl, self.data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
+
+
+def packed(params: PyTree) -> PyTree:
+    """Converts parameters to NumPy arrays, to be sent to other processes."""
+    return jax.tree.map(
+        lambda leaf: _PackedKey(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf),
+        jax.tree.map(jnp.asarray, params),
+    )
+
+
+def unpacked(params: PyTree[Any]) -> PyTree[Any]:
+    """Converts what `packed` returned back to parameters."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.random.wrap_key_data(jnp.asarray(leaf.data), impl=leaf.impl) if isinstance(leaf, _PackedKey) else leaf
+        ),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, _PackedKey),
+    )
+
+
+def shapes_of(batch: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of arrays, as JAX will have them."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype)), batch
+    )
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signature:
+    """Shapes and dtypes of the batches of a kind and of the model's answers to them; a pool has one object of each.
+
+    Attributes:
+        batch: Leaves (batch, ...).
+        answers: Leaves (batch, ...).
+    """
+
+    batch: PyTree[jax.ShapeDtypeStruct]
+    answers: PyTree[jax.ShapeDtypeStruct]
+
+
+def x64_enabled() -> bool:
+    """Returns whether this thread computes in 64 bits where asked to."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def answer_shapes(
+    fn: PureFunction, params: PyTree, batch: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of f's answers to a batch.
+
+    Raises:
+        ValueError: If f does not return real numbers with its batch as leading axis.
+    """
+    answers = jax.eval_shape(fn, params, batch)
+    check_answers(answers, jax.tree.leaves(batch)[0].shape[0])
+    return answers
+
+
+def refusal(
+    answer: Any,
+    expected: PyTree[jax.ShapeDtypeStruct],
+    unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
+) -> str | None:
+    """Returns why an answer cannot be used, or None if it can.
+
+    Args:
+        answer: What a worker returned.
+        expected: Shapes and dtypes of the model's answers.
+        unchecked_rows: Rows that need not be finite.
+    """
+    if jax.tree.structure(answer) != jax.tree.structure(expected):
+        return f"its answer is {jax.tree.structure(answer)}; expected {jax.tree.structure(expected)}"
+    for leaf, like in zip(jax.tree.leaves(answer), jax.tree.leaves(expected), strict=True):
+        if not isinstance(leaf, np.ndarray):
+            return f"its answer is a {type(leaf).__name__}; expected a NumPy array, {like.dtype} of shape {like.shape}"
+        if leaf.shape != like.shape or leaf.dtype != like.dtype:
+            return f"its answer is {leaf.dtype} of shape {leaf.shape}; expected {like.dtype} of shape {like.shape}"
+        finite = np.isfinite(leaf)
+        if unchecked_rows is not None:
+            finite = finite[~unchecked_rows]
+        if not finite.all():
+            return "its answer has NaN or infinite numbers"
+    return None

@@ -1,0 +1,125 @@
+"""Workers that are Ray actors: processes on this machine or on those of a cluster."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, final
+
+import jax
+import numpy as np
+from flax import linen, nnx
+from jaxtyping import PyTree
+
+from ..checks import check_count
+from ..functions import as_pure_function
+from .compute import Around, Compute, packed, x64_enabled
+from .pool import WorkerPool
+from .ray_actors import RayActor, connect
+from .worker import AbstractWorker
+
+
+def RayPool(
+    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    num_workers: int,
+    address: str | None = None,
+    *,
+    num_cpus: float = 0.0,
+    num_gpus: float = 0.0,
+    resources: Mapping[str, float] | None = None,
+    example: PyTree[Any] | None = None,
+    around: Around | None = None,
+    stuck_after: float | None = 300.0,
+    start_limit: float = 300.0,
+    progress: bool = True,
+) -> WorkerPool:
+    """Makes a pool of workers that are Ray actors, each a process of its own with its own device.
+
+    The model and its parameters are sent to a worker when it is started; requests carry coded inputs only, and answers
+    come back through shared memory. A worker that dies, or has not answered for long, is replaced in the background.
+
+    Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
+    listens on the loopback interface only and reports no usage statistics. It is ended with the last pool that uses it.
+
+    Args:
+        f: The model, as `jaxcode.coded` takes it. It is sent to other processes: modules it is imported from must be
+            there too.
+        num_workers: N.
+        address: Of a running cluster, as `ray.init` takes it: "auto", "host:6379" or "ray://host:10001".
+        num_cpus: Processors that Ray reserves for a worker; none by default, so that workers may be more.
+        num_gpus: GPUs that Ray reserves for a worker, parts of one too, and shows to it alone.
+        resources: Other resources that Ray reserves for a worker, such as {"TPU": 4}.
+        example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
+        around: As for `ThreadPool`; runs in the worker's process.
+        stuck_after: Seconds after which a worker that has not answered is ended and replaced; None for never.
+        start_limit: Seconds that workers may take to start and to compile. Those that take longer join later.
+        progress: Whether to show how many have started, on standard error.
+
+    Returns:
+        The pool, started.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        ValueError: If f is no model or num_workers no whole number of at least 1.
+        RuntimeError: If no worker could be started, or Ray would listen on more than the loopback interface.
+    """
+    num_workers = check_count("num_workers", num_workers)
+    fn, params = as_pure_function(f)
+    cluster = connect(address)
+    try:
+        model = cluster.put((fn, packed(params), around, x64_enabled()))
+        actor_class = cluster.actor_class(_Actor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
+        workers = [
+            _RayWorker(RayActor(cluster, actor_class, lambda number=number: (number, model)))
+            for number in range(num_workers)
+        ]
+        return WorkerPool(
+            fn,
+            params,
+            workers,
+            example,
+            stuck_after=stuck_after,
+            start_limit=start_limit,
+            progress=progress,
+            on_close=cluster.close,
+        )
+    except BaseException:
+        cluster.close()
+        raise
+
+
+@final
+class _Actor:
+    """The worker's side: computes in its own process."""
+
+    def __init__(self, number: int, model):
+        fn, params, around, x64 = model
+        jax.config.update("jax_enable_x64", x64)
+        self._compute = Compute(fn, params, number, around)
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
+        self._compute.warm_up(examples)
+
+    def answer(self, batch: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
+        return self._compute(batch)
+
+
+@final
+class _RayWorker(AbstractWorker):
+    """The host's side."""
+
+    def __init__(self, actor: RayActor):
+        self._actor = actor
+
+    def start(self) -> None:
+        self._actor.start()
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+        return self._actor.call("warm_up", examples)
+
+    def call(self, batch: PyTree[np.ndarray]) -> Future:
+        return self._actor.call("answer", batch)
+
+    def close(self) -> None:
+        self._actor.close()
+
+    def join(self, seconds: float) -> None:
+        self._actor.join(seconds)

@@ -1,0 +1,63 @@
+"""What a pool returns, and what can go wrong."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, PyTree
+
+
+class PoolClosed(RuntimeError):
+    """The pool was closed before or during the request."""
+
+
+class NotEnoughAnswers(RuntimeError):
+    """Too few workers answered to decode anything, within the time limit or until nobody was left who could.
+
+    Attributes:
+        responses: What had come until then.
+    """
+
+    def __init__(self, message: str, responses: "Responses"):
+        super().__init__(message)
+        self.responses = responses
+
+
+class Fault(NamedTuple):
+    """Something that went wrong during a request.
+
+    Attributes:
+        worker: Index of the worker.
+        kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "refused": its answer
+            had another structure, shape or dtype than the model's, or was not finite.
+        message: The reason.
+    """
+
+    worker: int
+    kind: Literal["died", "raised", "refused"]
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Responses:
+    """The answers of workers, by share.
+
+    Attributes:
+        values: Answers, NumPy arrays, leaves (N, batch, ...); zeros where none came.
+        returned: To which shares answers came and were accepted, bool, shape (N,).
+        latency: Seconds from the request to each answer, shape (N,); infinite where none came.
+        faults: What went wrong.
+        seconds: Seconds from the request to the decision to stop waiting.
+    """
+
+    values: PyTree[np.ndarray]
+    returned: Bool[np.ndarray, "workers"]
+    latency: Float[np.ndarray, "workers"]
+    faults: tuple[Fault, ...]
+    seconds: float
+
+
+# Whether the answers of those that returned can be decoded, and the predicted error of each input of the batch.
+Enough = Callable[[Bool[np.ndarray, "workers"]], bool]
+PredictedError = Callable[[PyTree[np.ndarray], Bool[np.ndarray, "workers"]], Float[np.ndarray, "batch"]]

@@ -1,0 +1,389 @@
+"""Assigns the shares of requests to workers, and has workers compile for batches beforehand.
+
+All decisions are made on one thread, which handles events one after the other: a request, an answer, a death, a timer.
+What takes long happens elsewhere: in workers, and in the threads that wait for their requests.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, final
+
+import jax
+
+from .compute import Signature, refusal
+from .event_loop import EventLoop
+from .request import Request
+from .responses import Fault, PoolClosed
+from .supervisor import Supervisor, WorkerDied
+from .worker import AbstractWorker
+
+log = logging.getLogger("jaxcode.pools")
+
+
+@final
+class Scheduler:
+    """Keeps workers running and has them work on requests.
+
+    Args:
+        workers: Not started yet.
+        examples: Batches that all compile for when they are started.
+        stuck_after: Seconds after which a worker that has not answered a call is replaced; None for never.
+        start_limit: Seconds that a worker may take to start, and to compile.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[AbstractWorker],
+        examples: Sequence[Signature],
+        *,
+        stuck_after: float | None,
+        start_limit: float,
+    ):
+        self._workers, self._start_limit = workers, start_limit
+        self._loop = EventLoop("jaxcode scheduler", self._shut_down)
+        self._supervisor = Supervisor(
+            self._loop,
+            workers,
+            prepare=self._prepare,
+            on_ready=self._on_ready,
+            on_death=self._on_death,
+            on_change=self._on_change,
+            stuck_after=stuck_after,
+            start_limit=start_limit,
+        )
+        # Oldest first.
+        self._requests: list[Request] = []
+        self._counters = {"answers": 0, "late": 0, "raised": 0, "refused": 0}
+        self._hedging = False
+        self._startup = _Milestone("be started")
+        self._milestones = [self._startup]
+        # What restarted workers compile for, and what is still to be compiled by those that run.
+        self._examples = list(examples)
+        # Per worker, what its process has compiled for; and what was logged.
+        self._compiled: list[set[Signature]] = [set() for _ in workers]
+        self._logged: set[Signature] = set()
+
+    # ---- called from any thread ----------------------------------------------------------------------------
+
+    def start(self, on_ready: Callable[[], object]) -> None:
+        """Starts all workers and waits for them; those that take too long go on starting in the background.
+
+        Args:
+            on_ready: Called for each worker that is ready.
+
+        Raises:
+            RuntimeError: If none can be started.
+            PoolClosed: If the pool is closed before.
+        """
+        self._startup.on_ready = on_ready
+        self._loop.post(self._supervisor.start)
+        self._wait(self._startup)
+
+    def warm_up(self, example: Signature) -> None:
+        """Has all workers compile for such batches and waits for those that run; others do when they are started.
+
+        Raises:
+            RuntimeError: If no worker can compute such a batch within the limit, which is forgotten then.
+            PoolClosed: If the pool is closed before.
+        """
+        self._wait(self._loop.ask(functools.partial(self._add_example, example)))
+
+    @contextlib.contextmanager
+    def working_on(self, request: Request) -> Iterator[None]:
+        """Has workers work on a request inside of the context.
+
+        Raises:
+            PoolClosed: If the pool is closed.
+        """
+        if not self._loop.post(functools.partial(self._on_request, request)):
+            raise PoolClosed("the pool is closed")
+        try:
+            yield
+        finally:
+            request.finish()
+            self._loop.post(functools.partial(self._on_finished, request))
+
+    def states(self) -> list[str]:
+        """What every worker is doing."""
+        return self._supervisor.states()
+
+    def counters(self) -> dict[str, int]:
+        """How often what happened."""
+        return {**self._counters, **self._supervisor.counters()}
+
+    def close(self) -> None:
+        """Ends all workers, requests and waits."""
+        self._loop.close()
+
+    def _wait(self, milestone):
+        try:
+            milestone.done.result(self._start_limit)
+        except TimeoutError:
+            self._loop.post(functools.partial(self._conclude, milestone))
+            milestone.done.result()
+
+    # ---- on the loop's thread: requests --------------------------------------------------------------------
+
+    def _on_request(self, request):
+        self._requests.append(request)
+        self._assign()
+        self._update_progress([request])
+        if request.again_after is not None and not self._hedging:
+            self._hedging = True
+            self._hedge()
+
+    def _on_finished(self, request):
+        if request in self._requests:
+            self._requests.remove(request)
+        for number in request.blamed():
+            self._supervisor.record_failure(self._supervisor.slots[number])
+
+    def _assign(self):
+        """Assigns something to do to all workers that are idle."""
+        if not self._requests and not self._milestones:
+            return
+        for slot in self._supervisor.idle():
+            if self._milestones and self._compile_next(slot):
+                continue
+            for request in self._requests:
+                share = request.take(slot.number)
+                if share is not None:
+                    self._compute(slot, request, share)
+                    break
+
+    def _compute(self, slot, request, share):
+        compiled = self._compiled[slot.number]
+        if request.signature not in compiled:
+            request.compiling.add(slot.number)
+            self._log_compilation(request.signature)
+        submit = functools.partial(self._workers[slot.number].call, request.batch(share))
+        self._supervisor.call(slot, submit, functools.partial(self._on_answer, request, share))
+        self._update_progress([request])
+
+    def _hedge(self):
+        """Assigns shares whose answers are overdue to workers that are idle too; one timer for all requests."""
+        # Each with the seconds after which its shares are overdue.
+        requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
+        idle = self._supervisor.idle()
+        for _, request in requests:
+            if not idle:
+                break
+            for share in request.overdue():
+                slot = next((slot for slot in idle if request.may_ask(slot.number)), None)
+                if slot is None:
+                    break
+                idle.remove(slot)
+                request.note_assigned(share)
+                self._compute(slot, request, share)
+        self._hedging = bool(requests)
+        if requests:
+            self._loop.call_later(min(seconds for seconds, _ in requests) / 4, self._hedge)
+
+    def _on_answer(self, request, share, slot, future):
+        failure = future.exception()
+        request.compiling.discard(slot.number)
+        late = request.is_answered(share)
+        if isinstance(failure, WorkerDied):
+            fault = Fault(slot.number, "died", str(failure))
+        elif failure is not None:
+            fault = Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}")
+        else:
+            self._compiled[slot.number].add(request.signature)
+            problem = refusal(future.result(), request.signature.answers, request.unchecked_rows)
+            fault = None if problem is None else Fault(slot.number, "refused", problem)
+        if fault is None:
+            request.accept(share, slot.number, future.result())
+            self._counters["late" if late else "answers"] += 1
+            self._supervisor.record_success(slot)
+            self._update_progress([request])
+            return
+        if fault.kind != "died":
+            self._count_fault(fault)
+        finished = request.finished
+        request.reject(share, fault)
+        if finished and fault.kind != "died" and slot.number in request.blamed():
+            self._supervisor.record_failure(slot)
+
+    def _count_fault(self, fault):
+        self._counters[fault.kind] += 1
+        log.warning("worker %d %s: %s", *fault[:2], fault.message, extra={"worker": fault.worker, "kind": fault.kind})
+
+    def _on_change(self):
+        self._assign()
+        self._update_progress([request for request in self._requests if not request.in_flight])
+        self._conclude_reached()
+
+    def _update_progress(self, requests):
+        for request in requests:
+            request.set_progress(self._progress_of(request))
+
+    def _progress_of(self, request):
+        """Whether the request can make progress soon, later, when a worker has been started again, or never."""
+        if request.in_flight:
+            return "soon"
+        if not request.has_queued:
+            return "never"
+        outlook = "never"
+        for slot in self._supervisor.slots:
+            if request.may_ask(slot.number):
+                if slot.state in ("idle", "busy"):
+                    return "soon"
+                outlook = "later"
+        return outlook
+
+    # ---- on the loop's thread: workers ---------------------------------------------------------------------
+
+    def _prepare(self, slot):
+        """Has a worker that has just been started compile for the examples that have been computed before."""
+        for request in self._requests:
+            request.allow(slot.number)
+        self._compiled[slot.number] = set()
+        examples = list(self._examples)
+        return _mapped(self._workers[slot.number].warm_up([example.batch for example in examples]), examples)
+
+    def _on_ready(self, slot, examples):
+        self._compiled[slot.number].update(examples)
+        for milestone in self._milestones:
+            if milestone.example is None or milestone.example in examples:
+                milestone.record_ready(slot.number)
+        self._conclude_reached()
+
+    def _on_death(self, slot, failure):
+        for milestone in self._milestones:
+            milestone.record_failure(slot.number, failure)
+        self._conclude_reached()
+
+    def _add_example(self, example):
+        """Returns the milestone at which all workers have compiled for such batches."""
+        milestone = next((milestone for milestone in self._milestones if milestone.example is example), None)
+        if milestone is None:
+            milestone = _Milestone("compute such a batch", example)
+            milestone.ready.update(n for n, compiled in enumerate(self._compiled) if example in compiled)
+            self._milestones.append(milestone)
+            if milestone.ready and example not in self._examples:
+                self._examples.append(example)
+            self._on_change()
+        return milestone
+
+    def _compile_next(self, slot):
+        """Has an idle worker compile for an example that it has not tried yet, if there is one."""
+        for milestone in self._milestones:
+            if milestone.example is not None and not milestone.tried_by(slot.number):
+                submit = functools.partial(self._workers[slot.number].warm_up, [milestone.example.batch])
+                self._supervisor.call(slot, submit, functools.partial(self._on_compiled, milestone))
+                return True
+        return False
+
+    def _on_compiled(self, milestone, slot, future):
+        failure = future.exception()
+        if failure is None:
+            self._compiled[slot.number].add(milestone.example)
+            milestone.record_ready(slot.number)
+            if milestone.example not in self._examples:
+                self._examples.append(milestone.example)
+        elif not isinstance(failure, WorkerDied):
+            # Nothing is wrong with a worker whose batch cannot be computed.
+            self._count_fault(Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}"))
+            milestone.record_failure(slot.number, failure)
+        self._conclude_reached()
+
+    def _conclude_reached(self):
+        """Concludes milestones that every worker but quarantined ones has reached or failed at."""
+        for milestone in list(self._milestones):
+            running = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
+            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running):
+                self._conclude(milestone)
+
+    def _conclude(self, milestone):
+        if milestone in self._milestones:
+            self._milestones.remove(milestone)
+            milestone.conclude(self._start_limit)
+
+    def _log_compilation(self, signature):
+        if signature not in self._logged:
+            self._logged.add(signature)
+            waiting = sum(signature not in compiled for compiled in self._compiled)
+            shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(signature.batch))
+            log.warning(
+                "compiling for batches of %s on up to %d workers during a request; warm_up does so beforehand",
+                shapes,
+                waiting,
+                extra={"kind": "compiling"},
+            )
+
+    def _shut_down(self):
+        closed = PoolClosed("the pool was closed during the request")
+        for request in self._requests:
+            request.fail(closed)
+        for milestone in self._milestones:
+            milestone.done.set_exception(PoolClosed("the pool was closed before its workers were ready"))
+        self._supervisor.close()
+
+
+@final
+class _Milestone:
+    """Something that every worker does once: to start, or to compile for an example.
+
+    Attributes:
+        name: The infinitive of it, for errors.
+        example: What is compiled for; None for the start.
+        ready: Workers that have done it.
+        failures: Exceptions of the workers that failed at it.
+        done: Set when all that run have tried.
+        on_ready: Called for each worker that has done it.
+    """
+
+    def __init__(self, name: str, example: Signature | None = None):
+        self.name, self.example = name, example
+        self.ready: set[int] = set()
+        self.failures: dict[int, Exception] = {}
+        self.done: Future[None] = Future()
+        self.on_ready: Callable[[], object] = lambda: None
+
+    @property
+    def attempted(self) -> bool:
+        """Whether any worker has tried."""
+        return bool(self.ready or self.failures)
+
+    def tried_by(self, number: int) -> bool:
+        """Whether this worker has tried."""
+        return number in self.ready or number in self.failures
+
+    def record_ready(self, number: int) -> None:
+        """The worker has done it."""
+        if number not in self.ready:
+            self.ready.add(number)
+            self.on_ready()
+
+    def record_failure(self, number: int, failure: Exception) -> None:
+        """The worker has failed at it."""
+        if number not in self.ready:
+            self.failures[number] = failure
+
+    def conclude(self, limit: float) -> None:
+        """Sets the outcome: an error if no worker has done it."""
+        if self.ready:
+            self.done.set_result(None)
+            return
+        cause = next(iter(self.failures.values()), None)
+        problem = RuntimeError(f"no worker could {self.name} within {limit} s{'' if cause is None else f': {cause}'}")
+        problem.__cause__ = cause
+        self.done.set_exception(problem)
+
+
+def _mapped(future, value):
+    """A future with this value once another is done."""
+    mapped: Future[Any] = Future()
+
+    def transfer(done):
+        failure = done.exception()
+        if failure is None:
+            mapped.set_result(value)
+        else:
+            mapped.set_exception(failure)
+
+    future.add_done_callback(transfer)
+    return mapped

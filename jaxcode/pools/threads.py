@@ -1,0 +1,123 @@
+"""Workers on the devices of this process, a thread each."""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, final
+
+import jax
+import numpy as np
+from flax import linen, nnx
+from jaxtyping import PyTree
+
+from ..checks import check_count
+from ..functions import as_pure_function
+from .compute import Around, Compute, x64_enabled
+from .pool import WorkerPool
+from .supervisor import WorkerDied
+from .worker import AbstractWorker
+
+
+def ThreadPool(
+    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    num_workers: int | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    example: PyTree[Any] | None = None,
+    around: Around | None = None,
+) -> WorkerPool:
+    """Makes a pool of workers that are threads of this process, one for each device or several.
+
+    Answers come one by one, as devices finish, where one program over all devices returns with the slowest. A thread
+    cannot be ended from outside: one that never returns keeps its device until the process ends.
+
+    Args:
+        f: The model, as `jaxcode.coded` takes it.
+        num_workers: N; as many as devices if not given.
+        devices: Worker n computes on device n modulo their number; `jax.local_devices()` if not given.
+        example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
+        around: Replaces the computation of workers: called with the worker's number, the compiled model and a batch, it
+            returns what the worker answers. To measure, to trace, or to rehearse delays and faults.
+
+    Returns:
+        The pool, started.
+
+    Raises:
+        ValueError: If f is no model, or there are no devices or workers.
+        RuntimeError: If no worker could be started.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxcode import stop
+    >>> with ThreadPool(jnp.sin, num_workers=3) as pool:
+    ...     responses = pool.run(np.ones((3, 2, 4), np.float32), stop.answers(3))
+    >>> responses.values.shape, responses.returned.all()
+    ((3, 2, 4), np.True_)
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("devices is empty; expected at least one, such as jax.devices()")
+    num_workers = check_count("num_workers", len(devices) if num_workers is None else num_workers)
+    fn, params = as_pure_function(f)
+    makers = [
+        functools.partial(Compute, fn, params, number, around, devices[number % len(devices)])
+        for number in range(num_workers)
+    ]
+    workers = [_ThreadWorker(number, make, x64_enabled()) for number, make in enumerate(makers)]
+    return WorkerPool(fn, params, workers, example)
+
+
+@final
+class _ThreadWorker(AbstractWorker):
+    """Computes on a thread of its own. Started again, it is another thread with another copy of the parameters."""
+
+    def __init__(self, number: int, make: Callable[[], Compute], x64: bool):
+        self._number, self._make, self._x64 = number, make, x64
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[Compute], Any]] | None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self.close()
+        self._tasks = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_work, args=(self._tasks, self._make, self._x64), name=f"jaxcode worker {self._number}", daemon=True
+        )
+        self._thread.start()
+
+    def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
+        return self._submit(lambda compute: compute.warm_up(examples))
+
+    def call(self, batch: PyTree[np.ndarray]) -> Future:
+        return self._submit(lambda compute: compute(batch))
+
+    def close(self) -> None:
+        if self._tasks is not None:
+            self._tasks.put(None)
+            self._tasks = None
+
+    def join(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _submit(self, task):
+        if self._tasks is None:
+            raise WorkerDied("its thread was ended")
+        future = Future()
+        self._tasks.put((future, task))
+        return future
+
+
+def _work(tasks, make, x64):
+    """Runs tasks until there is None, all at the setting of jax_enable_x64 of the thread that made the pool."""
+    compute = None
+    with jax.enable_x64(x64):
+        while (item := tasks.get()) is not None:
+            future, task = item
+            try:
+                compute = make() if compute is None else compute
+                future.set_result(task(compute))
+            except BaseException as failure:  # whatever a model raises is the outcome of its call
+                future.set_exception(failure)
+            # The next task may be long in coming: until then the answer is not kept.
+            del item, future, task

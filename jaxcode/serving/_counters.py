@@ -1,0 +1,51 @@
+"""What a server counts."""
+
+import bisect
+import threading
+from typing import Any, final
+
+import numpy as np
+
+# Upper ends of the latency histogram's classes, in seconds.
+LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+@final
+class Counters:
+    """Counts requests from several threads."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._outcomes = {"answered": 0, "refused": 0, "rejected": 0}
+        self._stragglers = 0
+        self._latency_sum = 0.0
+        self._latency = [0] * (len(LATENCY_BOUNDS) + 1)
+
+    def count_answered(self, latency: float, stragglers: int) -> None:
+        """Counts a request that was answered after so many seconds, without waiting for so many workers."""
+        with self._lock:
+            self._outcomes["answered"] += 1
+            self._stragglers += stragglers
+            self._latency_sum += latency
+            self._latency[bisect.bisect_left(LATENCY_BOUNDS, latency)] += 1
+
+    def count_refused(self) -> None:
+        """Counts a request of which too few answers came within the time limit."""
+        with self._lock:
+            self._outcomes["refused"] += 1
+
+    def count_rejected(self) -> None:
+        """Counts a request for which the queue had no room."""
+        with self._lock:
+            self._outcomes["rejected"] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the counters as `CodedServer.counters` describes them."""
+        with self._lock:
+            cumulative = np.cumsum(self._latency).tolist()
+            return {
+                **self._outcomes,
+                "stragglers": self._stragglers,
+                "latency": dict(zip((*LATENCY_BOUNDS, np.inf), cumulative, strict=True)),
+                "latency_sum": self._latency_sum,
+            }

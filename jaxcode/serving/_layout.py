@@ -1,0 +1,136 @@
+"""Where the inputs of a request are in the groups that are encoded, and how results find their way back.
+
+Whatever a request asks for, only a few shapes are compiled: the number of groups is a power of two. Groups beyond those
+of the batch repeat its groups, so that they resemble them.
+"""
+
+import dataclasses
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PyTree
+
+from ..checks import batch_size
+from ..linops.application import undefined_value
+from ..pipeline import pad
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the inputs of a batch are in its groups.
+
+    Attributes:
+        finite: Which inputs are encoded, bool, shape (B,); those with a NaN or an infinite number are not.
+        num_data: K.
+        num_groups: How many groups hold inputs, the last one padded with its last input.
+        place: The place of each finite input, shape (finite,): member k of group g is at g K + k.
+        index: Which finite input each place holds, int32, shape (padded groups * K,).
+    """
+
+    finite: Bool[np.ndarray, "batch"]
+    num_data: int
+    num_groups: int
+    place: Int[np.ndarray, "finite"]
+    index: Int[np.ndarray, "places"]
+
+    def restore(self, results: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
+        """Brings results from their places, leaves (places, ...), to the order of the batch, leaves (B, ...).
+
+        Returns:
+            Read-only arrays. Results of inputs that are not finite are NaN (the lowest number of an integer dtype).
+        """
+        return jax.tree.map(lambda leaf: self._restore(leaf, np.asarray(undefined_value(leaf.dtype))), results)
+
+    def restore_errors(self, errors: np.ndarray) -> np.ndarray:
+        """Brings predicted errors, shape (places,), to the order of the batch; infinite for inputs not finite."""
+        return self._restore(errors, np.inf)
+
+    def restore_members(self, members: Bool[np.ndarray, "data"]) -> Bool[np.ndarray, "batch"]:
+        """Says of each input what is true of its place in its group; False for inputs not finite."""
+        return self._restore(np.resize(members, len(self.index)), False)
+
+    def _restore(self, rows, missing):
+        if self.finite.all():
+            restored = rows[self.place]
+        else:
+            restored = np.full((len(self.finite), *rows.shape[1:]), missing, rows.dtype)
+            restored[self.finite] = rows[self.place]
+        restored.flags.writeable = False
+        return restored
+
+
+def padded_groups(size: int, num_data: int) -> int:
+    """Returns how many groups are encoded for a batch: those that hold inputs, rounded up to a power of two.
+
+    >>> [padded_groups(size, num_data=4) for size in (1, 4, 5, 9, 17)]
+    [1, 1, 2, 4, 8]
+    """
+    return 1 << (-(-size // num_data) - 1).bit_length()
+
+
+def host_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
+    """Fetches a batch as NumPy arrays of the dtypes that JAX gives them in the current precision."""
+
+    def fetch(leaf):
+        leaf = np.asarray(jax.device_get(leaf))
+        # A number that single precision cannot hold becomes infinite, which is found later.
+        with np.errstate(over="ignore"):
+            return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+
+    return jax.tree.map(fetch, x)
+
+
+def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
+    """Says which inputs of a batch, leaves (B, ...), have finite numbers only.
+
+    Raises:
+        ValueError: If none has, or x is not a batch.
+    """
+    size = batch_size("x", x)
+    finite = np.ones(size, bool)
+    for leaf in jax.tree.leaves(x):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite &= np.isfinite(leaf).reshape(size, -1).all(axis=1)
+    if not finite.any():
+        raise ValueError(
+            f"x has a NaN or an infinite number in every one of its {size} inputs; expected at least one input of "
+            "finite numbers"
+        )
+    return finite
+
+
+def pad_inputs(x: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"], num_data: int) -> PyTree[np.ndarray]:
+    """Takes the finite inputs of a batch, padded with copies of the last one to the groups that are encoded."""
+    size = int(finite.sum())
+    rows = num_data * padded_groups(size, num_data)
+    return jax.tree.map(lambda leaf: pad(leaf if size == len(finite) else leaf[finite], rows), x)
+
+
+def lay_out(
+    finite: Bool[np.ndarray, "batch"], num_data: int, permutation: Int[np.ndarray | Array, "places"] | None
+) -> Layout:
+    """Assigns inputs to the places of groups.
+
+    Args:
+        finite: Which inputs are encoded.
+        num_data: K.
+        permutation: Of the padded inputs; their own order if None. The padding is taken out of it.
+
+    Raises:
+        ValueError: If the permutation names an input twice.
+    """
+    size = int(finite.sum())
+    inputs = np.arange(size)
+    if permutation is not None:
+        permutation = np.asarray(permutation)
+        inputs = permutation[permutation < size]
+        if not np.array_equal(np.sort(inputs), np.arange(size)):
+            raise ValueError("order did not return a permutation: expected the number of every input, each once")
+    place = np.empty(size, np.int64)
+    place[inputs] = np.arange(size)
+    num_groups = -(-size // num_data)
+    index = np.resize(pad(inputs, num_data * num_groups), num_data * padded_groups(size, num_data))
+    return Layout(finite, num_data, num_groups, place, index.astype(np.int32))

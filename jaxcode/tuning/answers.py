@@ -1,0 +1,218 @@
+"""What workers would answer to the groups of a sample, computed once for everything that is measured on them."""
+
+import functools
+from typing import final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from ..checks import batch_size
+from ..codes import AbstractCode
+from ..functions import Params, PureFunction, check_answers
+from ..linops import Dense, split
+from ..pipeline import encode, flatten_groups, pad, unflatten_groups
+from .smoothing import smoothing_of, with_smoothing
+
+# Combinations of inputs whose coefficients agree to so many decimals are one: coded inputs that differ by less get
+# answers that differ by rounding.
+_DECIMALS = 6
+
+
+@final
+class BatchedModel:
+    """Runs a model on batches of one size, so that it compiles once, and counts the inputs that it runs on.
+
+    Args:
+        fn: The model, a pure function of its parameters and a batch.
+        params: Its parameters.
+        size: Inputs in a batch.
+        allow_integers: Whether the model may return integers.
+
+    Attributes:
+        count: How many inputs, coded or not, it has run on.
+    """
+
+    def __init__(self, fn: PureFunction, params: Params, size: int, allow_integers: bool = False):
+        self._fn, self._params, self._size, self._allow_integers = fn, params, size, allow_integers
+        self.count = 0
+
+    def __call__(self, x: PyTree[ArrayLike]) -> PyTree[np.ndarray]:
+        """Computes the answers to any number of inputs, in the host's memory.
+
+        Args:
+            x: Leaves (B, ...).
+
+        Returns:
+            Leaves (B, ...).
+
+        Raises:
+            ValueError: If the model does not return real numbers with the batch as leading axis.
+        """
+        return self._run_in_batches(_answer, x)
+
+    def pull_back(self, x: PyTree[ArrayLike], cotangents: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
+        """Computes the derivatives of a number with respect to inputs, given those with respect to their answers.
+
+        Args:
+            x: Inputs, leaves (B, ...).
+            cotangents: Derivatives with respect to the model's answers to them, leaves (B, ...).
+
+        Returns:
+            Leaves (B, ...).
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: If the model has no derivatives.
+        """
+        return self._run_in_batches(_pull_back, x, cotangents)
+
+    def _run_in_batches(self, run, *trees):
+        total = batch_size("x", trees)
+        self.count += total
+        batches = []
+        for start in range(0, total, self._size):
+            stop = start + self._size
+            batch = jax.tree.map(lambda leaf, s=slice(start, stop): pad(np.asarray(leaf[s]), self._size), trees)
+            batches.append(jax.device_get(run(self._fn, self._params, *batch)))
+            if run is _answer:
+                check_answers(batches[-1], self._size, self._allow_integers)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *batches)
+
+
+# Compiled once for all models of one structure.
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(fn, params, x):
+    return fn(params, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull_back(fn, params, x, cotangents):
+    return jax.vjp(lambda x: fn(params, x), x)[1](cotangents)[0]
+
+
+@final
+class AnswerCache:
+    """Computes what workers answer to the groups of a sample, once for each combination of inputs.
+
+    What a worker computes is its row of the encoder's matrix applied to a group. Workers with equal rows, of one code
+    or of several, give one answer; a row that is an input itself gives the model's answer to that input.
+
+    Args:
+        model: The model.
+        x: The groups, leaves (K, groups, ...).
+        targets: The model's answers to them, leaves (K, groups, ...).
+    """
+
+    def __init__(self, model: BatchedModel, x: PyTree[np.ndarray], targets: PyTree[np.ndarray]):
+        self._model, self._x, self.targets = model, x, targets
+        num_data = batch_size("x", x)
+        # The answers of workers with this row to the first groups, leaves (groups, ...).
+        self._answers_of_row: dict[bytes, PyTree[np.ndarray]] = {
+            row.tobytes(): jax.tree.map(lambda leaf, k=k: leaf[k], targets)
+            for k, row in enumerate(_rounded(np.eye(num_data)))
+        }
+
+    def emptied(self) -> "AnswerCache":
+        """Returns a cache of the same groups that holds nothing but the model's answers to the inputs themselves."""
+        return AnswerCache(self._model, self._x, self.targets)
+
+    def answers(self, code: AbstractCode, num_groups: int) -> PyTree[np.ndarray]:
+        """Computes the answers of a code's workers to the first groups.
+
+        Args:
+            code: The code.
+            num_groups: How many groups.
+
+        Returns:
+            Leaves (N, num_groups, ...).
+
+        Raises:
+            ValueError: If the code mixes inputs and these are no real numbers.
+        """
+        matrix = _encoder_matrix(code)
+        rows = _rounded(matrix)
+        _, first = np.unique(rows, axis=0, return_index=True)
+        known = np.array([self._num_groups_known(rows[n]) for n in first])
+        for start in np.unique(known[known < num_groups]):
+            workers = first[known == start]
+            answers = self._compute(code, matrix, workers, int(start), num_groups)
+            for i, n in enumerate(workers):
+                self._append(rows[n], jax.tree.map(lambda leaf, i=i: leaf[i], answers))
+        of_workers = [jax.tree.map(lambda leaf: leaf[:num_groups], self._answers_of_row[row.tobytes()]) for row in rows]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *of_workers)
+
+    def encoder_slope(self, code: AbstractCode, cotangents: PyTree[np.ndarray]) -> float:
+        """Computes the derivative of a number with respect to the logarithm of the encoder's smoothing.
+
+        Args:
+            code: A code whose encoder has a smoothing above zero.
+            cotangents: Derivatives of the number with respect to the answers of all workers to all groups, leaves
+                (N, groups, ...).
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: If the model has no derivatives.
+        """
+        with jax.enable_x64(True):
+            matrix, slopes = jax.device_get(_matrix_and_slope(code, np.float64(smoothing_of(code, "encoder"))))
+        _, first, worker = np.unique(_rounded(matrix), axis=0, return_index=True, return_inverse=True)
+        worker = worker.reshape(-1)
+
+        def sum_over_workers(leaf):
+            """Adds what concerns one answer, which all workers with equal rows give."""
+            return np.stack([leaf[worker == i].sum(axis=0) for i in range(len(first))])
+
+        x = jax.tree.map(jnp.asarray, self._x)
+        coded, tangents = (
+            flatten_groups(encode(code, Dense(split(part[first].astype(np.float64))), x)) for part in (matrix, slopes)
+        )
+        cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
+        by_inputs = self._model.pull_back(jax.device_get(coded), cotangents)
+        products = jax.tree.map(lambda a, b: np.sum(np.float64(a) * b), by_inputs, jax.device_get(tangents))
+        return float(sum(jax.tree.leaves(products)))
+
+    def _num_groups_known(self, row: Float[np.ndarray, "data"]) -> int:
+        answers = self._answers_of_row.get(row.tobytes())
+        return 0 if answers is None else batch_size("answers", answers)
+
+    def _append(self, row: Float[np.ndarray, "data"], answers: PyTree[np.ndarray]) -> None:
+        key = row.tobytes()
+        if key in self._answers_of_row:
+            answers = jax.tree.map(lambda *leaves: np.concatenate(leaves), self._answers_of_row[key], answers)
+        self._answers_of_row[key] = answers
+
+    def _compute(
+        self,
+        code: AbstractCode,
+        matrix: Float[np.ndarray, "workers data"],
+        workers: Int[np.ndarray, "chosen"],
+        start: int,
+        stop: int,
+    ) -> PyTree[np.ndarray]:
+        """Runs the model on the coded inputs of some workers, leaves (chosen, stop - start, ...)."""
+        # As many rows as the code has, however few are new: the same shapes, compiled once.
+        encoder = Dense(split(np.asarray(pad(matrix[workers], code.num_workers), np.float64)))
+        coded = encode(code, encoder, jax.tree.map(lambda leaf: jnp.asarray(leaf[:, start:stop]), self._x))
+        coded = jax.tree.map(lambda leaf: leaf[: len(workers)], jax.device_get(coded))
+        return unflatten_groups(self._model(flatten_groups(coded)), len(workers))
+
+
+def _encoder_matrix(code: AbstractCode) -> Float[np.ndarray, "workers data"]:
+    with jax.enable_x64(True):
+        return np.asarray(code.encoder_matrix())
+
+
+@jax.jit
+def _matrix_and_slope(code, smoothing: Float[Array, ""]):
+    """Computes the encoder's matrix and its derivative with respect to the logarithm of the smoothing."""
+
+    def matrix(smoothing):
+        return with_smoothing(code, encoder=smoothing).encoder_matrix()
+
+    return jax.jvp(matrix, (smoothing,), (smoothing,))
+
+
+def _rounded(matrix: Float[np.ndarray, "rows data"]) -> Float[np.ndarray, "rows data"]:
+    """Rounds rows so that those of equal workers are equal bit for bit, zeros of both signs too."""
+    return np.round(matrix, _DECIMALS).astype(np.float32) + np.float32(0)

@@ -1,0 +1,51 @@
+"""What tuning lowers: numbers that compare decoded results with the model's own answers."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .. import metrics
+
+__all__ = ["Loss", "disagreement", "squared_error"]
+
+# From the results of a group and the model's own answers to its inputs, leaves (K, ...), to a number.
+Loss = Callable[[PyTree[Array], PyTree[Array]], Float[Array, ""]]
+
+
+def disagreement(results: Float[Array, "data classes"], targets: Float[Array, "data classes"]) -> Float[Array, ""]:
+    """Computes the share of inputs that get another class than the model gives them.
+
+    Args:
+        results: Decoded scores of the classes, shape (K, classes); the row of a lost input is NaN and disagrees.
+        targets: The model's own, shape (K, classes).
+
+    >>> float(disagreement(jnp.array([[0.1, 0.9], [0.6, 0.4]]), jnp.array([[0.0, 1.0], [0.0, 1.0]])))
+    0.5
+    """
+    return 1 - metrics.agreement(results, targets)
+
+
+def squared_error(results: PyTree[Array], targets: PyTree[Array]) -> Float[Array, ""]:
+    """Computes the mean over inputs of the squared error norm, over all leaves.
+
+    Args:
+        results: Decoded results, leaves (K, ...).
+        targets: The model's own answers, leaves (K, ...).
+
+    >>> float(squared_error(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1.0, 2.0], [3.0, 2.0]])))
+    2.0
+    """
+
+    def of_leaf(result, target):
+        error = _widen(result) - _widen(target)
+        return (jnp.sum(error**2) / result.shape[0]).astype(jnp.result_type(float))
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaf, results, targets)))
+
+
+def _widen(leaf):
+    """Converts everything but float64 to float32, in which squares neither overflow nor lose their digits."""
+    return leaf if leaf.dtype == jnp.float64 else leaf.astype(jnp.float32)

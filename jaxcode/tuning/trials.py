@@ -1,0 +1,223 @@
+"""Candidates in competition: successive halving, then smoothing of the best."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import final
+
+import jax
+import numpy as np
+from scipy import optimize
+from tqdm import tqdm
+
+from ..codes import AbstractCode
+from ..functions import NO_DERIVATIVES
+from ..outputs import OutputSpace
+from .answers import AnswerCache
+from .evaluation import Evaluator, Measurement
+from .smoothing import smoothing_of, with_smoothing
+
+# Smoothings that are tried, in units of K^-4: at one unit a curve through K data begins to miss each of them.
+_SMOOTHINGS = (0.01, 0.1, 1.0, 10.0)
+# How many of the best are tried with smoothing; the best of them also with smoothing of the encoder.
+_FINALISTS = 3
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Option:
+    """A layout in an order of the batch, to be measured.
+
+    Attributes:
+        layout: The layout's name.
+        order: The order's name.
+        code: The code.
+        cache: What workers answer to the sample in that order.
+    """
+
+    layout: str
+    order: str
+    code: AbstractCode
+    cache: AnswerCache
+
+    @property
+    def copies_only(self) -> bool:
+        """Whether workers compute inputs as they are, as those of replication do."""
+        return not self.code.encoder_linop().mixes
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """An option and how well it did in the best of the output spaces.
+
+    Attributes:
+        option: The option.
+        measurement: Its measurement.
+    """
+
+    option: Option
+    measurement: Measurement
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What trials are sorted by."""
+        return self.measurement.rank
+
+
+def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace], num_groups: int) -> Trial:
+    """Measures an option on the first groups, in the best of some output spaces."""
+    answers, targets = _answers_and_targets(option, num_groups)
+    measurements = evaluator.measure(option.code, outputs, answers, targets)
+    return Trial(option, min(measurements, key=lambda measurement: measurement.rank))
+
+
+def select(
+    evaluator: Evaluator, options: Sequence[Option], outputs: Sequence[OutputSpace], num_groups: int, progress: bool
+) -> list[Trial]:
+    """Ranks options by successive halving and tunes the smoothings of the best.
+
+    Args:
+        evaluator: Measures them.
+        options: At least one.
+        outputs: Output spaces to choose from.
+        num_groups: Groups of inputs in the sample.
+        progress: Whether to show a progress bar on standard error.
+
+    Returns:
+        The trials from best to worst: those measured on all groups first, then by when they were dropped.
+
+    References:
+        Karnin, Koren and Somekh, Almost optimal exploration in multi-armed bandits, ICML 2013.
+    """
+    counts = sorted({max(2, -(-num_groups // divisor)) for divisor in (4, 2, 1)})
+    dropped: list[Trial] = []
+    with tqdm(desc="tuning", unit="candidate", total=0, disable=not progress) as bar:
+
+        def advance(trials_or_options, step):
+            bar.total += len(trials_or_options)
+            trials = []
+            for item in trials_or_options:
+                trials.append(step(item))
+                bar.update()
+            return trials
+
+        trials = advance(options, lambda option: measure(evaluator, option, outputs, counts[0]))
+        for count in counts[1:]:
+            kept, lost = _halve(trials)
+            dropped = lost + dropped
+            trials = advance(kept, functools.partial(_measure_again, evaluator, num_groups=count))
+        trials.sort(key=lambda trial: trial.rank)
+        finalists = [trial for trial in trials if smoothing_of(trial.option.code, "decoder") is not None][:_FINALISTS]
+        others = [trial for trial in trials if trial not in finalists]
+        finalists = advance(finalists, functools.partial(smooth_decoder, evaluator))
+        finalists.sort(key=lambda trial: trial.rank)
+        finalists[:1] = [smooth_encoder(evaluator, trial) for trial in finalists[:1]]
+    return sorted(finalists + others, key=lambda trial: trial.rank) + dropped
+
+
+def smooth_decoder(evaluator: Evaluator, trial: Trial) -> Trial:
+    """Tries smoothings of the decoder, on a grid and then by the gradient of the squared error.
+
+    Returns:
+        The best trial; the one given unless the grid improves on it.
+    """
+    tried = [_with_smoothing(evaluator, trial, decoder=smoothing) for smoothing in _grid(trial)]
+    best = min(tried, key=lambda trial: trial.rank)
+    if not best.measurement.improves_on(trial.measurement):
+        return trial
+    return _descend(evaluator, best, ("decoder",))
+
+
+def smooth_encoder(evaluator: Evaluator, trial: Trial) -> Trial:
+    """Tries larger and larger smoothings of the encoder while each improves, then both smoothings by the gradient.
+
+    Each is tried with a decoder's smoothing of its own.
+
+    Returns:
+        The best trial; the one given if the encoder has no smoothing or nothing improves on it.
+    """
+    if smoothing_of(trial.option.code, "encoder") is None:
+        return trial
+    best = trial
+    for smoothing in _grid(trial):
+        tried = smooth_decoder(evaluator, _with_smoothing(evaluator, best, encoder=smoothing))
+        # Each has to improve: the best of many would win on a small sample by chance.
+        if not tried.measurement.improves_on(best.measurement):
+            break
+        best = tried
+    return trial if best is trial else _descend(evaluator, best, ("encoder", "decoder"))
+
+
+def _measure_again(evaluator, trial, num_groups):
+    """Measures an option on more groups, in the space that was best."""
+    return measure(evaluator, trial.option, [trial.measurement.output], num_groups)
+
+
+def _halve(trials):
+    """Splits trials into those that stay, the better half and all that only copy, and those that are dropped."""
+    trials = sorted(trials, key=lambda trial: trial.rank)
+    count = max(_FINALISTS, -(-len(trials) // 2))
+    # What everything is compared with is measured on all groups; it never runs the model.
+    stays = [i < count or trial.option.copies_only for i, trial in enumerate(trials)]
+    kept = [trial for trial, stay in zip(trials, stays, strict=True) if stay]
+    return kept, [trial for trial, stay in zip(trials, stays, strict=True) if not stay]
+
+
+def _grid(trial):
+    return [smoothing * float(trial.option.code.num_data) ** -4 for smoothing in _SMOOTHINGS]
+
+
+def _with_smoothing(evaluator, trial, **smoothings):
+    """Measures an option with other smoothings, in the same space and on the same groups."""
+    option = _change_smoothing(trial.option, **smoothings)
+    return measure(evaluator, option, [trial.measurement.output], trial.measurement.num_groups)
+
+
+def _change_smoothing(option, **smoothings):
+    code = with_smoothing(option.code, **{side: float(value) for side, value in smoothings.items()})
+    # Answers to the inputs of one encoder are of no use to another; a cache of their own keeps memory bounded.
+    cache = option.cache.emptied() if "encoder" in smoothings else option.cache
+    return dataclasses.replace(option, code=code, cache=cache)
+
+
+def _descend(evaluator, trial, sides):
+    """Lowers the squared error by the gradient of those smoothings that are not zero."""
+    smoothings = {side: smoothing_of(trial.option.code, side) for side in sides}
+    smoothings = {side: smoothing for side, smoothing in smoothings.items() if smoothing}
+    output, num_groups = trial.measurement.output, trial.measurement.num_groups
+
+    def with_logarithms(logarithms):
+        return dict(zip(smoothings, np.exp(logarithms), strict=True))
+
+    def logarithm_and_slopes(logarithms):
+        """Returns the logarithm of the squared error, and its derivatives by the logarithms of the smoothings."""
+        option = _change_smoothing(trial.option, **with_logarithms(logarithms))
+        square, by_decoder, by_answers = evaluator.squared_error_slopes(
+            option.code, output, *_answers_and_targets(option, num_groups)
+        )
+        slopes = {"decoder": by_decoder}
+        if "encoder" in smoothings:
+            slopes["encoder"] = option.cache.encoder_slope(option.code, by_answers)
+        return np.log(square), np.nan_to_num([slopes[side] / square for side in smoothings])
+
+    start = np.log(list(smoothings.values()))
+    try:
+        found = optimize.minimize(
+            logarithm_and_slopes,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(logarithm - np.log(10), logarithm + np.log(10)) for logarithm in start],
+            options={"maxiter": 12, "ftol": 1e-5},
+        )
+    except NO_DERIVATIVES:
+        return trial
+    moved = _with_smoothing(evaluator, trial, **with_logarithms(found.x))
+    return moved if moved.rank < trial.rank else trial
+
+
+def _answers_and_targets(option, num_groups):
+    """Returns answers to the first groups: the workers', leaves (N, groups, ...), and the model's, (K, groups, ...)."""
+    targets = jax.tree.map(lambda leaf: leaf[:, :num_groups], option.cache.targets)
+    return option.cache.answers(option.code, num_groups), targets

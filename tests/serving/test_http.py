@@ -1,0 +1,172 @@
+"""The HTTP front, as a client sees it."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ..pools.faults import free_port, processes_of_session, sockets_of, until
+from .model import scores
+
+INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
+JSON, NPY = "application/json", "application/x-npy"
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory):
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "log"
+    arguments = f"--model tests.serving.model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
+    arguments += " --max-body 0.1 --time-limit 20 --no-order"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxcode.serving", *arguments.split()],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 120
+        while "Serving tests.serving.model:scores" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield port, process, log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(front, method="POST", path="/", body=b"", kind=JSON, headers=()):
+    connection = http.client.HTTPConnection("127.0.0.1", front[0], timeout=60)
+    try:
+        connection.request(method, path, body, {"content-type": kind, **dict(headers)})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def as_json(x):
+    return json.dumps({"inputs": np.asarray(x).tolist()}).encode()
+
+
+def as_npy(x):
+    file = io.BytesIO()
+    np.save(file, x, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_json_in_json_out(front):
+    status, _, body = ask(front, body=as_json(INPUTS))
+    answer = json.loads(body)
+    assert status == 200
+    np.testing.assert_allclose(answer["outputs"], scores(INPUTS), atol=0.05)
+    assert len(answer["error"]) == 5
+    assert 5 <= answer["returned"] <= 6
+    assert 0 < answer["latency"] < 20
+
+
+def test_numpy_in_numpy_out(front):
+    status, headers, body = ask(front, body=as_npy(INPUTS), kind=NPY)
+    assert (status, headers["content-type"]) == (200, NPY)
+    np.testing.assert_allclose(np.load(io.BytesIO(body), allow_pickle=False), scores(INPUTS), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"body": b"{"}, 400, "not JSON"),
+        ({"body": b"[1]"}, 400, "not JSON of the form"),
+        ({"body": b'{"inputs": [[1, 2, 3, 4], [1]]}'}, 400, "not numbers in equal rows"),
+        ({"body": b'{"inputs": "no"}'}, 400, "not numbers"),
+        ({"body": b'{"inputs": []}'}, 400, "expected"),
+        ({"body": b'{"inputs": 3}'}, 400, "expected"),
+        ({"body": b'{"inputs": [[NaN, 1, 1, 1]]}'}, 400, "NaN"),
+        ({"body": as_json(np.ones((2, 3)))}, 400, "expected a batch of inputs of shape (4,)"),
+        ({"body": b"no", "kind": NPY}, 400, "not a NumPy file"),
+        ({"body": as_npy(np.array([print], object)), "kind": NPY}, 400, "not a NumPy file"),
+        ({"body": as_json(INPUTS), "kind": "text/plain"}, 415, "application/json or application/x-npy"),
+        ({"body": b" " * 200_000}, 413, "longer than"),
+        ({"method": "GET"}, 405, "expected POST"),
+        ({"method": "DELETE", "path": "/metrics"}, 405, "expected GET"),
+        ({"path": "/elsewhere"}, 404, "nothing at /elsewhere"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(front, request_, status, message):
+    found, headers, body = ask(front, **request_)
+    assert found == status, body
+    assert message in json.loads(body)["error"]
+    assert ("allow" in headers) == (status == 405)
+
+
+def test_a_body_that_does_not_say_how_long_it_is_is_cut_off_too(front):
+    status, _, _ = ask(front, body=iter([b" " * 50_000] * 4))  # sent in chunks
+    assert status == 413
+
+
+def test_health_and_metrics(front):
+    ask(front, body=as_json(INPUTS))
+    status, _, body = ask(front, "GET", "/healthz")
+    assert status == 200
+    assert sum(json.loads(body)["workers"].values()) == 6
+    status, headers, body = ask(front, "GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    answered = next(line for line in body.decode().splitlines() if 'jaxcode_requests_total{outcome="answered"}' in line)
+    assert float(answered.split()[-1]) >= 1
+
+
+def test_it_listens_to_this_machine_only(front):
+    addresses = sockets_of(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
+    assert addresses
+    assert all(address.is_loopback for address in addresses), addresses
+
+
+def test_sigterm_answers_what_is_under_way_and_leaves_nothing(front):
+    _, process, log = front
+    slow = np.where(np.arange(4) == 0, np.float32(9), INPUTS[:4])
+    with concurrent.futures.ThreadPoolExecutor(2) as clients:
+        asked = [clients.submit(ask, front, body=as_json(slow)) for _ in range(2)]
+        time.sleep(0.7)
+        process.send_signal(signal.SIGTERM)
+        answers = [future.result(60) for future in asked]
+    for status, _, body in answers:
+        assert status == 200, body
+    # A replica of which Ray Serve believes that it still works on something is ended after twice the time limit.
+    assert process.wait(120) == 0, log.read_text()
+    with pytest.raises(OSError, match="refused"):
+        ask(front, "GET", "/healthz")
+    # Processes that were told to end may take a moment to do so.
+    until(lambda: not processes_of_session(process.pid), 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model nowhere:f", "No module named 'nowhere'"),
+        ("--model tests.serving.model:f", "no attribute 'f'"),
+        ("--model tests.serving.model", "expected module:attribute"),
+        ("--model tests.serving.model:scores --num-workers 0", "above zero"),
+        ("--model tests.serving.model:scores --answers 31", "expected at most as many"),
+        ("--model tests.serving.model:scores --code replication --error-below 1", "predicts no error"),
+        ("--model tests.serving.model:scores --input-shape 3,x", "whole numbers such as"),
+        ("--model tests.serving.model:scores --num-data 1", "num_data"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_started(arguments, message, capsys, unchecked):
+    from jaxcode.serving.http import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
