@@ -98,7 +98,9 @@ def optimise_nodes(
     @jax.jit
     def step(angles, state, masks):
         value, gradient = jax.value_and_grad(expected_error)(angles, masks)
-        updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
+        # Optax divides its counts of steps by floats, whatever promotion is allowed here.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
         return optax.apply_updates(angles, updates), state, value
 
     draws, comparison = jax.random.split(key)
