@@ -140,7 +140,7 @@ def _with_workers(code: InterpolatingCode, workers: Float[Array | np.ndarray, "w
 
 
 def _posterior_variance(code: InterpolatingCode, returned) -> Float[Array, "data"]:
-    # The decoder's smoothing stands beside the mean of squares, the variance's beside their sum.
+    # The decoder's smoothing is relative to a mean of squares, the variance's to their sum.
     count = jnp.sum(returned, dtype=jnp.result_type(float))
     smoothing = count * jnp.asarray(code.decoder.smoothing, count.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return unit_variances(code.nodes.workers, code.nodes.data, returned, smoothing)
