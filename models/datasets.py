@@ -166,7 +166,7 @@ def _cifar10(folder: Path) -> Dataset:
     if (folder / "cifar10_train_jpeg.npz").exists():
         paths = (folder / "cifar10_train_jpeg.npz", folder / "cifar10_test_jpeg.npz")
         if not paths[1].exists():
-            raise FileNotFoundError(f"{paths[1]} is missing beside {paths[0].name}. {_CIFAR10_HELP}.")
+            raise FileNotFoundError(f"{paths[1]} is missing, {paths[0].name} is there. {_CIFAR10_HELP}.")
         parts = [(*_read_jpegs(path), path) for path in paths]
     else:
         folders = [folder, folder / "cifar-10-batches-bin"]

@@ -1,4 +1,4 @@
-"""How well codes decode: a model's answers, decoded under many straggler sets and compared with its own."""
+"""Measures codes: decodes answers under many straggler sets and compares results with the model's own answers."""
 
 import dataclasses
 import functools

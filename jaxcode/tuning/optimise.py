@@ -98,7 +98,9 @@ def optimise_nodes(
     @jax.jit
     def step(angles, state, masks):
         value, gradient = jax.value_and_grad(expected_error)(angles, masks)
-        updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
+        # Optax divides its counts of steps by floats, whatever promotion is allowed here.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
         return optax.apply_updates(angles, updates), state, value
 
     draws, comparison = jax.random.split(key)
@@ -138,7 +140,7 @@ def _with_workers(code: InterpolatingCode, workers: Float[Array | np.ndarray, "w
 
 
 def _posterior_variance(code: InterpolatingCode, returned) -> Float[Array, "data"]:
-    # The decoder's smoothing stands beside the mean of squares, the variance's beside their sum.
+    # The decoder's smoothing is relative to a mean of squares, the variance's to their sum.
     count = jnp.sum(returned, dtype=jnp.result_type(float))
     smoothing = count * jnp.asarray(code.decoder.smoothing, count.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return unit_variances(code.nodes.workers, code.nodes.data, returned, smoothing)

@@ -50,7 +50,7 @@ class Tuned:
 
     Attributes:
         code: The code.
-        order: The order in which batches are cut into groups; None for their own.
+        order: The order in which batches are grouped; None for their own.
         output: In which space answers are decoded.
         candidates: All that were measured: the chosen one first, then those measured on more groups, by their loss.
         num_evaluations: How many inputs, coded or not, the model was run on.
