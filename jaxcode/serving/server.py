@@ -93,8 +93,9 @@ class CodedServer:
         max_queued: How many more of them may wait; what exceeds that is refused with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, a number is out of range, or the code is none or is not static.
+        ValueError: If stop can never be reached, a number is out of range, or code is no code or not a static one.
 
+    >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode, stop
     >>> from jaxcode.pools import ThreadPool
     >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)
