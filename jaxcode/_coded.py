@@ -157,7 +157,7 @@ class Coded:
         for name in ("order", "output", "defence", "planner", "placement"):
             value = getattr(setting, name)
             if value is not None and value != _DEFAULTS.get(name):
-                parts.append(f"{name}={getattr(value, '__name__', value)}")
+                parts.append(f"{name}={_name_of(value)}")
         return f"Coded({', '.join(parts)})"
 
     def __call__(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
@@ -208,6 +208,10 @@ class Coded:
         else:
             decoder, mask = known_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
         return _run(setting, self.params, self.traced_code, x, decoder, mask)
+
+
+def _name_of(option):
+    return getattr(option, "__name__", getattr(option, "name", option))
 
 
 @functools.partial(jax.jit, static_argnums=0)

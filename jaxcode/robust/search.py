@@ -1,6 +1,7 @@
-"""The search for liars by leave-one-out residuals; `jaxcode.robust.leave_one_out` says what it searches for.
+"""The search for outliers among workers by leave-one-out residuals; `jaxcode.robust.leave_one_out` has the criterion.
 
-All in float64.
+The process, its precision matrices and leave-one-out variances are `jaxcode.interpolants.spline.wiener`'s. All in
+float64. Arrays have axes n, workers; c, outputs; r, runs of neighbouring workers.
 """
 
 from typing import NamedTuple
@@ -10,23 +11,60 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..interpolants.abstract import SAME_SITE
+from ..interpolants.spline.wiener import data_precision, find_sites, normalise, posteriors, uniform_noise
 
-# Neighbouring workers that may be suspected in one step: liars side by side back each other up.
+# At most so many neighbouring workers become outliers in one step: faulty neighbours support each other.
 LONGEST_RUN = 3
-# The description's price for one suspect beside that of its answers: a believed worker's answers cost about 1 each.
+# The description length of one more outlier, where that of an inlier's answers is about 1 for each output.
 PRICE = 4.0
-# Variance forgiven to each of two workers at one node, and to any other, in units of the median variance with which the
-# rest of the curve knows an answer. With less, a liar's honest twin is as likely to be taken for him; and ends of the
-# curve, where workers are dense, would be held to more than they can keep where workers are noisy.
-NOISE_OF_TWINS, NOISE = 0.4, 0.1
+# The noise variance of each of two workers at one node, and of any other worker, in units of the median leave-one-out
+# variance of a site. With less at shared nodes, the correct worker of a pair is as likely to be flagged as the faulty
+# one. With less elsewhere, correct workers would be flagged at the ends of the curve, where workers are dense, if
+# answers are noisy.
+NOISE_OF_PAIRS, NOISE = 0.4, 0.1
+# How many workers on either side residuals are compared with.
 NEIGHBOURS = 5
-# Of log(1 + z^2) where z is standard normal, and the median of z^2.
+# Of standard normal z, the mean of log(1 + z^2) and the median of z^2.
 MEAN_LOG, MEDIAN_SQUARE = 0.533453179844, 0.454936423119
 
 
-class _Setting(NamedTuple):
-    """Everything known before the search: precision and outputs scaled to unit diagonal, and what is fixed."""
+@jax.jit
+def find_outliers(
+    worker_nodes: Float[Array, "workers"],
+    data_nodes: Float[Array, "data"],
+    outputs: Float[Array, "workers outputs"],
+    live: Bool[Array, "workers"],
+    rounding: Float[Array, ""] | float,
+    most: Float[Array, ""] | float,
+    threshold: Float[Array, ""] | float,
+) -> tuple[Bool[Array, "workers"], Float[Array, "workers"]]:
+    """Finds the outliers and scores all workers.
+
+    Args:
+        worker_nodes: Ascending, float64.
+        data_nodes: Strictly ascending, float64.
+        outputs: Answers, float64; zero where not live.
+        live: Which workers returned finite answers.
+        rounding: The relative precision of the answers as they came.
+        most: The largest part of the live workers, less two, that may be outliers.
+        threshold: Outliers' pooled residuals exceed this multiple of an inlier's.
+    """
+    problem = _prepare(worker_nodes, data_nodes, outputs, live, rounding, most)
+    return _clear(problem, _search(problem), threshold)
+
+
+class _Problem(NamedTuple):
+    """What is fixed during the search; precision and outputs are scaled to a unit diagonal of the precision.
+
+    Attributes:
+        precision: Of all live workers' answers, straight lines projected out, shape (n, n).
+        outputs: Shape (n, c).
+        live: Shape (n,).
+        same_node: Which pairs of live workers share a node, shape (n, n).
+        neighbours: Indices of the live workers next to each, n where there are no more, shape (n, 2 NEIGHBOURS + 1).
+        floor: The scale b below which residuals are rounding, shape (c,).
+        most: How many may be outliers.
+    """
 
     precision: Array
     outputs: Array
@@ -38,262 +76,257 @@ class _Setting(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """The curve through the believed: its precision, residuals, energy; and the distances of the suspects."""
+    """The curve through the inliers.
 
-    believed: Array
+    Attributes:
+        inliers: Shape (n,).
+        precision: Of the inliers' answers, zero elsewhere, shape (n, n).
+        residuals: The precision times the outputs, shape (n, c).
+        num_inliers: A number.
+        energy: The sum of the inliers' squared normalised residuals, shape (c,).
+        distance: Of outliers from the curve, shape (n, c); zero for inliers.
+        variance: Of the distances, for b = 1, shape (n,).
+    """
+
+    inliers: Array
     precision: Array
     residuals: Array
-    number: Array
+    num_inliers: Array
     energy: Array
-    apart: Array
-    spread: Array
-
-
-@jax.jit
-def find_outliers(
-    worker_nodes: Float[Array, "workers"],
-    data_nodes: Float[Array, "data"],
-    outputs: Float[Array, "workers outputs"],
-    live: Bool[Array, "workers"],
-    rounding: Float[Array, ""] | float,
-    most: Float[Array, ""] | float,
-    least: Float[Array, ""] | float,
-) -> tuple[Bool[Array, "workers"], Float[Array, "workers"]]:
-    """Whom `robust.leave_one_out` suspects, and everyone's score.
-
-    Args:
-        worker_nodes: Ascending, float64.
-        data_nodes: Strictly ascending, float64.
-        outputs: Answers, float64; zero where not live.
-        live: Who returned numbers.
-        rounding: The relative precision of the answers as they came.
-        most: The largest part of the live that may be suspected, two aside.
-        least: The least score, in units of an honest worker's, that is suspicious.
-    """
-    setting = _prepare(worker_nodes, data_nodes, outputs, live, rounding, most)
-    return _clear(setting, _search(setting), least)
+    distance: Array
+    variance: Array
 
 
 def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
-    n = len(worker_nodes)
-    index = jnp.arange(n)
-    # Live sites, moved to the front; behind them the curve goes on without data.
-    new = jnp.diff(worker_nodes, prepend=worker_nodes[0] - 1) > SAME_SITE * (worker_nodes[-1] - worker_nodes[0])
-    site = jnp.cumsum(new)
-    same_node = site[:, None] == site
-    beside = same_node & live & live[:, None]
-    first = live & ~jnp.any(beside & (index < index[:, None]), axis=1)
-    sites = jnp.sum(first)
-    slot = jnp.sum(first & (site <= site[:, None]), axis=1) - 1
-    member = ((slot[:, None] == index) & live[:, None]).astype(jnp.float64)
-    position = jnp.max(jnp.where(member > 0, worker_nodes[:, None], -jnp.inf), axis=0)
-    position = jnp.where(index < sites, position, jnp.max(worker_nodes) + index + 1)
-    contrasts, covariance = _second_differences(position, sites, data_nodes)
-    per_site = contrasts @ _solve(covariance, contrasts.T)
-    variance = 1 / jnp.where(jnp.diagonal(per_site) > 0, jnp.diagonal(per_site), 1)
-    unit = _quantile(member @ variance, live, 0.5)
+    worker_nodes, data_nodes, _ = normalise(worker_nodes, data_nodes)
+    sites, means, variances, _ = _posterior(worker_nodes, data_nodes, live, 0.0)
+    is_at = (sites.average > 0).astype(float)
+    site_variance = jnp.where(sites.present, variances, 0)
+    unit = _quantile(is_at.T @ site_variance, live, 0.5)
+    # Without answers there is none.
+    unit = jnp.where(unit > 0, unit, 1)
 
-    # Lies beyond all bounds would leave no digits for others, and rounding is no lie.
+    # Extreme answers would leave no digits for others, and outputs that differ by rounding alone are equal.
     centre = _quantile(outputs.T, live, 0.5)
-    width = jnp.maximum(_quantile(jnp.abs(outputs - centre).T, live, 0.8), 1e-6 * jnp.abs(centre))
-    outputs = jnp.where(live[:, None], jnp.clip(outputs, centre - 1e4 * width, centre + 1e4 * width), 0)
-    floor = (4 * rounding) ** 2 * (centre**2 + width**2) / unit + 1e-60
+    width = jnp.maximum(_quantile(jnp.abs(outputs - centre[None]).T, live, 0.8), 1e-6 * jnp.abs(centre))
+    size = jnp.where(width > 0, jnp.maximum(jnp.abs(centre), width), 1)
+    centre, width, outputs = centre / size, width / size, outputs / size[None]
+    outputs = jnp.clip(outputs, (centre - 1e4 * width)[None], (centre + 1e4 * width)[None])
+    outputs = jnp.where(live[:, None], outputs, 0)
+    floor = (4 * rounding) ** 2 * jnp.where(width > 0, centre**2 + width**2, 1) / unit
 
-    # How far workers at one node differ, in the median; from the middle of three it takes two to tell.
-    crowd = jnp.sum(beside, axis=1)
-    mean = (member / jnp.maximum(jnp.sum(member, axis=0), 1)).T @ outputs
-    size = _quantile((member @ ((per_site @ mean) ** 2 * variance[:, None])).T, live, 0.5) / MEDIAN_SQUARE + floor
-    apart = (outputs - member @ mean) ** 2 * (crowd / jnp.maximum(crowd - 1, 1))[:, None]
-    typical = _quantile(_pooled(apart / size) ** 2, crowd > 1, 0.5)
-    noise = jnp.where(crowd > 2, jnp.clip(typical, 0.1 * NOISE * unit, NOISE_OF_TWINS * unit), NOISE_OF_TWINS * unit)
-    weight = jnp.where(live, 1 / jnp.where(crowd > 1, noise, NOISE * unit), 0)
-    total = weight @ member
-    over = 1 / jnp.where(total > 0, total, 1)
-    noisy = covariance + contrasts.T @ (over[:, None] * contrasts)
-    of_sites = contrasts @ _solve(noisy, contrasts.T)
-    share = weight[:, None] * member * over
-    precision = jnp.diag(weight) - share @ (weight[:, None] * member).T + share @ of_sites @ share.T
-
-    scale = jnp.sqrt(jnp.where(jnp.diagonal(precision) > 0, jnp.diagonal(precision), 1))
-    count = jnp.sum(live)
-    # For each worker those that returned nearest to it in order, itself among them.
-    rank, in_order = jnp.cumsum(live) - 1, jnp.argsort(~live, stable=True)
-    first = jnp.clip(rank - NEIGHBOURS, 0, jnp.maximum(count - 1 - 2 * NEIGHBOURS, 0))
-    window = jnp.minimum(first[:, None] + jnp.arange(2 * NEIGHBOURS + 1), n - 1)
-    neighbours = jnp.where((window < count) & (window != rank[:, None]), in_order[window], n)
-    return _Setting(
-        precision / (scale * scale[:, None]),
-        outputs * scale[:, None],
-        live,
-        same_node,
-        neighbours,
-        floor,
-        jnp.floor((count - 2) * most),
+    # The noise of three or more workers at one node is the median of their deviations, as they show which one is wrong.
+    same_node = (is_at.T @ is_at) > 0
+    num_at_node = same_node.astype(float) @ live.astype(float)
+    mean = sites.average @ outputs
+    residual = mean - means @ mean
+    square = is_at.T @ jnp.where(sites.present[:, None], residual**2 / variances[:, None], 0)
+    scale = _quantile(square.T, live, 0.5) / MEDIAN_SQUARE + floor
+    deviation = (outputs - is_at.T @ mean) ** 2 * (num_at_node / jnp.maximum(num_at_node - 1, 1))[:, None]
+    typical = _quantile(_pooled(deviation / scale[None]) ** 2, num_at_node > 1, 0.5)
+    shared = jnp.where(
+        num_at_node > 2, jnp.clip(typical, 0.1 * NOISE * unit, NOISE_OF_PAIRS * unit), NOISE_OF_PAIRS * unit
     )
+    weight = jnp.where(live, 1 / jnp.where(num_at_node > 1, shared, NOISE * unit), 0)
+    sites, _, _, precision = _posterior(worker_nodes, data_nodes, weight, 1.0)
+    precision = data_precision(sites, precision, weight)
+
+    scale = jnp.diagonal(precision)
+    scale = jnp.sqrt(jnp.where(scale > 0, scale, 1))[:, None]
+    precision = precision / (scale * scale.T)
+    most = jnp.floor((jnp.sum(live.astype(float)) - 2) * most)
+    return _Problem(precision, outputs * scale, live, same_node, _neighbours(live), floor, most)
 
 
-def _second_differences(position, sites, data_nodes):
-    """What of the values at neighbouring sites is no straight line, as columns, and its covariance under the process.
+def _posterior(worker_nodes, data_nodes, weights, noise_variance):
+    """Finds sites of workers and computes there what the process with m = 2 makes of their answers.
 
-    Scaled so that the middle one of three counts 1; columns beyond the last site are zero, with unit variance.
+    Args:
+        worker_nodes: Ascending.
+        data_nodes: Strictly ascending; the noise's intensity is the cube of their density.
+        weights: Of workers; zero leaves one out.
+        noise_variance: Of an answer of weight one.
+
+    Returns:
+        The sites, and means, variances and precision as in `Posteriors`.
     """
-    n = len(position)
-    gap = jnp.diff(position)
-    # Inputs per unit of length, between neighbouring inputs, read at the middle of each gap.
-    steps = jnp.diff(data_nodes)
-    density = jnp.exp(
-        jnp.interp((position[1:] + position[:-1]) / 2, (data_nodes[1:] + data_nodes[:-1]) / 2, -jnp.log(steps))
-    )
-    rough = density**3 * gap
-    left, right = gap[:-1], gap[1:]
-    both = left + right
-    there = jnp.arange(n - 2) + 2 < sites
-    j = jnp.arange(n - 2)
-    below = jnp.arange(n)[:, None] - j
-    contrasts = jnp.where(below == 0, right / both, 0) - (below == 1) + jnp.where(below == 2, left / both, 0)
-    contrasts = jnp.where(there, contrasts, 0)
-    scale = jnp.where(there, left * right / both, 0)
-    diagonal = jnp.where(there, scale**2 * (rough[:-1] + rough[1:]) / 3, 1)
-    beside = jnp.append(scale[:-1] * scale[1:] * rough[1:-1] / 6, 0)
-    above = jnp.where(below[:-2] == -1, beside[:, None], 0)
-    return contrasts, jnp.where(below[:-2] == 0, diagonal, above + above.T)
+    sites = find_sites(worker_nodes, weights)
+    noise = uniform_noise(sites.place, 2)
+    # Constant between neighbouring sites: the density in the middle.
+    middle = (sites.place[1:] + sites.place[:-1]) / 2
+    log_density = jnp.interp(middle, (data_nodes[1:] + data_nodes[:-1]) / 2, -jnp.log(jnp.diff(data_nodes)))
+    intensity = jnp.repeat(jnp.exp(3 * log_density), 2)
+    noise = noise._replace(variance=noise.variance * intensity[None])
+    no_points = jnp.zeros(0, worker_nodes.dtype)
+    found = posteriors(sites, no_points, np.array([2]), noise, jnp.full(1, noise_variance, worker_nodes.dtype))
+    return sites, found.means[0], found.variances[0], found.precision[0]
 
 
-def _fit(setting, suspects):
-    precision, outputs = setting.precision, setting.outputs
-    believed = setting.live & ~suspects
-    pair = suspects[:, None] & suspects
-    inverse = _solve(jnp.where(pair, precision, jnp.eye(len(suspects))), jnp.eye(len(suspects)))
-    to_suspects = jnp.where(suspects, precision, 0)
-    left = precision - to_suspects @ inverse @ to_suspects.T
-    left = jnp.where(believed[:, None] & believed, left, 0)
-    residuals = left @ outputs
-    count = jnp.sum(believed)
+def _neighbours(live):
+    """Finds for each worker the live ones nearest to it in order; n where there are no more."""
+    n = live.shape[0]
+    count, rank = jnp.sum(live, dtype=jnp.int32), jnp.cumsum(live, dtype=jnp.int32) - 1
+    in_order = jnp.argsort(~live, stable=True).astype(jnp.int32)
+    first = jnp.clip(rank - NEIGHBOURS, 0, jnp.maximum(count - 1 - 2 * NEIGHBOURS, 0))
+    window = jnp.minimum(first[:, None] + np.arange(2 * NEIGHBOURS + 1, dtype=np.int32)[None], n - 1)
+    return jnp.where((window < count) & (window != rank[:, None]), in_order[window], n)
+
+
+def _fit(problem, outliers):
+    """Fits the curve through the inliers, by conditioning the precision on what the outliers' answers may be."""
+    precision, outputs, n = problem.precision, problem.outputs, len(outliers)
+    inliers = problem.live & ~outliers
+    block = jnp.where(outliers[:, None] & outliers[None], precision, jnp.eye(n))
+    inverse = _solve(block, jnp.eye(n))
+    columns = jnp.where(outliers[None], precision, 0)
+    of_inliers = precision - columns @ inverse @ columns.T
+    of_inliers = jnp.where(inliers[:, None] & inliers[None], of_inliers, 0)
+    residuals = of_inliers @ outputs
     energy = jnp.maximum(jnp.sum(outputs * residuals, axis=0), 0)
-    apart = jnp.where(suspects[:, None], inverse @ jnp.where(suspects[:, None], precision @ outputs, 0), 0)
-    return _Fit(believed, left, residuals, count, energy, apart, jnp.maximum(jnp.diagonal(inverse), 1e-60))
+    distance = inverse @ jnp.where(outliers[:, None], precision @ outputs, 0)
+    distance = jnp.where(outliers[:, None], distance, 0)
+    # The inverse of a matrix of unit diagonal has at least ones there, but for rounding.
+    variance = jnp.maximum(jnp.diagonal(inverse), 1)
+    return _Fit(inliers, of_inliers, residuals, jnp.sum(inliers.astype(float)), energy, distance, variance)
 
 
-def _search(setting):
-    n = len(setting.live)
-    freedom = jnp.sum(setting.live) - 2
-    runs = np.minimum(np.arange(n)[:, None] + np.arange(LONGEST_RUN), n - 1)
-    runs = np.tile(runs, (LONGEST_RUN, 1))
-    lengths = np.repeat(np.arange(1, LONGEST_RUN + 1), n)
-    taken = np.arange(LONGEST_RUN) < lengths[:, None]
-    starts = np.tile(np.arange(n), LONGEST_RUN)
-
-    def step(carry):
-        suspects, steps, _ = carry
-        fit = _fit(setting, suspects)
-        dof = jnp.maximum(fit.number - 2, 1)
-        energy = fit.energy / dof + setting.floor
-
-        def longer(new):
-            return freedom * jnp.log(new / energy)
-
-        # A run of neighbours among those believed is suspected.
-        members = jnp.argsort(~fit.believed, stable=True)[runs]
-        block = fit.precision[members[:, :, None], members[:, None, :]]
-        inverse = _inverse_of_three(jnp.where(taken[:, :, None] & taken[:, None, :], block, jnp.eye(LONGEST_RUN)))
-        beside = jnp.where(taken[:, :, None], fit.residuals[members], 0)
-        apart = jnp.einsum("rij,rjc->ric", inverse, beside)
-        remains = jnp.maximum(fit.energy - jnp.sum(beside * apart, axis=1), 0)
-        less = remains / jnp.maximum(dof - lengths, 1)[:, None] + setting.floor
-        spread = jnp.diagonal(inverse, axis1=1, axis2=2)[:, :, None] * less[:, None]
-        price = jnp.log(jnp.prod(1 + apart**2 / spread, axis=1))
-        change = jnp.mean(longer(less) + price, axis=1) + PRICE * lengths
-        allowed = (starts + lengths <= fit.number) & (jnp.sum(suspects) + lengths <= setting.most)
-        suspect = jnp.where(allowed & (change < 0), change, jnp.inf)
-        # A suspect is cleared.
-        more = (fit.energy + fit.apart**2 / fit.spread[:, None]) / (dof + 1) + setting.floor
-        distance = jnp.log1p(fit.apart**2 / fit.spread[:, None] / energy)
-        clear = jnp.where(suspects, jnp.mean(longer(more) - distance, axis=1) - PRICE, jnp.inf)
-
-        best = _least(jnp.concatenate([suspect, clear]))
-        is_run = best < len(starts)
-        run = jnp.minimum(best, len(starts) - 1)
-        # Beyond the run's length, out of bounds.
-        added = suspects.at[jnp.where(jnp.asarray(taken)[run], members[run], n)].set(True, mode="drop")
-        cleared = suspects.at[jnp.where(is_run, n, best - len(starts))].set(False, mode="drop")
-        shorter = jnp.minimum(jnp.min(suspect), jnp.min(clear)) < -1e-9
-        return jnp.where(shorter, jnp.where(is_run, added, cleared), suspects), steps + 1, shorter
-
-    start = jnp.zeros(n, bool), jnp.zeros((), jnp.int32), jnp.sum(setting.live) > 2
-    return jax.lax.while_loop(lambda carry: carry[2] & (carry[1] < n), step, start)[0]
-
-
-def _clear(setting, suspects, least):
-    n = len(setting.live)
-
-    def scores(suspects):
-        """How far each worker is out, in units of how far it may be."""
-        fit = _fit(setting, suspects)
-        # A trace of unity where without this node nothing would be known.
-        block = jnp.where(setting.same_node, fit.precision, 0) + jnp.diag(jnp.where(fit.believed, 1e-9, 1.0))
-        inverse = _solve(block, jnp.eye(n))
-        # Leaving out all workers at a node; twins agree too well to tell how rough the curve is.
-        without_node = (inverse @ fit.residuals) ** 2 / jnp.maximum(jnp.diagonal(inverse), 1e-60)[:, None]
-        scale = _quantile(without_node.T, fit.believed, 0.5) / MEDIAN_SQUARE + setting.floor
-        own = jnp.diagonal(fit.precision)
-        own = jnp.where(own > 0, own, 1)
-        alone = _pooled(fit.residuals**2 / own[:, None] / scale)
-        outside = _pooled(fit.apart**2 / fit.spread[:, None] / scale)
-        far = jnp.where(fit.believed, alone, jnp.where(suspects, outside, 0))
-        typical = jnp.where(fit.believed, _pooled(without_node / scale), far)
-        around = _quantile(jnp.append(typical, 0)[setting.neighbours], setting.neighbours < n, 0.5)
-        unit = jnp.maximum(jnp.maximum(_quantile(typical, fit.believed, 0.5), 1), around)
-        middle, upper = _quantiles(typical / unit, fit.believed, (0.5, 0.7))
-        return far / (unit * jnp.maximum(middle + 4.5 * (upper - middle) / 0.524, least))
+def _search(problem):
+    """Finds outliers by steepest descent of the description length."""
+    n = len(problem.live)
+    num_live = jnp.sum(problem.live.astype(float))
+    # Runs start at every inlier, in order, and have one to LONGEST_RUN of them.
+    start = np.tile(np.arange(n, dtype=np.int32), LONGEST_RUN)
+    length = np.repeat(np.arange(1, LONGEST_RUN + 1, dtype=float), n)
+    offset = np.arange(LONGEST_RUN, dtype=np.int32)[None]
+    run, in_run = np.minimum(start[:, None] + offset, n - 1), offset < length[:, None]
+    end = start + length
 
     def step(carry):
-        suspects, _, _ = carry
-        score = scores(suspects)
-        mild = suspects & (score < 1)
-        mildest = _least(jnp.where(mild, score, jnp.inf))
-        return suspects & ~(mild & (jnp.arange(n) == mildest)), score, jnp.any(mild)
+        outliers, num_steps, _ = carry
+        fit = _fit(problem, outliers)
+        freedom = jnp.maximum(fit.num_inliers - 2, 1)
+        scale = fit.energy / freedom + problem.floor
 
-    start = suspects, jnp.zeros(n), jnp.bool_(True)
-    return jax.lax.while_loop(lambda carry: carry[2], step, start)[:2]
+        def growth(new_scale):
+            """Computes how much longer the inliers' description becomes, for each output."""
+            return (num_live - 2) * jnp.log(new_scale / scale[None])
+
+        # Each run of inliers becomes outliers.
+        member = jnp.argsort(~fit.inliers, stable=True).astype(jnp.int32)[run]
+        block = fit.precision[member[:, :, None], member[:, None, :]]
+        block = jnp.where(in_run[:, :, None] & in_run[:, None, :], block, jnp.eye(LONGEST_RUN)[None])
+        inverse = _inverse_of_three(block)
+        residual = jnp.where(in_run[:, :, None], fit.residuals[member], 0)
+        distance = jnp.einsum("rij,rjc->ric", inverse, residual)
+        energy = jnp.maximum(fit.energy[None] - jnp.sum(residual * distance, axis=1), 0)
+        new_scale = energy / jnp.maximum(freedom - length, 1)[:, None] + problem.floor[None]
+        variance = jnp.diagonal(inverse, axis1=1, axis2=2)[:, :, None] * new_scale[:, None]
+        cost = jnp.log(jnp.prod(1 + distance**2 / variance, axis=1))
+        change = jnp.mean(growth(new_scale) + cost, axis=1) + PRICE * length
+        is_allowed = (end <= fit.num_inliers) & (jnp.sum(outliers.astype(float)) + length <= problem.most)
+        change_by_run = jnp.where(is_allowed & (change < 0), change, jnp.inf)
+
+        # Each outlier becomes an inlier.
+        square = fit.distance**2 / fit.variance[:, None]
+        new_scale = (fit.energy[None] + square) / (freedom + 1) + problem.floor[None]
+        change = jnp.mean(growth(new_scale) - jnp.log1p(square / scale[None]), axis=1) - PRICE
+        change_by_return = jnp.where(outliers, change, jnp.inf)
+
+        best = _argmin(jnp.concatenate([change_by_run, change_by_return]))
+        is_run = best < len(start)
+        best_run = jnp.minimum(best, len(start) - 1)
+        # Indices out of bounds are dropped.
+        added = jnp.where(jnp.asarray(in_run)[best_run], member[best_run], n)
+        more = outliers.at[added].set(True, mode="drop")
+        fewer = outliers.at[jnp.where(is_run, n, best - len(start))].set(False, mode="drop")
+        is_shorter = jnp.minimum(jnp.min(change_by_run), jnp.min(change_by_return)) < -1e-9
+        return jnp.where(is_shorter, jnp.where(is_run, more, fewer), outliers), num_steps + 1, is_shorter
+
+    initial = jnp.zeros(n, bool), jnp.zeros((), jnp.int32), num_live > 2
+    return jax.lax.while_loop(lambda carry: carry[2] & (carry[1] < n), step, initial)[0]
 
 
-def _solve(matrix, right):
-    """For symmetric positive definite matrices."""
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), right)
+def _clear(problem, outliers, threshold):
+    """Returns outliers to the inliers, the lowest score first, until all scores are 1 or more; returns scores too."""
+    n = len(problem.live)
+
+    def step(carry):
+        outliers, _, _ = carry
+        score = _scores(problem, outliers, threshold)
+        is_low = outliers & (score < 1)
+        lowest = _argmin(jnp.where(is_low, score, jnp.inf))
+        return outliers & ~(is_low & (np.arange(n, dtype=np.int32) == lowest)), score, jnp.any(is_low)
+
+    initial = outliers, jnp.zeros(n), jnp.bool_(True)
+    return jax.lax.while_loop(lambda carry: carry[2], step, initial)[:2]
+
+
+def _scores(problem, outliers, threshold):
+    """Computes each worker's pooled residual in units of the largest that passes for a correct worker's."""
+    fit = _fit(problem, outliers)
+    # Leaving out all workers at a node, as those at one node agree too well to show how rough the curve is. The small
+    # number stands for a prior where without this node nothing would be known.
+    block = jnp.where(problem.same_node, fit.precision, 0) + jnp.diag(jnp.where(fit.inliers, 1e-9, 1.0))
+    inverse = _solve(block, jnp.eye(len(outliers)))
+    # The block's diagonal is at most 1, but for the prior and rounding.
+    variance = jnp.maximum(jnp.diagonal(inverse), 0.5)[:, None]
+    square_without_node = (inverse @ fit.residuals) ** 2 / variance
+    scale = _quantile(square_without_node.T, fit.inliers, 0.5) / MEDIAN_SQUARE + problem.floor
+
+    diagonal = jnp.diagonal(fit.precision)
+    diagonal = jnp.where(diagonal > 0, diagonal, 1)
+    of_inliers = _pooled(fit.residuals**2 / diagonal[:, None] / scale[None])
+    of_outliers = _pooled(fit.distance**2 / fit.variance[:, None] / scale[None])
+    residual = jnp.where(fit.inliers, of_inliers, jnp.where(outliers, of_outliers, 0))
+
+    typical = jnp.where(fit.inliers, _pooled(square_without_node / scale[None]), residual)
+    is_neighbour = problem.neighbours < len(outliers)
+    of_neighbours = _quantile(jnp.append(typical, 0)[problem.neighbours], is_neighbour, 0.5)
+    unit = jnp.maximum(jnp.maximum(_quantile(typical, fit.inliers, 0.5), 1), of_neighbours)
+    middle, upper = _quantiles(typical / unit, fit.inliers, (0.5, 0.7))
+    # The normal distribution's 70 % quantile is 0.524 standard deviations above its median.
+    return residual / (unit * jnp.maximum(middle + 4.5 * (upper - middle) / 0.524, threshold))
+
+
+def _solve(matrix, columns):
+    """Solves systems with a symmetric positive definite matrix."""
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix, lower=True), columns)
 
 
 def _inverse_of_three(matrices):
-    """Of symmetric 3 x 3 matrices, shape (..., 3, 3); compiled faster than a factorization."""
+    """Inverts symmetric 3 x 3 matrices, shape (..., 3, 3), by cross products, which compile fast."""
     a, b, c = (matrices[..., i, :] for i in range(3))
-    crossed = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)], axis=-2)
-    return crossed / jnp.sum(a * crossed[..., 0, :], axis=-1)[..., None, None]
+    adjugate = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)], axis=-2)
+    return adjugate / jnp.sum(a * adjugate[..., 0, :], axis=-1)[..., None, None]
 
 
-def _least(values):
-    """Where the least is."""
+def _argmin(values):
+    """Finds the index of the least value."""
     # In float32: with x64 off the reduction of wider numbers is lowered for narrow ones.
     return jax.lax.argmin(values.astype(jnp.float32), 0, jnp.int32)
 
 
 def _pooled(squares):
-    """One number per worker from squared standardised residuals, in the mean 1 for standard normal ones."""
+    """Pools squared standardised residuals (n, c) to one number per worker, in the mean 1 for standard normal ones."""
     return jnp.sqrt(jnp.expm1(jnp.mean(jnp.log1p(squares), axis=1)) / np.expm1(MEAN_LOG))
 
 
-def _quantile(values, among, q):
-    return _quantiles(values, among, (q,))[0]
+def _quantile(values, mask, q):
+    return _quantiles(values, mask, (q,))[0]
 
 
-def _quantiles(values, among, qs):
-    """Over the last axis, of those among; 0 of none."""
-    among = jnp.broadcast_to(among, values.shape)
-    ordered = jnp.sort(jnp.where(among, values, jnp.inf), axis=-1)
-    last = jnp.maximum(jnp.sum(among, axis=-1) - 1, 0)
+def _quantiles(values, mask, qs):
+    """Computes quantiles over the last axis, of values in the mask; 0 if there are none."""
+    mask = jnp.broadcast_to(mask, values.shape)
+    ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
+    last = jnp.maximum(jnp.sum(mask.astype(float), axis=-1) - 1, 0)
     quantiles = []
     for q in qs:
-        below = jnp.floor(q * last).astype(jnp.int32)
-        part = q * last - below
-        above = jnp.where(part > 0, below + 1, below)
-        low, high = (jnp.take_along_axis(ordered, i[..., None], axis=-1)[..., 0] for i in (below, above))
-        quantiles.append(jnp.where(jnp.any(among, axis=-1), low + part * (high - low), 0))
+        low = jnp.floor(q * last)
+        fraction = q * last - low
+        high = jnp.where(fraction > 0, low + 1, low)
+        below, above = (
+            jnp.take_along_axis(ordered, index.astype(jnp.int32)[..., None], axis=-1)[..., 0] for index in (low, high)
+        )
+        quantiles.append(jnp.where(jnp.any(mask, axis=-1), below + fraction * (above - below), 0))
     return quantiles

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcode import LagrangeCode
-from jaxcode.robust import leave_one_out
+from jaxcode.robust import leave_one_out, search
 
 from . import attacks
 from .cases import (
@@ -195,3 +195,31 @@ def test_masks_may_be_traced_and_mapped():
         single = leave_one_out(code, sent, returned)
         np.testing.assert_array_equal(mapped.flagged[i], single.flagged)
         np.testing.assert_allclose(mapped.score[i], single.score, rtol=1e-3)
+
+
+def test_the_search_uses_the_process_whose_noise_follows_the_density_of_inputs():
+    """Against the kernel of an integrated Wiener process with straight lines projected out, two workers at one node."""
+    data_nodes = np.linspace(-1, 1, 5)
+    worker_nodes = np.sort(np.append(rng(1).uniform(-1, 1, 9), [0.25, 0.25]))
+    live = np.arange(11) != 4
+    with jax.enable_x64(True):
+        nodes = jnp.asarray(worker_nodes), jnp.asarray(data_nodes)
+        problem = jax.jit(search._prepare)(*nodes, jnp.ones((11, 1)), jnp.asarray(live), 0.0, 0.5)
+        found = np.asarray(problem.precision)[np.ix_(live, live)]
+        scale = np.asarray(problem.outputs)[live, 0]
+    t = worker_nodes[live]
+    kernel = 2.0**3 * np.abs(t[:, None] - t) ** 3 / 12  # two inputs per unit of length
+    line = np.stack([np.ones_like(t), t], axis=1)
+
+    def inverse(covariance, line):
+        """The kernel is definite only where straight lines are projected out."""
+        across = np.linalg.svd(line.T)[2][2:].T
+        return across @ np.linalg.solve(across.T @ covariance @ across, across.T)
+
+    is_pair = np.isin(t, 0.25)
+    sites = np.flatnonzero(~is_pair | (np.cumsum(is_pair) <= 1))
+    of_sites = inverse(kernel[np.ix_(sites, sites)], line[sites])
+    variance = (1 / np.diag(of_sites))[np.searchsorted(t[sites], t)]
+    noise = np.where(is_pair, search.NOISE_OF_PAIRS, search.NOISE) * np.median(variance)
+    expected = inverse(kernel + np.diag(noise), line)
+    np.testing.assert_allclose(found * scale * scale[:, None], expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())

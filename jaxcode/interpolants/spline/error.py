@@ -1,22 +1,24 @@
-r"""How far a smoothing spline may be from the truth, judged by the data themselves before any truth is known.
+r"""Standard errors of a smoothing spline, predicted from the data alone.
 
-The smoothing spline is the posterior mean of an integrated Wiener process, which comes with a variance (Wahba 1978).
-Taken at its word it is far too wide for smooth functions, whose interpolation error falls faster with the distance
-between knots than the process says, and blind to where the curve bends. Here the data say what to believe:
+The smoothing spline is the posterior mean of an integrated Wiener process, which has a posterior variance (Wahba 1978).
+That variance is far too large for smooth functions, whose interpolation error decreases faster with the distance
+between knots than the process's, and does not depend on where the curve bends. Here several hypotheses are weighed by
+the data:
 
-* the function is white noise integrated m times, seen at the knots without noise: once, which is rough, or four times,
-  which is smooth, the noise even or most of it at the points. There a curve that a cubic spline drew through them, as
-  an encoder does, has jumps in its third derivative, and what is made of it too. Above a smoothing of zero it may also
-  be the spline's own process, m = 2, with the noise that the smoothing stands for. The spline's error at a place then
-  has a mean, the difference of two linear estimates, and a variance :math:`b \, v^p c`, with v the posterior variance
-  of a process of unit scale;
-* squared errors grow with v to the power p, from p = 1, the process's own, to :math:`4m / (2m - 1)`: on functions that
-  are smooth on the scale of the knots, splines of degree 2m - 1 err by the 2m-th power of the distance;
-* c says how much more than elsewhere the curve bends here, which nearby knots tell as far as they are many.
+* The function is white noise integrated m times, observed at the knots without noise: m = 1, which is rough, or m = 4,
+  which is smooth, with uniform noise or with most of it at the points. There a curve that a cubic spline drew through
+  the points, as an encoder does, has jumps in its third derivative, and so has a function of it. Above a smoothing of
+  zero, the spline's own process is a hypothesis too: m = 2, with the observation noise that the smoothing stands for.
+  The spline's error at a place has a mean, the difference of two linear estimates, and a variance
+  :math:`b \, v^p c`, with v the posterior variance of the process of unit scale.
+* The exponent p lies between 1, the process's own, and :math:`4m / (2m - 1)`: on functions that are smooth on the scale
+  of the knots, the error of splines of degree 2m - 1 is of the order of the 2m-th power of the distance.
+* The local scale c compares the curvature here with that elsewhere. It is estimated from nearby knots and shrunk
+  towards 1 as far as these are few.
 
-Evidence is how well a hypothesis foretells every knot's value from all others, in all features together. The same
-residuals give the scale b of each feature, and at last tell whether the errors predicted for them held nine of ten: if
-not, all are widened or narrowed.
+The evidence for a hypothesis is the predictive likelihood of each knot's value given all others, in all features. The
+same leave-one-out residuals give the scale b of each feature. Finally all errors are multiplied by what makes nine of
+ten residuals lie within the interval predicted for them.
 
 `wiener` has the processes.
 
@@ -24,7 +26,7 @@ References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Geisser and Eddy, Journal of the American Statistical
     Association 74 (1979), for predictive likelihood. Karvonen et al., SIAM/ASA Journal on Uncertainty Quantification 8
     (2020), for how Gaussian processes misjudge functions smoother than they are. Barber et al., Annals of Statistics 49
-    (2021), for intervals from the quantiles of residuals left out.
+    (2021), for intervals from the quantiles of leave-one-out residuals.
 """
 
 import jax
@@ -34,16 +36,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
-from .wiener import find_sites, integrated_processes
+from .wiener import find_sites, jump_noise, normalise, posteriors
 
-# Of each process: m, the spline's own first; what share of its noise stands at the points; how many sites it needs.
-ORDERS, BENT, LEAST = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3, 2, 6, 6])
-# Powers of v that are tried, from the process's own to the highest.
-POWERS = 4
-# How many squares nearby, or ratios of residuals to predictions, weigh as much as the belief that all is as usual.
-USUAL_SQUARES, USUAL_RATIOS = 1, 20
-# Nine tenths of a standard normal variable lie within the first, and below the second.
-WITHIN, BELOW = 1.6448536269514722, 1.2815515655446004
+# For each process its m, the spline's own process first; the share of its noise at the points; and from how many sites
+# on it is considered. The rough process always is.
+ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3.0, 0.0, 6.0, 6.0])
+# How many exponents are considered, from the process's own to the highest.
+NUM_EXPONENTS = 4
+# How many residuals the prior weighs as much as: that local scales are 1, and that the correction is.
+PRIOR_FOR_SCALE, PRIOR_FOR_CORRECTION = 1, 20
+# Quantiles of the standard normal distribution.
+NORMAL_95, NORMAL_90 = 1.6448536269514722, 1.2815515655446004
 
 
 def predicted_errors(
@@ -53,120 +56,147 @@ def predicted_errors(
     weights: ArrayLike,
     smoothing: ArrayLike = 0.0,
 ) -> Inexact[Array, "points features"]:
-    r"""Standard errors of the smoothing spline through the data, read at the points.
+    r"""Predicts standard errors of the smoothing spline through the data, at the points.
 
-    They are such that the spline's value :math:`\pm 1.645` of them holds the truth nine times of ten. Where the spline
-    is thought to err by a known amount rather than either way, that is less than the expected square of its error.
+    The spline's value :math:`\pm 1.645` standard errors holds the truth in nine cases of ten. Where the spline is
+    expected to err by a known amount rather than in either direction, this is less than the root of the expected
+    square of its error.
 
     Args:
         knots: Shape (n,), ascending; neighbours may be equal, and count as one whose value is their weighted mean.
         values: Data, shape (n, d), real.
         points: Shape (p,), in any order. The truth may have jumps in its third derivative there.
-        weights: Shape (n,), not negative; values of weight zero are not read.
-        smoothing: :math:`\mu \ge 0`, of the spline.
+        weights: Shape (n,), not negative, or bool; values of weight zero are not read.
+        smoothing: :math:`\mu \ge 0`, of the spline, in the knots' unit cubed.
 
     Returns:
         Shape (p, d), in the data's unit and dtype, not negative. Zero at knots that are interpolated and for data on a
-        straight line; infinite elsewhere with data at two places only, and everywhere with fewer than two data. From
-        few places they are as wide as Student's t for as many. Computed in float64, in O((n + p)^3) time and
-        products of n-sized matrices with the data.
+        straight line; infinite elsewhere with data at two places only, and everywhere with fewer than two data. With
+        data at few places they are larger by the ratio of Student's t to the normal distribution. Computed in float64,
+        in O((n + p)^3) time and products of n-sized matrices with the data.
 
     References:
         Those of the module.
     """
     rounding = float(jnp.finfo(values.dtype).eps)
     known = _prepare(knots, points, weights, smoothing)
-    # Apart from the above, whose program is large, so that derivatives with respect to values compile without it.
-    return _judge(*known, values, points, weights, smoothing, rounding).astype(values.dtype)
+    # Two programs: derivatives with respect to values compile without the first, which is large.
+    return _standard_errors(*known, values, points, weights, smoothing, rounding).astype(values.dtype)
 
 
 @in_float64
 @jax.jit
 def _prepare(knots, points, weights, smoothing):
+    knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
-    return sites, integrated_processes(sites, points, ORDERS, BENT, jnp.where(ORDERS == 2, smoothing, 0))
+    # What is exact for the highest order serves all.
+    noise = jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
+    data_variances = jnp.where(ORDERS == 2, smoothing / span / span / span, 0)
+    found = posteriors(sites, points, ORDERS, noise, data_variances)
+    return sites, _neighbour_weights(sites, points), found.means, found.variances
 
 
 @in_float64
 @jax.jit
-def _judge(sites, processes, values, points, weights, smoothing, rounding):
-    """Arrays have axes h, hypotheses; e, powers; k, places: the points, then sites left out; n, sites; d, features."""
-    data = sites.average @ jnp.where(weights[:, None] > 0, values, 0)
-    # Relative to their size, so that squares neither vanish nor overflow.
-    size = jnp.max(jnp.abs(data), axis=0)
+def _standard_errors(sites, neighbours, means, variances, values, points, weights, smoothing, rounding):
+    """Computes errors; arrays have axes h, hypotheses; e, exponents; k, places: points, then sites; n; d, features."""
+    has_data = weights.astype(float) > 0
+    data = sites.average @ jnp.where(has_data[:, None], values, 0)
+    # Relative to their size, so that squares neither underflow nor overflow.
+    size = jnp.max(jnp.abs(data), axis=0, keepdims=True)
     size = jnp.where(size > 0, size, 1)
     data, p = data / size, len(points)
+    present = sites.present
 
-    means = processes.rows @ data
-    residual = data - means[:, p:]
-    enough = sites.live > ORDERS[:, None]
-    there, number = sites.present & enough, jnp.where(enough, sites.live, 1)
-    free = processes.variance > 0
-    log_variance = jnp.log(jnp.where(free, processes.variance, 1))
-    log_unit = (log_variance[:, p:] @ sites.present)[:, None] / number
-    power = np.linspace(1, 4 * ORDERS / (2 * ORDERS - 1), POWERS, axis=1)[:, None]
-    spread = jnp.exp(power * jnp.where(free, log_variance - log_unit, -jnp.inf)[..., None])
-    held = jnp.where(there[..., None], spread[:, p:], 1)
+    # Leave-one-out residuals, at the sites with data of each process that has more of them than m.
+    mean = jnp.einsum("hkn,nd->hkd", means, data)
+    residual = data[None] - mean[:, p:]
+    orders = ORDERS.astype(float)
+    enough = sites.count > orders[:, None]
+    is_residual, number = present[None] & enough, jnp.where(enough, sites.count, 1)
+    square = jnp.where(is_residual[..., None], residual, 0) ** 2
 
-    square = jnp.where(there[..., None], residual, 0) ** 2
-    scale = jnp.einsum("hne,hnd->hed", 1 / held, square) / number[..., None]
-    # What rounding the data alone leaves. Features that are straight lines have no say in what is likely.
+    # The variances to the power of each exponent, relative to their geometric mean at the sites.
+    uncertain = variances > 0
+    log_variance = jnp.log(jnp.where(uncertain, variances, 1))
+    log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
+    exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
+    power = jnp.exp(exponent * jnp.where(uncertain, log_variance - log_mean, -jnp.inf)[..., None])
+    power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
+
+    scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / number[..., None]
+    # What rounding the data alone leaves. Features that are straight lines have no weight in the evidence.
     floor = rounding**2
-    say = scale[0, 0] / (scale[0, 0] + floor) + floor
-    say = say / jnp.sum(say)
-    surprise = jnp.einsum("hnd,hed->hne", square, say / (scale + floor)) / held
+    feature_weight = scale[0, 0] / (scale[0, 0] + floor) + floor
+    feature_weight = feature_weight / jnp.sum(feature_weight)
+    normalised_square = (
+        jnp.einsum("hnd,hed->hne", square, feature_weight[None, None] / (scale + floor)) / power_at_sites
+    )
 
-    near, squares = _neighbours(sites, points)
-    squares = squares / jnp.sum(say**2)
-    local = jnp.exp(squares / (squares + USUAL_SQUARES) * jnp.log(near @ surprise + 1e-12))
-    fit = sites.present @ (jnp.log(held * local[:, p:]) + surprise / local[:, p:])
-    evidence = -0.5 * (fit + number * (jnp.log(scale + floor) @ say))
-    possible = (sites.live >= LEAST) & ((ORDERS != 2) | (smoothing > 0))
-    likely = jax.nn.softmax(jnp.where(possible[:, None], evidence, -1e30), axis=(0, 1))
+    # The number of independent squares, by Kish's effective sample size over sites and over features.
+    sharpness = present.astype(float) @ jnp.sum(neighbours[p:] ** 2, axis=1)
+    num_squares = sites.count / jnp.where(sharpness > 0, sharpness, 1) / jnp.sum(feature_weight**2)
+    shrinkage = num_squares / (num_squares + PRIOR_FOR_SCALE)
+    local_scale = jnp.exp(shrinkage * jnp.log(jnp.einsum("kn,hne->hke", neighbours, normalised_square) + 1e-12))
 
-    variance = jnp.einsum("hke,hed->kd", likely[:, None] * spread * local, scale)
-    bias = jnp.einsum("he,hkd->kd", likely, (means - means[0]) ** 2)
-    wider = _student(1 / jnp.maximum(sites.live - 2, 1) + 1 / (squares + USUAL_SQUARES))
-    error = _half_width(variance[:p] * wider, bias[:p]) / WITHIN
-    error = size * error * _correction(sites, residual[0], _half_width(variance[p:], bias[p:]))
-    # Two places say nothing about how a curve bends.
-    error = jnp.where(sites.live >= 3, error, jnp.where(free[0, :p, None], jnp.inf, 0))
-    return jnp.where((weights > 0) @ np.ones(len(weights)) >= 2, error, jnp.inf)
+    local_at_sites = local_scale[:, p:]
+    deviance = jnp.log(power_at_sites * local_at_sites) + normalised_square / local_at_sites
+    deviance = jnp.einsum("hne,n->he", deviance, present.astype(float))
+    log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
+    possible = (sites.count >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
+    log_likelihood = jnp.where(possible[:, None], -0.5 * (deviance + number * log_scale), -jnp.inf)
+    probability = jax.nn.softmax(log_likelihood, axis=(0, 1))
 
-
-def _neighbours(sites, points):
-    """Weights, at each place, of the two or three sites nearest to it, itself left out; and how many those are."""
-    rank, n = np.arange(len(sites.place)), len(sites.place)
-    passed = jnp.clip((points[:, None] - sites.place[:-1]) / (sites.place[1:] - sites.place[:-1]), 0, 1)
-    here = jnp.concatenate([passed @ sites.present[1:], rank])
-    others = np.concatenate([np.ones((len(points), n), bool), ~np.eye(n, dtype=bool)])
-    weight = jnp.exp(-((here[:, None] - rank) ** 2)) * (sites.present & others)
-    weight = weight / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-30)
-    sharpness = jnp.sum(sites.present @ weight[len(points) :] ** 2)
-    return weight, sites.live / jnp.maximum(sharpness, 1e-30)
+    variance = jnp.einsum("he,hke,hed->kd", probability, power * local_scale, scale)
+    squared_bias = jnp.einsum("he,hkd->kd", probability, (mean - mean[:1]) ** 2)
+    inflation = _student_inflation(1 / jnp.maximum(sites.count - 2, 1) + 1 / (num_squares + PRIOR_FOR_SCALE))
+    error = _half_width(variance[:p] * inflation, squared_bias[:p]) / NORMAL_95
+    half_width = _half_width(variance[p:], squared_bias[p:])
+    error = size * error * _correction(present, sites.count, residual[0], half_width)[None]
+    # Data at two places say nothing about how a curve bends.
+    error = jnp.where(sites.count >= 3, error, jnp.where(uncertain[0, :p, None], jnp.inf, 0))
+    return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
 
 
-def _half_width(variance, bias):
-    """Within what an error of this mean squared and this variance stays nine times of ten, to three per cent."""
-    return BELOW * _root(variance) + _root(bias + (WITHIN - BELOW) ** 2 * variance)
+def _neighbour_weights(sites, points):
+    """Weighs for each place, points and then sites, the two or three sites nearest to it, itself left out."""
+    n = len(sites.place)
+    rank = np.arange(n, dtype=float)
+    before, after = sites.place[None, :-1], sites.place[None, 1:]
+    passed = jnp.clip((points[:, None] - before) / (after - before), 0, 1)
+    position = jnp.concatenate([passed @ sites.present[1:].astype(float), rank])
+    is_other = np.concatenate([np.ones((len(points), n), bool), ~np.eye(n, dtype=bool)])
+    weight = jnp.exp(-((position[:, None] - rank[None]) ** 2)) * (sites.present[None] & is_other).astype(float)
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    return weight / jnp.where(total > 0, total, 1)
+
+
+def _half_width(variance, squared_bias):
+    """Computes what an error of this squared mean and this variance stays within in nine cases of ten, to 3 per cent."""
+    return NORMAL_90 * _root(variance) + _root(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
 
 
 def _root(square):
-    """With derivative zero at zero."""
+    """Computes square roots with derivative zero at zero."""
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _student(over_freedom):
-    """The square of how much wider than normal Student's t is, by 1 / (degrees of freedom) up to 1, to 3 per cent."""
-    over_freedom = jnp.minimum(over_freedom, 1)
-    return jnp.exp(over_freedom * (1.853 + 0.86 * over_freedom))
+def _student_inflation(inverse_freedom):
+    """Computes the squared ratio of the 95 % quantiles of Student's t and the normal distribution, to 3 per cent.
+
+    Args:
+        inverse_freedom: One over the degrees of freedom, of which one is the least.
+    """
+    inverse_freedom = jnp.minimum(inverse_freedom, 1)
+    return jnp.exp(inverse_freedom * (1.853 + 0.86 * inverse_freedom))
 
 
-def _correction(sites, residual, half_width):
-    """What nine of ten residuals are within, in half widths."""
+def _correction(present, count, residual, half_width):
+    """Computes, for each feature, the 90 % quantile of residuals over half widths, shrunk towards 1."""
     known = half_width > 0
     ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, half_width, 1), 1)
-    ratio = jnp.sort(jnp.where(sites.present[:, None], ratio, jnp.inf), axis=0)
-    ratio = ratio[jnp.maximum(jnp.ceil(0.9 * sites.live) - 1, 0).astype(jnp.int32)]
-    seen = sites.live / (sites.live + USUAL_RATIOS)
-    return jnp.where(seen > 0, seen * jnp.where(seen > 0, ratio, 1) + 1 - seen, 1)
+    ratio = jnp.sort(jnp.where(present[:, None], ratio, jnp.inf), axis=0)
+    quantile = ratio[jnp.maximum(jnp.ceil(0.9 * count) - 1, 0).astype(jnp.int32)]
+    weight = count / (count + PRIOR_FOR_CORRECTION)
+    # Without data there is no ratio.
+    return jnp.where(count > 0, weight * jnp.where(count > 0, quantile, 1) + 1 - weight, 1)

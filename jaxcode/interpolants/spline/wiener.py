@@ -1,19 +1,25 @@
-r"""White noise integrated m times, seen at knots: posterior means, which are splines, and variances.
+r"""Posteriors of an m-times integrated Wiener process, given noisy data: means, which are splines, and variances.
 
-All is linear algebra of the knots' size. Each knot is foretold from the m before it by the polynomial through them,
-each point from m around it. What the polynomial misses is an integral of the noise alone,
+The process u has white noise as its m-th derivative and a flat prior on polynomials of degree m - 1; for m = 2 the
+posterior mean is the cubic smoothing spline. Each site t is predicted from the m sites before it by the polynomial
+through them, with Lagrange coefficients :math:`\ell_j`, and each point from m sites around it. The prediction's
+innovation depends on the noise alone,
 
 .. math::
-    z = u(t) - \sum_j \ell_j u(t_j) = \int M \, dW, \qquad
+    z = u(t) - \sum_j \ell_j u(t_j) = \int M(s) \, dW(s), \qquad
     M(s) = \frac{(t - s)_+^{m-1} - \sum_j \ell_j (t_j - s)_+^{m-1}}{(m - 1)!},
 
-with M zero but between those knots: a B-spline, but for scale. Products of these are well conditioned whatever the
-knots, where the Gram matrices of :math:`|s - t|^{2m-1}` lose every digit, and banded. What knots missed, together, says
-what to expect of a point's.
+where M vanishes outside the m + 1 places: up to its scale it is a B-spline. Gram matrices of B-splines are banded and
+well conditioned whatever the sites, where those of :math:`|s - t|^{2m-1}` lose every digit.
+
+Let C be the matrix from data to innovations and :math:`\Sigma` the innovations' covariance. The data's precision, with
+polynomials projected out, is :math:`P = C^T \Sigma^{-1} C`. The leave-one-out residual of datum i is
+:math:`(P y)_i / P_{ii}` and its variance :math:`1 / P_{ii}`. At a point, the mean is the prediction plus the conditional
+mean of the point's innovation given the others.
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Curry and Schoenberg, Journal d'Analyse Mathematique 17
-    (1966).
+    (1966). Dubrule, Mathematical Geology 15 (1983), for leave-one-out residuals from the precision matrix.
 """
 
 import math
@@ -32,7 +38,7 @@ from ..abstract import SAME_SITE
 def unit_variances(
     knots: ArrayLike, points: ArrayLike, weights: ArrayLike, smoothing: ArrayLike = 0.0
 ) -> Float[Array, "points"]:
-    r"""Posterior variances of the integrated Wiener process of unit scale whose mean the smoothing spline is.
+    r"""Computes posterior variances of the integrated Wiener process of unit scale whose mean the smoothing spline is.
 
     With :math:`\kappa(s, t) = |s - t|^3 / 12`, d the spline's row for a point, K the kernel among knots and c from
     knots to the point, each is :math:`d^T K d - 2 d^T c + \mu \sum_i d_i^2 / w_i`.
@@ -41,7 +47,7 @@ def unit_variances(
         knots: Shape (n,), ascending; neighbours may be equal.
         points: Shape (p,), in any order.
         weights: Shape (n,), not negative; zero leaves the knot out.
-        smoothing: :math:`\mu \ge 0`.
+        smoothing: :math:`\mu \ge 0`, in the knots' unit cubed.
 
     Returns:
         Shape (p,), in the knots' unit cubed; float64 with x64 on, else float32. Infinite with data at fewer than two
@@ -57,168 +63,270 @@ def unit_variances(
 
 
 class Sites(NamedTuple):
-    """Places that have data, in ascending order, followed by others that have none.
+    """Places that have data, in ascending order, followed by places that have none.
 
     Attributes:
-        place: Where, strictly ascending, shape (n,); at least as many as knots.
-        weight: Of the data there, together; 1 at those that have none.
-        live: How many have data, as a number of the same dtype.
-        average: From data at the knots to their means at the sites, shape (n, knots).
+        place: Strictly ascending, shape (n,), where n is at least the number of knots.
+        weight: The sum of the weights at each site, shape (n,); 1 where there are no data.
+        count: How many sites have data, in the places' dtype.
+        average: The matrix from data at knots to their weighted means at sites, shape (n, knots).
     """
 
     place: Float[Array, "sites"]
     weight: Float[Array, "sites"]
-    live: Float[Array, ""]
+    count: Float[Array, ""]
     average: Float[Array, "sites knots"]
 
     @property
     def present(self) -> Bool[Array, "sites"]:
-        """Which have data."""
-        return jnp.arange(self.place.shape[0]) < self.live
+        """Which sites have data."""
+        return _indices(self.place.shape[0]) < self.count
 
 
-class Processes(NamedTuple):
-    """What processes make of data at the sites: at points, then at each site when it is left out.
+class Noise(NamedTuple):
+    """White noise that drives processes, as a quadrature rule for integrals over its intensity.
 
     Attributes:
-        rows: From the data to posterior means, shape (orders, points + sites, sites).
-        variance: Posterior variances for noise of unit intensity, shape (orders, points + sites); of no meaning at
-            sites that have no data or are too few.
+        abscissa: Shape (q,).
+        variance: The intensity times the quadrature weight, shape (orders, q).
     """
 
-    rows: Float[Array, "orders places sites"]
-    variance: Float[Array, "orders places"]
+    abscissa: Float[Array, "abscissae"]
+    variance: Float[Array, "orders abscissae"]
+
+
+class Posteriors(NamedTuple):
+    """What several processes make of data at sites. Places are the points, then each site when its datum is left out.
+
+    Attributes:
+        means: The matrices from data to posterior means, shape (orders, points + sites, sites).
+        variances: Posterior variances, shape (orders, points + sites): of u at points, of a left out datum at sites.
+            Without meaning at sites that have no data, and where there are no more sites than m.
+        precision: The data's precision, with polynomials projected out, shape (orders, sites, sites).
+    """
+
+    means: Float[Array, "orders places sites"]
+    variances: Float[Array, "orders places"]
+    precision: Float[Array, "orders sites sites"]
+
+
+def normalise(
+    knots: Float[Array, "knots"], points: Float[Array, "points"]
+) -> tuple[Float[Array, "knots"], Float[Array, "points"], Float[Array, ""]]:
+    """Maps knots to [0, 1] and points along with them, so that powers of distances stay in range.
+
+    Returns:
+        The knots, the points, and the span: the length that became 1.
+    """
+    span = knots[-1] - knots[0]
+    span = jnp.where(span > 0, span, 1)
+    return (knots - knots[0]) / span, (points - knots[0]) / span, span
+
+
+def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
+    """Finds the places of knots whose weight is not zero, taking equal knots together.
+
+    Args:
+        knots: Ascending, shape (k,).
+        weights: Not negative, or bool, shape (k,).
+    """
+    num_knots = knots.shape[0]
+    # At least one more than the m sites that the highest order, 4, predicts from.
+    size = max(num_knots, 5)
+    rank = _indices(size)
+    weights = weights.astype(knots.dtype)
+    live, span = weights > 0, knots[-1] - knots[0]
+    earlier = live[None] & np.tri(num_knots, k=-1, dtype=bool)
+    gap = knots - jnp.max(jnp.where(earlier, knots[None], -jnp.inf), axis=1)
+    opens = live & (gap > SAME_SITE * span)
+    # Sums are written as products, here and below: they compile in a third of the time.
+    site = np.tri(num_knots) @ opens.astype(knots.dtype)
+    is_member = live[None] & (site[None] == 1 + rank[:, None])
+    weight = jnp.where(is_member, weights[None], 0)
+    count = site[-1]
+    place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
+    empty = rank >= count
+    place = jnp.where(empty, jax.lax.stop_gradient(jnp.max(place) + (rank - count + 1) * (span / size)), place)
+    total = jnp.where(empty, 1, weight @ np.ones(num_knots))
+    return Sites(place, total, count, weight / total[:, None])
+
+
+def uniform_noise(places: Float[Array, "places"], exact: int) -> Noise:
+    """Makes noise of unit intensity: Gauss-Legendre quadrature between neighbouring places.
+
+    Args:
+        places: In any order.
+        exact: How many abscissae each gap has: products of polynomials of degree exact - 1 are integrated exactly.
+    """
+    grid = jnp.sort(places)
+    node, weight = np.polynomial.legendre.leggauss(exact)
+    gap = (grid[1:] - grid[:-1])[:, None]
+    abscissa = grid[:-1, None] + gap * ((node[None] + 1) / 2)
+    return Noise(abscissa.ravel(), (gap * (weight[None] / 2)).reshape(1, -1))
+
+
+def jump_noise(places: Float[Array, "places"], points: Float[Array, "points"], exact: int, shares: np.ndarray) -> Noise:
+    """Makes noise of which a share stands at points, where the process's derivative of order m - 1 jumps.
+
+    Args:
+        places: As for `uniform_noise`, which the rest of the noise is. The points should be among them.
+        points: Where jumps are, with a variance in proportion to the gaps around each.
+        exact: As for `uniform_noise`.
+        shares: The share of each process, from 0 to 1, static.
+    """
+    uniform, points, shares = uniform_noise(places, exact), jnp.sort(points), shares[:, None]
+    gap = jnp.diff(points, prepend=2 * points[:1] - points[min(1, len(points) - 1)][None])
+    jumps = (gap + jnp.append(gap[1:], gap[-1])) / 2
+    variance = jnp.concatenate([(1 - shares) * uniform.variance, shares * jumps[None]], axis=1)
+    return Noise(jnp.concatenate([uniform.abscissa, points]), variance)
+
+
+def posteriors(
+    sites: Sites,
+    points: Float[Array, "points"],
+    orders: np.ndarray,
+    noise: Noise,
+    data_variances: Float[Array, "orders"],
+) -> Posteriors:
+    """Computes the posteriors of processes of several orders, as one program that is compiled once.
+
+    Args:
+        sites: Where there are data.
+        points: Where to read.
+        orders: Each process's m, from 1 to 4, static.
+        noise: What drives each process. Its abscissae integrate products of the B-splines above.
+        data_variances: The variance of a datum of weight one, for each process; zero where data are exact.
+    """
+    highest, n = int(max(orders)), sites.place.shape[0]
+    target = jnp.concatenate([sites.place, points])
+    distance = target[:, None] - noise.abscissa[None]
+    # How places respond to a unit of noise at each abscissa: the truncated powers in M.
+    responses = jnp.stack(
+        [jnp.where(distance > 0, distance ** (m - 1), 0) / math.factorial(m - 1) for m in orders.tolist()]
+    )
+
+    def posterior(m, response, variance, data_variance):
+        stencil, is_defined = _stencils(sites, points, m, highest)
+        used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
+        prediction = _lagrange_rows(sites.place, target, stencil, used)
+        # A point's own value is no datum.
+        data = is_defined & (np.arange(target.shape[0]) < n)
+        contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & data[:, None], 1, 0) - prediction
+        kernel = _b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
+        kernel = jnp.where(is_defined[:, None], kernel, 0)
+        covariance = (kernel * variance[None]) @ kernel.T
+        covariance = covariance + data_variance * (contrasts / sites.weight[None]) @ contrasts.T
+        return _condition(covariance, contrasts, prediction, is_defined, highest)
+
+    return jax.vmap(posterior)(orders.astype(np.int32), responses, noise.variance, data_variances)
+
+
+def data_precision(
+    sites: Sites, precision: Float[Array, "sites sites"], weights: Float[Array, "knots"]
+) -> Float[Array, "knots knots"]:
+    """Computes the precision of data at knots from that of their means at sites.
+
+    Args:
+        sites: Found with `weights`.
+        precision: That of the weighted means at sites, whose data have variance one over weight.
+        weights: One over the variance of each datum's noise; zero for knots left out.
+    """
+    # Deviations from a site's mean are noise alone: diag(w) - A^T diag(W) A is their precision.
+    return jnp.diag(weights) + sites.average.T @ (precision - jnp.diag(sites.weight)) @ sites.average
 
 
 @in_float64
 @jax.jit
 def _unit_variances(knots, points, weights, smoothing):
+    knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
-    processes = integrated_processes(sites, points, np.array([2]), np.zeros(1), jnp.reshape(smoothing, 1))
-    return jnp.where(sites.live >= 2, processes.variance[0, : points.shape[0]], jnp.inf)
+    noise = uniform_noise(jnp.concatenate([sites.place, points]), 2)
+    smoothing = jnp.reshape(smoothing, 1) / span / span / span
+    variances = posteriors(sites, points, np.array([2]), noise, smoothing).variances[0, : points.shape[0]]
+    return jnp.where(sites.count >= 2, variances * span * span * span, jnp.inf)
 
 
-def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
-    """The places of knots whose weight is not zero, equal ones taken together."""
-    n = knots.shape[0]
-    # One more, at least, than the highest order has polynomials.
-    size = max(n, 5)
-    rank = np.arange(size)
-    live, span = weights > 0, knots[-1] - knots[0]
-    earlier = live & np.tri(n, k=-1, dtype=bool)
-    opens = live & (knots - jnp.max(jnp.where(earlier, knots, -jnp.inf), axis=1) > SAME_SITE * span)
-    # Sums as products, here and below, for they compile in a third of the time.
-    site = np.tri(n) @ opens
-    member = jnp.where(live & (site == 1 + rank[:, None]), weights.astype(knots.dtype), 0)
-    count = site[-1]
-    beyond = rank >= count
-    place = jnp.max(jnp.where(member > 0, knots, knots[0]), axis=1)
-    place = jnp.where(beyond, jax.lax.stop_gradient(jnp.max(place) + (rank - count + 1) * (span / size)), place)
-    total = jnp.where(beyond, 1, member @ np.ones(n))
-    return Sites(place, total, count, member / total[:, None])
+def _indices(size):
+    """Returns 0, 1, ... as floating-point numbers."""
+    return np.arange(size, dtype=np.float64)
 
 
-def integrated_processes(
-    sites: Sites,
-    points: Float[Array, "points"],
-    orders: np.ndarray,
-    bent: np.ndarray,
-    smoothing: Float[Array, "orders"],
-) -> Processes:
-    """The posteriors under noise integrated m times, for several m in one program that is compiled once.
+def _stencils(sites, points, m, highest):
+    """Chooses the sites from which each target, sites and then points, is predicted.
 
-    Args:
-        sites: Where there are data.
-        points: Where to read.
-        orders: Each m, known.
-        bent: What share of each one's noise stands at the points, in proportion to the gaps between them, known. The
-            rest is even.
-        smoothing: The variance of a datum of weight one, for each m; zero where data are seen exactly.
-
+    Returns:
+        Indices of sites, shape (n + p, highest), of which the first m count; and which targets have a prediction: all
+        points, and the sites with data but for the first m.
     """
-    place, n, p, highest = sites.place, sites.place.shape[0], points.shape[0], max(orders)
-    at, measures = _noise(place, points, highest, bent[:, None])
-    target, column = jnp.concatenate([place, points]), np.arange(highest)
-    ahead = (place < points[:, None]) @ np.ones(n)
-    before = np.arange(n)[:, None] + np.arange(-highest, 1)
-    away = target[:, None] - at
-    responses = jnp.stack([jnp.where(away > 0, away ** (m - 1), 0) / math.factorial(m - 1) for m in orders.tolist()])
-
-    def process(m, response, measure, smoothing):
-        start = jnp.clip(ahead - m // 2, 0, jnp.maximum(sites.live - m, 0))
-        start = jnp.concatenate([np.arange(n) - m, start])[:, None].astype(jnp.int32)
-        there = sites.present & (np.arange(n) >= m)
-        valid = jnp.concatenate([there, np.ones(p, bool)])[:, None]
-        near = jnp.clip(start + column, 0, n - 1)
-        t, used = place[near], valid & (column < m)
-        others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)
-        apart = jnp.where(others, t[:, :, None] - t[:, None, :], 1)
-        share = jnp.prod(jnp.where(others, (target[:, None] - t)[:, None, :], 1) / apart, axis=2)
-        is_near = used[:, :, None] & (near[:, :, None] == np.arange(n))
-        foretold = jnp.sum(jnp.where(is_near, share[:, :, None], 0), axis=1)
-        missed = jnp.concatenate([jnp.diag(there.astype(place.dtype)), jnp.zeros((p, n))]) - foretold
-
-        # Beyond these sites only rounding is left of it.
-        low = jnp.minimum(t[:, :1], target[:, None])
-        high = jnp.maximum(place[near[:, m - 1]], target)[:, None]
-        of_noise = missed @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
-        of_noise = jnp.where(valid & (at >= low) & (at <= high), of_noise, 0)
-        covariance = (of_noise * measure) @ of_noise.T + smoothing * (missed / sites.weight) @ missed.T
-
-        # Symmetric and banded, scaled to a diagonal of ones: row i holds what stands at i - highest, ..., i.
-        square = jnp.diagonal(covariance)
-        scale = jnp.where(there, 1 / jnp.sqrt(jnp.where(there, square[:n], 1)), 0)
-        scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(p)])
-        bands = jnp.where(before >= 0, scaled[np.arange(n)[:, None], before], 0).at[:, highest].set(1)
-        white = _whitened(bands, jnp.concatenate([scale[:, None] * missed[:n], scaled[:, n:]], axis=1))
-        white, known = white[:, :n], white[:, n:]
-        variance = jnp.maximum(square[n:] - np.ones(n) @ known**2, 0)
-
-        # The inverse covariance of the data, polynomials unknown, foretells each from the others.
-        precision = white.T @ white
-        own = jnp.diagonal(precision)
-        own = jnp.where(own > 0, own, 1)
-        without = jnp.eye(n) - precision / own[:, None]
-        rows = jnp.concatenate([foretold[n:] + known.T @ white, without])
-        return Processes(rows, jnp.concatenate([variance, 1 / own]))
-
-    return jax.vmap(process)(orders, responses, measures, smoothing)
+    n = sites.place.shape[0]
+    rank = np.arange(n, dtype=np.int32)
+    num_before = (sites.place[None] < points[:, None]).astype(sites.place.dtype) @ np.ones(n)
+    start = jnp.clip(num_before - (m // 2).astype(num_before.dtype), 0, jnp.maximum(sites.count - m.astype(float), 0))
+    start = jnp.concatenate([rank - m, start.astype(jnp.int32)])
+    stencil = jnp.clip(start[:, None] + np.arange(highest, dtype=np.int32)[None], 0, n - 1)
+    is_defined = jnp.concatenate([sites.present & (rank >= m), np.ones(points.shape[0], bool)])
+    return stencil, is_defined
 
 
-def _noise(place, points, exact, bent):
-    """Where noise is gathered, shape (q,), and how much of it there, shape (orders, q).
-
-    Between neighbours at so many places that products of polynomials of degree exact - 1 have exact integrals.
-    """
-    grid = jnp.sort(jnp.concatenate([place, points]))
-    node, weight = np.polynomial.legendre.leggauss(exact)
-    gap = (grid[1:] - grid[:-1])[:, None]
-    even = grid[:-1, None] + gap * (node + 1) / 2
-    points = jnp.sort(points)
-    between = jnp.diff(points, prepend=2 * points[0] - points[min(1, len(points) - 1)])
-    around = (between + jnp.append(between[1:], between[-1])) / 2
-    measures = [(1 - bent) * (gap * weight / 2).ravel(), bent * around]
-    return jnp.concatenate([even.ravel(), points]), jnp.concatenate(measures, axis=1)
+def _lagrange_rows(place, target, stencil, used):
+    """Returns the matrix from data at sites to the values at the targets of the polynomials through their stencils."""
+    highest, knot = stencil.shape[1], place[stencil]
+    others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)[None]
+    denominator = jnp.where(others, knot[:, :, None] - knot[:, None, :], 1)
+    numerator = jnp.where(others, (target[:, None] - knot)[:, None, :], 1)
+    coefficient = jnp.prod(numerator / denominator, axis=2)
+    selects = used[:, :, None] & (stencil[:, :, None] == np.arange(place.shape[0], dtype=np.int32)[None, None])
+    return jnp.sum(jnp.where(selects, coefficient[:, :, None], 0), axis=1)
 
 
-def _whitened(bands, columns):
-    """Columns from the left by the inverse of the Cholesky factor of a banded matrix, eliminated row by row.
+def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
+    """Evaluates the innovations' kernels M at the abscissae; outside their support only rounding would be left."""
+    n = place.shape[0]
+    kernel = contrasts @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
+    low = jnp.minimum(place[stencil[:, 0]], target)[:, None]
+    high = jnp.maximum(place[stencil[:, m - 1]], target)[:, None]
+    return jnp.where((abscissa[None] >= low) & (abscissa[None] <= high), kernel, 0)
+
+
+def _condition(covariance, contrasts, prediction, is_defined, highest):
+    """Conditions points, and each site's datum, on the data at sites, from the covariance of all innovations."""
+    n = contrasts.shape[1]
+    num_points, is_defined = contrasts.shape[0] - n, is_defined[:n]
+    # The sites' covariance is banded. Scaled to a unit diagonal; row i of `bands` holds columns i - highest to i.
+    square = jnp.diagonal(covariance)
+    scale = jnp.where(is_defined, 1 / jnp.sqrt(jnp.where(is_defined, square[:n], 1)), 0)
+    scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(num_points)])[None]
+    column = np.arange(n)[:, None] + np.arange(-highest, 1)[None]
+    bands = jnp.where(column >= 0, scaled[np.arange(n)[:, None], column], 0).at[:, highest].set(1)
+    white = _whiten(bands, jnp.concatenate([scale[:, None] * contrasts[:n], scaled[:, n:]], axis=1))
+    contrasts, cross = white[:, :n], white[:, n:]
+
+    precision = contrasts.T @ contrasts
+    diagonal = jnp.diagonal(precision)
+    diagonal = jnp.where(diagonal > 0, diagonal, 1)
+    means = [prediction[n:] + cross.T @ contrasts, jnp.eye(n) - precision / diagonal[:, None]]
+    variances = [jnp.maximum(square[n:] - np.ones(n) @ cross**2, 0), 1 / diagonal]
+    return Posteriors(jnp.concatenate(means), jnp.concatenate(variances), precision)
+
+
+def _whiten(bands, columns):
+    """Multiplies columns by the inverse of the Cholesky factor of a banded matrix, eliminated row by row.
 
     Batched factorizations of LAPACK's that run side by side can wait for each other forever on a CPU of few cores.
     """
     m = bands.shape[1] - 1
 
     def step(carry, row):
-        # What is left of the m rows before this one.
+        # The Schur complement of the rows eliminated so far, in the m rows before this one.
         block, rest = carry
         band, column = row
         block = jnp.concatenate([jnp.concatenate([block, band[:m, None]], axis=1), band[None]])
         rest = jnp.concatenate([rest, column[None]])
         pivot, first = block[0, 0], rest[0]
         factor = block[1:, :1] / pivot
-        return (block[1:, 1:] - factor * block[0, 1:], rest[1:] - factor * first), first / jnp.sqrt(pivot)
+        return (block[1:, 1:] - factor * block[:1, 1:], rest[1:] - factor * first[None]), first / jnp.sqrt(pivot)
 
-    # A row comes out m steps after it went in.
+    # A row is eliminated m steps after it is read.
     last = jnp.zeros((m, m + 1), bands.dtype).at[:, m].set(1)
     none = jnp.zeros((m, columns.shape[1]), columns.dtype)
     rows = jnp.concatenate([bands, last]), jnp.concatenate([columns, none])
