@@ -66,9 +66,9 @@ class CodedServer:
     groups, and when the policy says stop the results are decoded from the answers that came. Workers that are slow,
     dead, stuck or faulty make a prediction less exact, not late.
 
-    The number of groups is rounded up to a power of two, and for each such number, as for each shape of inputs, programs
-    are compiled on this host and on every worker. `warm_up` does that beforehand; a request for which it was not done
-    is logged, and its time limit includes the time of compiling.
+    The number of groups is rounded up to a power of two, and for each such number, as for each shape of inputs,
+    programs are compiled on this host and on every worker. `warm_up` does that beforehand; a request for which it was
+    not done is logged, and its time limit includes the time of compiling.
 
     An input with a NaN or an infinite number is not encoded, as it would spoil its whole group: its own result is NaN,
     and the log names it.
