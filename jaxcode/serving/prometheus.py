@@ -50,7 +50,7 @@ class _ServerCollector(Collector):
         yield events
         workers = GaugeMetricFamily("jaxcode_workers", "Workers, by state.", labels=["state"])
         states = collections.Counter(self._pool.states())
-        for state in ("idle", "busy", "starting", "resting"):
+        for state in ("idle", "busy", "starting", "quarantined"):
             workers.add_metric([state], states[state])
         yield workers
 

@@ -34,7 +34,7 @@ log.addHandler(logging.NullHandler())
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """The results of a request, and what is known of their quality. Its NumPy arrays are read-only.
+    """Holds the results of a request and what is known of their quality, in read-only NumPy arrays.
 
     Attributes:
         values: Results in the order of the batch, NumPy arrays, leaves (B, ...). NaN (the lowest number of an integer
@@ -66,18 +66,18 @@ class CodedServer:
     groups, and when the policy says stop the results are decoded from the answers that came. Workers that are slow,
     dead, stuck or faulty make a prediction less exact, not late.
 
-    Here and in the workers everything is compiled for each number of groups, which is rounded up to a power of two:
-    `warm_up` does that beforehand. The first request that needs what is not compiled yet says so in the log.
+    The number of groups is rounded up to a power of two, and for each such number, as for each shape of inputs,
+    programs are compiled on this host and on every worker. `warm_up` does that beforehand; a request for which it was
+    not done is logged, and its time limit includes the time of compiling.
 
     An input with a NaN or an infinite number is not encoded, as it would spoil its whole group: its own result is NaN,
     and the log names it.
 
-    The server computes in the precision, with x64 or without, in which it was made, in whichever thread a request is
-    made.
+    All threads compute in the precision (x64 on or off) in which the server was made.
 
     Args:
-        code: Whose N coded inputs are computed by whichever of the pool's workers are free; usually there are N too.
-        pool: Whose workers compute f. The server does not close it.
+        code: The code. Any worker that is free computes any of its N coded inputs; usually there are N workers.
+        pool: The workers that compute f. The server does not close it.
         stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. The policy is asked once the
             code can decode every input, and waiting also ends where no worker is left that could answer soon. Its
             seconds, too, count from the submission of a request.
@@ -93,8 +93,9 @@ class CodedServer:
         max_queued: How many more of them may wait; what exceeds that is refused with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, a number is out of range, or the code is none or is not static.
+        ValueError: If stop can never be reached, a number is out of range, or code is no code or not a static one.
 
+    >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode, stop
     >>> from jaxcode.pools import ThreadPool
     >>> code = SplineCode.chebyshev(num_data=4, num_workers=12)

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def scores(x):
-    """Slow where an input starts with 9."""
+    """Computes scores, two seconds late where an input starts with 9."""
     assert x.shape[-1] == 4, "four numbers an input"
 
     def wait(first):

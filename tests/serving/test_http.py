@@ -66,7 +66,7 @@ def as_npy(x):
     return file.getvalue()
 
 
-def test_json_in_json_out(front):
+def test_json_is_answered_with_json(front):
     status, _, body = ask(front, body=as_json(INPUTS))
     answer = json.loads(body)
     assert status == 200
@@ -76,7 +76,7 @@ def test_json_in_json_out(front):
     assert 0 < answer["latency"] < 20
 
 
-def test_numpy_in_numpy_out(front):
+def test_a_numpy_file_is_answered_with_one(front):
     status, headers, body = ask(front, body=as_npy(INPUTS), kind=NPY)
     assert (status, headers["content-type"]) == (200, NPY)
     np.testing.assert_allclose(np.load(io.BytesIO(body), allow_pickle=False), scores(INPUTS), atol=0.05)
@@ -102,14 +102,14 @@ def test_numpy_in_numpy_out(front):
         ({"path": "/elsewhere"}, 404, "nothing at /elsewhere"),
     ],
 )
-def test_what_is_wrong_with_a_request_is_said(front, request_, status, message):
+def test_invalid_requests_have_a_status_and_a_message(front, request_, status, message):
     found, headers, body = ask(front, **request_)
     assert found == status, body
     assert message in json.loads(body)["error"]
     assert ("allow" in headers) == (status == 405)
 
 
-def test_a_body_that_does_not_say_how_long_it_is_is_cut_off_too(front):
+def test_a_chunked_body_is_refused_when_it_is_too_long(front):
     status, _, _ = ask(front, body=iter([b" " * 50_000] * 4))  # sent in chunks
     assert status == 413
 
@@ -126,27 +126,27 @@ def test_health_and_metrics(front):
     assert float(answered.split()[-1]) >= 1
 
 
-def test_it_listens_to_this_machine_only(front):
+def test_it_listens_on_the_loopback_interface_only(front):
     addresses = sockets_of(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
     assert addresses
     assert all(address.is_loopback for address in addresses), addresses
 
 
-def test_sigterm_answers_what_is_under_way_and_leaves_nothing(front):
+def test_sigterm_answers_requests_in_flight_and_leaves_no_process(front):
     _, process, log = front
     slow = np.where(np.arange(4) == 0, np.float32(9), INPUTS[:4])
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        asked = [clients.submit(ask, front, body=as_json(slow)) for _ in range(2)]
+        futures = [clients.submit(ask, front, body=as_json(slow)) for _ in range(2)]
         time.sleep(0.7)
         process.send_signal(signal.SIGTERM)
-        answers = [future.result(60) for future in asked]
+        answers = [future.result(60) for future in futures]
     for status, _, body in answers:
         assert status == 200, body
-    # A replica of which Ray Serve believes that it still works on something is ended after twice the time limit.
+    # Ray Serve ends a replica that it takes to be busy after twice the time limit.
     assert process.wait(120) == 0, log.read_text()
     with pytest.raises(OSError, match="refused"):
         ask(front, "GET", "/healthz")
-    # Processes that were told to end may take a moment to do so.
+    # Processes may take a moment to end.
     until(lambda: not processes_of_session(process.pid), 20)
 
 

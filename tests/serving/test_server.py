@@ -328,7 +328,7 @@ def test_a_warm_server_transfers_nothing_implicitly(pool, faults):
 
 @pytest.mark.parametrize("setting", [jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")])
 def test_strict_promotion_changes_nothing(pool, faults, setting):
-    server = CodedServer(CODE, pool, stop.answers(12), order=ordering.greedy)
+    server = make_server(pool, stop.answers(12), order=ordering.greedy)
     expected = server(X)
     jax.clear_caches()
     with setting:
