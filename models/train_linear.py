@@ -1,4 +1,4 @@
-"""Linear models trained on machines that differ, by every method: ``python -m models.train_linear``."""
+"""Trains linear models on machines that differ, by every method: ``python -m models.train_linear``."""
 
 import argparse
 import csv
@@ -23,41 +23,41 @@ from .datasets import libsvm
 
 DATASETS = ("breast_cancer", "digits", "a9a", "w8a")
 LEVELS = (1e-4, 1e-6, 1e-8)
-# For which steps are chosen and methods compared.
+# The suboptimality for which steps are chosen and methods compared.
 AIM = 1e-6
 _STYLES = {
     "distributed SAGA, anchored": ("#D55E00", "-"),
     "distributed SAGA, own": ("#E69F00", "--"),
-    "anchored, long samples more often": ("#0072B2", "-"),
+    "distributed SAGA, lipschitz": ("#0072B2", "-"),
     "local SAGA, averaged": ("#CC79A7", "-."),
     "FedAvg": ("#56B4E9", "--"),
     "SCAFFOLD": ("#009E73", "--"),
     "minibatch SGD": ("#000000", ":"),
 }
-# Steps that are tried, in units of 1 / (3 L); those of round r are divided by 1 + decay r.
-_LENGTHS = {"saga": (0.1, 0.3, 1.0, 3.0), "rivals": (0.3, 1.0, 3.0, 5.0)}
-_DECAYS = {"saga": (0.0,), "rivals": (0.0, 0.01, 0.1)}
-_RIVALS = {
+# Step sizes to try, in units of 1 / (3 L); those of round r are divided by 1 + decay r.
+_LENGTHS = {"saga": (0.1, 0.3, 1.0, 3.0), "sgd": (0.3, 1.0, 3.0, 5.0)}
+_DECAYS = {"saga": (0.0,), "sgd": (0.0, 0.01, 0.1)}
+_SGD_METHODS = {
     "FedAvg": saga.FederatedAveraging,
     "SCAFFOLD": saga.Scaffold,
     "minibatch SGD": saga.MinibatchSgd,
 }
 _FOOTNOTE = """\
 Samples {lengths}, sorted by label over {machines} machines; {period} steps of one sample each a round, for minibatch
-SGD one step of as many samples. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in round r;
-of those tried, {saga} by SAGA for {epochs} epochs and {rivals} by SGD and its kin for up to {longest}, those that
-reach {aim:.0e} first, or come closest. Rows are of one seed, how many times of {seeds}. The optimum is scikit-learn's,
-{least:.12f}."""
+SGD one step of as many samples. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in round r.
+Of {saga} step sizes for SAGA, with {epochs} epochs, and {sgd} for the variants of SGD, with up to {longest}, a row
+shows the one that reaches {aim:.0e} first or comes closest. Rows are of one seed, ratios of {seeds}. The optimum is
+scikit-learn's, {least:.12f}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Samples in order of their labels, and what scikit-learn finds.
+    """Holds samples in order of their labels, and scikit-learn's optimum.
 
     Attributes:
         data: Rows and labels.
-        loss: Of one sample.
-        params: Zeros.
+        loss: The loss of one sample.
+        params: The first parameters, zeros.
         least: The objective at scikit-learn's optimum.
     """
 
@@ -69,12 +69,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A method's way.
+    """Holds a method's results.
 
     Attributes:
-        name: Its own.
-        steps: What was chosen for it.
-        histories: Its suboptimality, among others, with each seed.
+        name: The method's name.
+        steps: The step size that was chosen for it.
+        histories: What was recorded with each seed; values are suboptimalities.
     """
 
     name: str
@@ -83,20 +83,21 @@ class Run:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """By what it sent until it was there, with the first seed; by how close it came."""
+        """What it sent until it reached the aim, with the first seed, and how close it came."""
         history = self.histories[0]
-        there = first(history, AIM)
-        return (np.inf if there is None else history.floats[there]), history.values[-1]
+        reached = first(history, AIM)
+        # Runs that diverge end with values that are not finite.
+        return (np.inf if reached is None else history.floats[reached]), np.nan_to_num(history.values[-1], nan=np.inf)
 
 
 def first(history: saga.History, level: float) -> int | None:
-    """The first record at or below a suboptimality."""
+    """Returns the first record at or below a suboptimality, None if there is none."""
     below = np.flatnonzero(history.values <= level)
     return int(below[0]) if below.size else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train by every method, print and plot; exits with code 2 on bad arguments."""
+    """Trains by every method, prints and plots; exits with code 2 on bad arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ("ridge", "epochs", "patience", "seeds"):
@@ -118,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool = False) -> Problem:
-    """Samples in order of their labels, of length 1 unless they keep theirs, and scikit-learn's optimum.
+    """Loads samples in order of their labels, scaled to length 1 unless they keep theirs, and finds the optimum.
 
     Raises:
-        OSError: If the data set's file is not there.
+        OSError: If the data set's file does not exist.
     """
     if name in ("breast_cancer", "digits"):
         x, y = (load_breast_cancer if name == "breast_cancer" else load_digits)(return_X_y=True)
@@ -134,11 +135,11 @@ def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool =
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     order = np.argsort(y, kind="stable")
     x, y = x[order], y[order]
-    several = name == "digits"
-    # Newton's method for two classes; that of many is the same objective by quasi-Newton.
-    solver = {"solver": "lbfgs", "max_iter": 20_000} if several else {"solver": "newton-cholesky", "max_iter": 500}
+    multiclass = name == "digits"
+    # Newton's method for two classes, a quasi-Newton method for many; the objective is the same.
+    solver = {"solver": "lbfgs", "max_iter": 20_000} if multiclass else {"solver": "newton-cholesky", "max_iter": 500}
     model = LogisticRegression(C=1 / (ridge * len(y)), fit_intercept=False, tol=1e-12, **solver).fit(x, y)
-    if several:
+    if multiclass:
         coefficients = model.coef_.T
         logits = x @ coefficients
         losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(y)), y]
@@ -146,11 +147,11 @@ def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool =
         coefficients = model.coef_[0]
         losses = np.logaddexp(0, -y * (x @ coefficients))
     least = float(losses.mean() + ridge / 2 * np.sum(coefficients**2))
-    return Problem((x, y), saga.multinomial if several else saga.logistic, jnp.zeros(coefficients.shape), least)
+    return Problem((x, y), saga.multinomial if multiclass else saga.logistic, jnp.zeros(coefficients.shape), least)
 
 
 def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
-    """Every method from zero, with the best of several steps; SGD and its kin for longer."""
+    """Trains by every method from zeros, with the best of several step sizes; by variants of SGD for longer."""
     settings: dict[str, Any] = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
     methods: dict[str, Any] = {
         "distributed SAGA, anchored": saga.DistributedSaga(problem.loss, correction="anchored", **settings),
@@ -158,13 +159,11 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
         "local SAGA, averaged": saga.DistributedSaga(problem.loss, correction="local", **settings),
     }
     if args.keep_lengths:
-        methods["anchored, long samples more often"] = saga.DistributedSaga(
-            problem.loss, sampling="lipschitz", **settings
-        )
-    methods |= {name: rival(problem.loss, **settings) for name, rival in _RIVALS.items()}
+        methods["distributed SAGA, lipschitz"] = saga.DistributedSaga(problem.loss, sampling="lipschitz", **settings)
+    methods |= {name: kind(problem.loss, **settings) for name, kind in _SGD_METHODS.items()}
     runs = []
     for name, method in methods.items():
-        kind, epochs = ("rivals", args.epochs * args.patience) if name in _RIVALS else ("saga", args.epochs)
+        kind, epochs = ("sgd", args.epochs * args.patience) if name in _SGD_METHODS else ("saga", args.epochs)
         begin = method.init(problem.params, problem.data)
         tried = []
         for length, decay in tqdm(
@@ -185,26 +184,30 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
 
 
 def _run(method, state, problem, args, epochs, number):
-    """As many epochs, or until nobody looks any closer."""
+    """Trains for so many epochs, or until the suboptimality is far below all levels."""
     per_epoch = max(1, round(len(problem.data[1]) / method.samples_per_round()))
-    _, history = method.run(
-        state,
-        jax.random.key(args.seed + number),
-        epochs * per_epoch,
-        every=max(1, per_epoch // 4) if isinstance(method, saga.DistributedSaga) else per_epoch,
-        evaluate=lambda params: method.objective(params, state) - problem.least,
-        callbacks=[lambda _, record: record["values"] <= LEVELS[-1] / 100],
-        progress=False,
-    )
+    try:
+        _, history = method.run(
+            state,
+            jax.random.key(args.seed + number),
+            epochs * per_epoch,
+            every=max(1, per_epoch // 4) if isinstance(method, saga.DistributedSaga) else per_epoch,
+            evaluate=lambda params: method.objective(params, state) - problem.least,
+            callbacks=[lambda _, record: record["values"] <= LEVELS[-1] / 100],
+            progress=False,
+        )
+    except saga.DivergenceError as divergence:
+        # Steps that are too long have a result, too.
+        history = divergence.history
     return history
 
 
 def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
-    """What it took each method to come so close to the optimum."""
+    """Shows what each method needed to come so close to the optimum."""
     heads = [f"{level:.0e}" for level in LEVELS]
     lines = [
         "",
-        f"{args.dataset}: suboptimality, and epochs and floats until it was reached; - where it never was",
+        f"{args.dataset}: suboptimality, and epochs and floats until a level was reached; - if it never was",
         f"{'method':34} {'step':>16} {'last':>9}"
         + "".join(f"{'epochs to ' + head:>17}" for head in heads)
         + "".join(f"{'floats to ' + head:>17}" for head in heads),
@@ -225,11 +228,11 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
         lines += [
             f"{run.name} sends {_times(run, sent)} as many floats as anchored SAGA."
             for run in runs
-            if run.name in _RIVALS
+            if run.name in _SGD_METHODS
         ]
     tries = {kind: len(_LENGTHS[kind]) * len(_DECAYS[kind]) for kind in _LENGTHS}
     footnote = _FOOTNOTE.format(
-        lengths="as long as they are" if args.keep_lengths else "of length 1",
+        lengths="of their own lengths" if args.keep_lengths else "of length 1",
         machines=args.machines,
         period=args.period,
         epochs=args.epochs,
@@ -243,13 +246,14 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
 
 
 def _times(run, ours):
-    """From, to, seed by seed, until the aim was reached or patience ended."""
-    there = [first(history, AIM) for history in run.histories]
+    """Shows the smallest and largest ratio of floats, over seeds, until the aim was reached or the run ended."""
+    reached = [first(history, AIM) for history in run.histories]
     ratios = [
-        history.floats[-1 if i is None else i] / o for history, i, o in zip(run.histories, there, ours, strict=True)
+        history.floats[-1 if i is None else i] / floats
+        for history, i, floats in zip(run.histories, reached, ours, strict=True)
     ]
     low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
-    return f"{'more than ' if None in there else ''}{low if low == high else f'{low} to {high}'} times"
+    return f"{'more than ' if None in reached else ''}{low if low == high else f'{low} to {high}'} times"
 
 
 def _write(runs, path):
@@ -273,8 +277,8 @@ def _plot(runs, args, path):
     ):
         for run in runs:
             color, line = _STYLES[run.name]
-            # What is below the precision of the objective is noise.
             history = run.histories[0]
+            # What is below the precision of the objective is noise.
             axes.plot(getattr(history, column), np.maximum(history.values, 1e-14), line, color=color, label=run.name)
         axes.set(xlabel=label, xscale="symlog" if column == "epochs" else "log", yscale="log")
         axes.grid(alpha=0.3)
@@ -286,17 +290,15 @@ def _plot(runs, args, path):
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m models.train_linear", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="breast_cancer", help="default: %(default)s")
-    parser.add_argument("--data-dir", type=Path, help="where a9a and w8a are (default: $JAXCODE_DATA)")
-    parser.add_argument("--keep-lengths", action="store_true", help="do not make samples as long as each other")
+    parser.add_argument("--data-dir", type=Path, help="folder of a9a and w8a (default: $JAXCODE_DATA)")
+    parser.add_argument("--keep-lengths", action="store_true", help="do not scale samples to length 1")
     parser.add_argument("--machines", type=int, default=8, help="K (default: %(default)s)")
     parser.add_argument("--period", type=int, default=64, help="steps in a round (default: %(default)s)")
     parser.add_argument("--ridge", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
-    parser.add_argument(
-        "--patience", type=int, default=10, help="how many times as long for SGD and its kin (default: 10)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, for how floats spread (default: %(default)s)")
+    parser.add_argument("--patience", type=int, default=10, help="factor of epochs for variants of SGD (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/train_linear"), help="default: %(default)s")
     return parser
 

@@ -110,7 +110,8 @@ def test_new_variables_of_a_linen_module_trace_nothing():
     variables = [LinenNetwork().init(jax.random.key(seed), X) for seed in range(2)]
     results = []
     counts = [
-        traced_times(lambda v=v: results.append(jc.coded((LinenNetwork(), v), spline())(X, MASKS[0]))) for v in variables
+        traced_times(lambda v=v: results.append(jc.coded((LinenNetwork(), v), spline())(X, MASKS[0])))
+        for v in variables
     ]
     assert counts == [1, 0]
     assert not np.allclose(*results)
@@ -118,7 +119,13 @@ def test_new_variables_of_a_linen_module_trace_nothing():
 
 def test_other_codes_are_traced():
     model = Network(nnx.Rngs(0))
-    others = [spline(5e-3), spline(2e-3), jc.SplineCode.chebyshev(K, N), jc.BerrutCode.systematic(K, N), NearestCode(K, N)]
+    others = [
+        spline(5e-3),
+        spline(2e-3),
+        jc.SplineCode.chebyshev(K, N),
+        jc.BerrutCode.systematic(K, N),
+        NearestCode(K, N),
+    ]
     assert [traced_times(lambda c=c: jc.coded(model, c)(X, MASKS[0])) for c in others] == [1] * len(others)
 
 

@@ -6,10 +6,11 @@ B-spline interpolant.
 """
 
 from .abstract import AbstractInterpolant as AbstractInterpolant
+from .abstract import dense_linop as dense_linop
 from .not_a_knot import NotAKnot as NotAKnot
 from .polynomial import Polynomial as Polynomial
 from .rational import Berrut as Berrut
 from .rational import FloaterHormann as FloaterHormann
 from .spline import Spline as Spline
 
-__all__ = ["AbstractInterpolant", "Berrut", "FloaterHormann", "NotAKnot", "Polynomial", "Spline"]
+__all__ = ["AbstractInterpolant", "Berrut", "FloaterHormann", "NotAKnot", "Polynomial", "Spline", "dense_linop"]

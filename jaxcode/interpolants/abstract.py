@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from .._float64 import in_float64
 from ..checks import static_value
 from ..linops import AbstractLinop, Dense, split
+from ..linops.dense import matmul
 
 # Knots closer than this share of their span are one site and their values are averaged. A curve through two values
 # 1e-12 apart has slopes of 1e12, which no data justify; nodes one float32 step apart are 1e5 times farther.
@@ -25,8 +26,40 @@ MatrixFunction = Callable[[Array, Array, Array], Array]
 class AbstractInterpolant(abc.ABC):
     """Draws a curve through data at knots and reads it at points: a linear map from data to values.
 
-    A concrete interpolant is a frozen dataclass registered as a pytree (`jaxcode.pytree`). Knots at one place count as
-    one site, whose value is the mean of the data there.
+    Knots at one place count as one site, whose value is the mean of the data there.
+
+    To write an interpolant, make a class that is a frozen dataclass and a pytree, declare the attributes below and
+    implement the method. `dense_linop` does it from a function that forms the matrix in JAX. This one is complete: it
+    works in every code, under every transformation, with knots known to the host or traced.
+
+    .. code-block:: python
+
+        import jax.numpy as jnp
+
+        import jaxcode as jc
+        from jaxcode import interpolants
+
+
+        @jc.pytree()
+        class Linear(interpolants.AbstractInterpolant):
+            '''Connects the data by straight lines; constant beyond the outermost.'''
+
+            interpolates = True
+            predicts_error = False
+
+            def linop(self, knots, points, returned=None):
+                return interpolants.dense_linop(form_matrix, knots, points, returned)
+
+
+        def form_matrix(knots, points, live):
+            # The nearest live knots on either side of each point weigh by their distance; one alone has all the weight.
+            distance = points[:, None] - knots[None]
+            before = jnp.max(jnp.where(live & (distance >= 0), knots, -jnp.inf), axis=1, keepdims=True)
+            after = jnp.min(jnp.where(live & (distance < 0), knots, jnp.inf), axis=1, keepdims=True)
+            between = jnp.isfinite(before) & jnp.isfinite(after)
+            gap = jnp.where(between, after - before, 1.0)
+            weight = jnp.where(between, 1 - jnp.abs(distance) / gap, 1.0)
+            return jnp.where(live & ((knots == before) | (knots == after)), weight, 0.0)
 
     Attributes:
         interpolates: Whether the curve is known to pass through the data of distinct knots, however many have data.
@@ -67,7 +100,7 @@ def dense_linop(
         form_matrix: From (knots, points, live) to the matrix, shape (points, knots), in JAX. It is traced in float64
             and compiled once for each function and size: give it the same function object each time. Knots and points
             are in units of `in_units_of_span`; `live` says, bool (knots,), which knots to use: those are distinct.
-            Columns of other knots may hold any finite number.
+            Columns of other knots may hold any finite number. See `linops.in_float64` for what it may not call.
         knots: As for `AbstractInterpolant.linop`.
         points: As for `AbstractInterpolant.linop`.
         returned: As for `AbstractInterpolant.linop`.
@@ -122,11 +155,11 @@ def _compiled_matrix(form_matrix, distinct):
 
 def _merge_sites(form_matrix, knots, points, live):
     """Forms the matrix of each site's first live knot, and averages the data of live knots at one site."""
-    # Indices are int32 throughout: with x64 off, parts that are lowered later would return these for int64.
     index = jnp.arange(knots.shape[0], dtype=jnp.int32)
     site = jnp.cumsum(jnp.diff(knots, prepend=knots[:1]) > SAME_SITE, dtype=jnp.int32)
     live_neighbour = (site[:, None] == site[None]) & live[None]
-    first_live = jax.lax.argmax(live_neighbour, 1, jnp.int32)
-    matrix = form_matrix(knots, points, live & (first_live == index))
-    share = live / jnp.maximum(jnp.sum(live_neighbour, axis=1, dtype=knots.dtype), 1)
-    return matrix[:, first_live] * share[None]
+    is_first = live & ~jnp.any(live_neighbour & (index[None] < index[:, None]), axis=1)
+    count = jnp.sum(live_neighbour, axis=1, keepdims=True, dtype=jnp.int32).astype(knots.dtype)
+    # From data at the knots to their mean at each site's first live knot.
+    average = jnp.where(is_first[:, None] & live_neighbour, 1 / jnp.maximum(count, 1), 0)
+    return matmul(form_matrix(knots, points, is_first), average)

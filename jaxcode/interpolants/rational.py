@@ -30,8 +30,8 @@ class Berrut(AbstractInterpolant):
     >>> from jaxcode.linops import apply
     >>> curve = Berrut().linop(np.array([-1.0, 0.0, 1.0]), np.array([0.0, 0.5]))
     >>> apply(curve, jnp.array([[1.0], [2.0], [4.0]])).round(3)
-    Array([[2.   ],
-           [3.143]], dtype=float32)
+    Array([[2. ],
+           [3.4]], dtype=float32)
     """
 
     interpolates: ClassVar[bool] = True

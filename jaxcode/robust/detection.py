@@ -1,8 +1,10 @@
-r"""Defences: which of the workers that returned are trusted.
+r"""Defences: functions that detect faulty workers by their answers.
 
-A faulty worker is wrong in every group of a batch and in every output, so evidence is pooled by worker; one group says
-little where workers are sparse. `leave_one_out` compares each answer with the curve through the others, on which codes
-rely anyway. `error_locator` is what ApproxIFER does for Berrut's code, for comparison.
+A worker answers every group of a batch, and a faulty one is assumed to be faulty in all of them. So evidence is pooled
+by worker, over groups and outputs, and a worker is trusted or flagged for the whole batch. One group is little evidence
+where workers are sparse. `leave_one_out` compares each answer with the curve through the others, on which codes
+rely anyway. `error_locator` is that of ApproxIFER for Berrut's
+code, for comparison.
 """
 
 import functools
@@ -45,11 +47,11 @@ Defence = Callable[[AbstractCode, PyTree[Array], Bool[ArrayLike, "workers"]], De
 
 
 def finite(answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "workers"]:
-    """Says which workers returned finite numbers only.
+    """Finds the workers that returned finite numbers only.
 
     Args:
-        answers: Leaves of shape (N, ...).
-        returned: Which workers returned, bool, shape (N,).
+        answers: Leaves of shape (N, ...), of any dtype; whole numbers are finite.
+        returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
 
     Returns:
         bool, shape (N,).
@@ -67,10 +69,27 @@ def finite(answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Bool
 
 
 def only_finite(code: AbstractCode, answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Detection:
-    """Trusts every worker whose answers are finite. For every code; arguments and errors as for `leave_one_out`."""
+    """Flags the workers of which any answer, in any group, is not finite. For every code.
+
+    Args:
+        code: Any code; only its number of workers is read.
+        answers: Leaves of shape (N, groups, ...), of any dtype.
+        returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
+
+    Returns:
+        The detection; scores are infinite for flagged workers and zero for all others.
+
+    Raises:
+        ValueError: If returned is not bool (N,), or a leaf's leading axis is not N.
+
+    >>> from jaxcode.codes import UncodedCode
+    >>> two_groups = jnp.array([[1.0, 2.0], [3.0, jnp.nan], [5.0, 6.0]])
+    >>> only_finite(UncodedCode(3), two_groups, jnp.array([True, True, False])).flagged
+    Array([False,  True, False], dtype=bool)
+    """
     check_mask("returned", returned, code.num_workers)
     present = finite(answers, returned)
-    return _report(returned, present, present, jnp.zeros(code.num_workers))
+    return _detection(returned, present, present, jnp.zeros_like(present, jnp.float32))
 
 
 def leave_one_out(
@@ -82,45 +101,47 @@ def leave_one_out(
 ) -> Detection:
     r"""Flags workers whose answers are far from the curve through the answers of the others.
 
-    Answers are taken for values of a curve with :math:`g'' = \sqrt{b} \rho^{3/2} \times` white noise, the process whose
-    posterior mean is the cubic spline. :math:`\rho` is how many inputs the code lays per unit of length: by that much
-    faster does f pass through what it does. With P the precision that this leaves to answers y once the straight line
-    has been taken out, worker i's leave-one-out residual is :math:`(Py)_i / P_{ii}` and its variance
-    :math:`b / P_{ii}`: large where workers are sparse, for correct ones too. Leaving out a set L as well costs one solve
-    of the size of L. Two workers at one node need not agree better than the curve around them could tell; among
-    three or more, no better than workers at one node do in the median.
+    Answers are modelled as noisy values of a curve with :math:`g'' = \sqrt{b} \rho^{3/2} \times` white noise, the
+    process whose posterior mean is the cubic spline. :math:`\rho` is the number of inputs that the code places per unit
+    of length, to which the speed of the curve is proportional. With P the precision of the answers y, straight lines
+    projected out, worker i's leave-one-out residual is :math:`(Py)_i / P_{ii}` and its variance :math:`b / P_{ii}`,
+    which is large where workers are sparse. A set L of outliers is left out as well by one solve of the size of L. The
+    noise of two workers at one node is comparable to what the curve around them predicts; that of three or more is the
+    median deviation of workers at one node.
 
-    First a search, which starts from trusting all, for the set L with the shortest description of all answers
+    The search starts from trusting all workers and looks for the set L with the shortest description of all answers
 
     .. math::
         (n - 2) \log \frac{y^T P_{-L}\, y}{n - |L| - 2} + \sum_{i \in L} \log (1 + z_i^2) + 4 |L|,
 
     in the mean over outputs and groups, where n workers returned and :math:`z_i` is an outlier's standardised distance
-    from the curve through the others: a Gaussian code for inliers, a heavy-tailed one for outliers. A step moves a run
-    of one to three neighbouring inliers to the outliers, or one outlier back, whichever shortens the description most;
-    so faulty workers that support each other leave together, and correct workers next to a faulty one come back.
-    Outputs count through the logarithm, and none dominates the others.
+    from the curve through the inliers: a Gaussian code for inliers, a heavy-tailed one for outliers. Each step makes a
+    run of one to three neighbouring inliers outliers, or one outlier an inlier, whichever shortens the description
+    most; so faulty workers that support each other are removed together, and correct workers next to a faulty one
+    return. Because of the logarithm no output dominates the others.
 
-    Then outliers are cleared again, the lowest score first, until all stand out from the inliers' own residuals:
-    each worker's residuals, pooled as the mean of :math:`\log(1 + z^2)`, in units of the median of its ten neighbours'
-    and of all (so that where f is rough residuals may be large) must exceed the 70 % quantile extrapolated to 4.5
-    standard deviations, and :math:`1.2 \exp(3 / \sqrt{\text{groups}})`, what chance does with few groups.
+    Then outliers become inliers again, the lowest score first, until all exceed what the inliers' residuals explain.
+    Each worker's residuals are pooled as the mean of :math:`\log(1 + z^2)` and divided by the larger of the median of
+    its ten neighbours' and that of all, as residuals are large where f is rough. The ratio must exceed the inliers'
+    70 % quantile extrapolated to 4.5 standard deviations, and :math:`1.2 \exp(3 / \sqrt{\text{groups}})`, which chance
+    reaches with few groups. The score is the ratio in units of the larger of these.
 
     Answers that are not finite are flagged in any case. Nothing here is differentiated: gradients through
-    decoded results are those for the mask that was found. Computed in float64, in :math:`O(N^3)` per step.
+    decoded results are those for the mask that was found. Computed in float64, in :math:`O(N^3)` time per step.
 
     Args:
         code: A code that draws a curve through answers at its worker nodes: splines, Berrut, Lagrange.
-        answers: Leaves of shape (N, groups, ...), real. More groups and outputs are more evidence. At most 256 outputs
-            are examined, spread over all.
+        answers: Leaves of shape (N, groups, ...), real, in any units. More groups and outputs are more evidence. At most
+            256 outputs of all groups together are examined, evenly spaced among them.
         returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
-        most: At most this part of the workers that returned, less two, is flagged.
+        most: The largest part of the workers that returned finite answers, less two, that may be flagged; from 0 to 1.
 
     Returns:
         The detection; a worker is flagged from a score of 1 on.
 
     Raises:
-        ValueError: If the code draws no curve, returned is not bool (N,), or a leaf's leading axis is not N.
+        ValueError: If the code draws no curve, returned is not bool (N,), a leaf's leading axis is not N, or most is
+            not a number from 0 to 1.
 
     References:
         arXiv 2502.08058 for spline codes against o(N) adversaries; Wahba, Journal of the Royal Statistical Society B 40
@@ -131,29 +152,38 @@ def leave_one_out(
     >>> answers = jnp.sin(code.encode(jnp.linspace(0.0, 3.0, 10))).at[jnp.array([7, 20])].add(1.0)
     >>> jnp.flatnonzero(leave_one_out(code, answers[:, None], jnp.ones(30, bool)).flagged).tolist()
     [7, 20]
+
+    Four groups at once: worker 12 is wrong by little, but in all of them.
+
+    >>> inputs = jnp.linspace(0.0, 3.0, 10)[:, None] + jnp.arange(4.0)
+    >>> answers = jnp.sin(code.encode(inputs)).at[12].add(0.1)
+    >>> jnp.flatnonzero(leave_one_out(code, answers, jnp.ones(30, bool)).flagged).tolist()
+    [12]
     """
     nodes = _nodes_of("leave_one_out", code)
     check_mask("returned", returned, code.num_workers)
+    if not 0 <= most <= 1:
+        raise ValueError(f"most is {most!r}; expected the largest part of the workers to flag, from 0 to 1")
     present = finite(answers, returned)
-    outputs, groups, precision = _outputs(answers, present)
-    least = 1.2 * math.exp(3 / math.sqrt(groups))
+    outputs, groups, rounding = _outputs(answers, present)
+    threshold = 1.2 * math.exp(3 / math.sqrt(groups))
     outliers, score = constant_in_float64(
-        lambda *arrays: find_outliers(*arrays, precision, most, least),
+        lambda *arrays: find_outliers(*arrays, rounding, most, threshold),
         nodes.workers,
         nodes.data,
         outputs,
         present,
     )
-    return _report(returned, present, present & ~outliers, score)
+    return _detection(returned, present, present & ~outliers, score)
 
 
 def error_locator(
     code: AbstractCode, answers: PyTree[Array], returned: Bool[ArrayLike, "workers"], *, num_faulty: int
 ) -> Detection:
-    r"""Flags a given number of workers: the error locator of ApproxIFER.
+    r"""Flags a given number of workers by the error locator of ApproxIFER.
 
     For each output, polynomials P of degree K + E - 1 and Q of degree E are fitted such that
-    :math:`P(\beta_n) \approx y_n Q(\beta_n)`: where a worker is faulty Q must vanish. The E workers with the smallest
+    :math:`P(\beta_n) \approx y_n Q(\beta_n)`: where a worker is faulty Q must vanish. The E workers with the least
     :math:`|Q(\beta_n)|` get a vote from each output, and the E workers with the most votes are flagged.
 
     P and Q are in Chebyshev's basis and Q has unit norm, where the paper has powers and a constant term of 1.
@@ -162,7 +192,7 @@ def error_locator(
         code: As for `leave_one_out`.
         answers: As for `leave_one_out`.
         returned: As for `leave_one_out`.
-        num_faulty: E >= 1, static. So many are flagged even if none is faulty. The paper requires N >= 2K + 2E + S - 1.
+        num_faulty: E >= 1, static. This many are flagged even if none is faulty. The paper requires N >= 2K + 2E + S - 1.
 
     Returns:
         The detection; the score is the part of the outputs that voted for the worker.
@@ -189,7 +219,7 @@ def error_locator(
         lambda *arrays: _locate(*arrays, code.num_data, num_faulty), nodes.workers, outputs, present
     )
     rank = jnp.argsort(jnp.argsort(jnp.where(present, -votes, 1)))
-    return _report(returned, present, present & (rank >= num_faulty), votes)
+    return _detection(returned, present, present & (rank >= num_faulty), votes)
 
 
 def _nodes_of(name, code):
@@ -234,7 +264,7 @@ def _outputs(answers, present):
     return jnp.where(present[:, None], outputs, 0), groups, precision
 
 
-def _report(returned, present, trusted, score):
+def _detection(returned, present, trusted, score):
     returned = jnp.asarray(returned)
     score = jnp.where(present, score.astype(jnp.float32), jnp.where(returned, jnp.inf, 0))
     return Detection(trusted, returned & ~trusted, score)
@@ -252,7 +282,7 @@ def _locate(nodes, outputs, live, num_data, num_faulty):
     def vote(y):
         size = jnp.max(jnp.abs(y))
         product = (y / jnp.where(size > 0, size, 1))[:, None] * denominators
-        # The part of Q times the answers that no numerator explains.
+        # The part of Q times the answers that is orthogonal to all numerators.
         product = product - numerators @ (numerators.T @ product)
         product = jnp.where(live[:, None], product, 0)
         q = jnp.linalg.eigh(product.T @ product)[1][:, 0]

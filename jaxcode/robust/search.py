@@ -196,9 +196,10 @@ def _search(problem):
     num_live = jnp.sum(problem.live.astype(float))
     # Runs start at every inlier, in order, and have one to LONGEST_RUN of them.
     start = np.tile(np.arange(n, dtype=np.int32), LONGEST_RUN)
-    length = np.repeat(np.arange(1, LONGEST_RUN + 1, dtype=np.int32), n)
+    length = np.repeat(np.arange(1, LONGEST_RUN + 1, dtype=float), n)
     offset = np.arange(LONGEST_RUN, dtype=np.int32)[None]
     run, in_run = np.minimum(start[:, None] + offset, n - 1), offset < length[:, None]
+    end = start + length
 
     def step(carry):
         outliers, num_steps, _ = carry
@@ -222,7 +223,7 @@ def _search(problem):
         variance = jnp.diagonal(inverse, axis1=1, axis2=2)[:, :, None] * new_scale[:, None]
         cost = jnp.log(jnp.prod(1 + distance**2 / variance, axis=1))
         change = jnp.mean(growth(new_scale) + cost, axis=1) + PRICE * length
-        is_allowed = (start + length <= fit.num_inliers) & (jnp.sum(outliers.astype(float)) + length <= problem.most)
+        is_allowed = (end <= fit.num_inliers) & (jnp.sum(outliers.astype(float)) + length <= problem.most)
         change_by_run = jnp.where(is_allowed & (change < 0), change, jnp.inf)
 
         # Each outlier becomes an inlier.

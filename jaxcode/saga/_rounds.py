@@ -49,7 +49,9 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
         common = Common(w, message_sum, step_size, rounds, unravel, data.num_samples)
         active_sizes = jnp.where(active, sizes, 0)
         total = jnp.maximum(jnp.sum(active_sizes, dtype=active_sizes.dtype), 1)
-        weights = (active_sizes / total).astype(w.dtype)
+        # The quotient of two int32 would be float32, and half precision cannot hold large sizes.
+        wide = max(w.dtype, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
+        weights = (active_sizes.astype(wide) / total.astype(wide)).astype(w.dtype)
         round_key = jax.random.fold_in(key, rounds)
 
         def work_alone(message, local, samples, number):

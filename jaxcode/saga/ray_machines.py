@@ -337,8 +337,10 @@ class RayMachines:
         return "; ".join(f"machine {machine} {text}" for machine, text in reasons[:4])
 
     def _template(self, state):
-        """Returns the state with the shapes of machines' local states."""
-        return dataclasses.replace(state, local=local_shapes(self.method, state))
+        """Returns the state with zeros for machines' local states."""
+        shapes = local_shapes(self.method, state)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return dataclasses.replace(state, local=jax.device_put(zeros))
 
     def _collect(self, state):
         """Returns the state with machines' local states, None if not all machines answer in time."""

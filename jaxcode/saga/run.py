@@ -42,12 +42,10 @@ class DivergenceError(ArithmeticError):
     """Reports that parameters or the objective are not finite, or that the objective is far above its start.
 
     Attributes:
-        history: What was recorded until then, that of the last parameters included; None if nothing was.
+        history: What a run recorded until then, that of the last parameters included; a single round records nothing.
     """
 
-    def __init__(self, message: str, history: History | None = None):
-        super().__init__(message)
-        self.history = history
+    history: History
 
 
 def run(
@@ -101,18 +99,23 @@ def run(
             records.append(_record(method, state, values, start_time))
             problem = objective.divergence(state.params, objective_value)
             if problem is not None:
-                raise DivergenceError(
+                error = DivergenceError(
                     f"after {records[-1]['rounds']} rounds {problem}; take shorter steps than step_size = "
-                    f"{float(jax.device_get(state.step_size)):.3g}, or a shorter period",
-                    _history(records),
+                    f"{float(jax.device_get(state.step_size)):.3g}, or a shorter period"
                 )
+                error.history = _history(records)
+                raise error
             return records[-1]
 
         done = _count(state) - first
         record(state, last=done >= num_rounds)
         while done < num_rounds:
             count = min(every, num_rounds - done)
-            state = advance(state, count)
+            try:
+                state = advance(state, count)
+            except DivergenceError as error:
+                error.history = _history(records)
+                raise
             done = _count(state) - first
             entry = record(state, last=done >= num_rounds)
             stored = None if checkpoints is None else collect(state)

@@ -42,21 +42,22 @@ class Layout:
         Returns:
             Read-only arrays. Results of inputs that are not finite are NaN (the lowest number of an integer dtype).
         """
-        return jax.tree.map(lambda leaf: self._restore(leaf, np.asarray(undefined_value(leaf.dtype))), results)
+        return jax.tree.map(lambda leaf: self._restore(leaf, _undefined), results)
 
     def restore_errors(self, errors: np.ndarray) -> np.ndarray:
         """Brings predicted errors, shape (places,), to the order of the batch; infinite for inputs not finite."""
-        return self._restore(errors, np.inf)
+        return self._restore(errors, lambda dtype: np.inf)
 
     def restore_members(self, members: Bool[np.ndarray, "data"]) -> Bool[np.ndarray, "batch"]:
         """Says of each input what is true of its place in its group; False for inputs not finite."""
-        return self._restore(np.resize(members, len(self.index)), False)
+        return self._restore(np.resize(members, len(self.index)), lambda dtype: False)
 
     def _restore(self, rows, missing):
+        """Brings rows to the order of the batch; `missing` gives what stands for a dtype's missing rows."""
         if self.finite.all():
             restored = rows[self.place]
         else:
-            restored = np.full((len(self.finite), *rows.shape[1:]), missing, rows.dtype)
+            restored = np.full((len(self.finite), *rows.shape[1:]), missing(rows.dtype), rows.dtype)
             restored[self.finite] = rows[self.place]
         restored.flags.writeable = False
         return restored
@@ -134,3 +135,8 @@ def lay_out(
     num_groups = -(-size // num_data)
     index = np.resize(pad(inputs, num_data * num_groups), num_data * padded_groups(size, num_data))
     return Layout(finite, num_data, num_groups, place, index.astype(np.int32))
+
+
+def _undefined(dtype):
+    with jax.transfer_guard("allow"):
+        return jax.device_get(undefined_value(dtype))

@@ -1,7 +1,7 @@
-"""An epoch of SAGA on a linear model beside scikit-learn's: `python -m tests.benchmarks.training`.
+"""Compares an epoch of SAGA on a linear model with scikit-learn's: `python -m tests.benchmarks.training`.
 
-On a9a where `JAXCODE_DATA` names a folder that has it, else on random samples of its size. On one core:
-scikit-learn goes on one thread.
+The samples are those of a9a if `JAXCODE_DATA` names a folder that has it, and random ones of its size otherwise. Both
+run on one core, as scikit-learn uses one thread.
 """
 
 import os
@@ -24,7 +24,7 @@ EPOCHS = 8
 
 
 def samples():
-    """Rows of length 1 and their labels."""
+    """Returns rows of length 1 and their labels."""
     if "JAXCODE_DATA" in os.environ:
         x, y = libsvm("a9a")
     else:
@@ -37,8 +37,8 @@ def samples():
     return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / np.maximum(lengths, 1e-12)) @ x), y
 
 
-def theirs(x, y):
-    """So many epochs and one; the difference is epochs alone, without what comes before and after."""
+def scikit_learn(x, y):
+    """Returns a function that trains for some epochs, setting up included."""
 
     def run(epochs):
         model = LogisticRegression(
@@ -51,7 +51,8 @@ def theirs(x, y):
     return run
 
 
-def ours(x, y, dtype, **settings):
+def distributed_saga(x, y, dtype, **settings):
+    """Returns a function that computes some epochs."""
     with jax.enable_x64(dtype == np.float64):
         method = saga.DistributedSaga(saga.logistic, 1, len(y), RIDGE, **settings)
         x = saga.SparseRows.from_scipy(x.astype(dtype)) if scipy.sparse.issparse(x) else x.astype(dtype)
@@ -71,13 +72,14 @@ def ours(x, y, dtype, **settings):
 def measure(report):
     x, y = samples()
     runs = {
-        "scikit-learn, dense rows, float64": theirs(x.toarray(), y),
-        "scikit-learn, sparse rows, float64": theirs(x, y),
-        "DistributedSaga, dense rows, float64": ours(x.toarray(), y, np.float64),
-        "DistributedSaga, dense rows, float32": ours(x.toarray(), y, np.float32),
-        "DistributedSaga, sparse rows, float64": ours(x, y, np.float64),
-        "DistributedSaga, sparse rows, float32": ours(x, y, np.float32),
+        "scikit-learn, dense rows, float64": scikit_learn(x.toarray(), y),
+        "scikit-learn, sparse rows, float64": scikit_learn(x, y),
+        "DistributedSaga, dense rows, float64": distributed_saga(x.toarray(), y, np.float64),
+        "DistributedSaga, dense rows, float32": distributed_saga(x.toarray(), y, np.float32),
+        "DistributedSaga, sparse rows, float64": distributed_saga(x, y, np.float64),
+        "DistributedSaga, sparse rows, float32": distributed_saga(x, y, np.float32),
     }
+    # The difference between many epochs and one is the epochs' alone.
     contenders = {}
     for name, run in runs.items():
         contenders[name, 1] = lambda run=run: run(1)
@@ -86,9 +88,9 @@ def measure(report):
     epochs = {name: np.maximum(times[name, EPOCHS] - times[name, 1], 1e-9) / EPOCHS for name in runs}
     report.times(epochs)
     for rows in ("dense", "sparse"):
-        known = epochs[f"scikit-learn, {rows} rows, float64"]
+        reference = epochs[f"scikit-learn, {rows} rows, float64"]
         for dtype in ("float64", "float32"):
-            ratio = epochs[f"DistributedSaga, {rows} rows, {dtype}"] / known
+            ratio = epochs[f"DistributedSaga, {rows} rows, {dtype}"] / reference
             report.add(f"{dtype} to scikit-learn's, {rows} rows", ratio, "x", at_most=1.5)
 
 

@@ -1,4 +1,4 @@
-"""Linear models by every method: the table, the files, and what the optimum is checked against."""
+"""Tests the training of linear models by every method: the table, the files and the optimum."""
 
 import csv
 import os
@@ -14,15 +14,15 @@ from models.train_linear import main
 
 
 @pytest.fixture(autouse=True)
-def _narrow_again():
+def _restore_precision():
     before = jax.config.jax_enable_x64
     yield
     jax.config.update("jax_enable_x64", before)
 
 
-def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_linear, "_LENGTHS", {"saga": (0.3, 1.0), "rivals": (1.0,)})
-    monkeypatch.setattr(train_linear, "_DECAYS", {"saga": (0.0,), "rivals": (0.0, 0.03)})
+def test_training_prints_a_table_and_writes_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_linear, "_LENGTHS", {"saga": (0.3, 1.0), "sgd": (1.0,)})
+    monkeypatch.setattr(train_linear, "_DECAYS", {"saga": (0.0,), "sgd": (0.0, 0.03)})
     main(
         [
             "--period",
@@ -44,7 +44,7 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(file))
     last = {row["method"]: float(row["suboptimality"]) for row in rows}
     assert len(last) == 6
-    # Scikit-learn's optimum is ours, and nobody is below it.
+    # Scikit-learn finds the same optimum, and no method goes below it.
     assert abs(last["distributed SAGA, anchored"]) < 1e-8
     assert min(float(row["suboptimality"]) for row in rows) > -1e-10
     assert min(last[name] for name in ("FedAvg", "SCAFFOLD", "minibatch SGD", "local SAGA, averaged")) > 1e-7
@@ -58,7 +58,7 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
         assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_many_classes_are_scikit_learns_too():
+def test_the_optimum_of_many_classes():
     with jax.enable_x64(True):
         problem = train_linear.load("digits", None, 1e-2)
         x, y = problem.data
@@ -97,7 +97,7 @@ def test_real_sets_of_libsvm(name, shape):
     assert set(np.unique(y)) == {-1, 1}
 
 
-def test_libsvms_own_text(tmp_path):
+def test_text_files_of_libsvm(tmp_path):
     (tmp_path / "small").write_text("+1 1:0.5 3:2\n-1 2:1\n")
     x, y = datasets.libsvm("small", tmp_path)
     np.testing.assert_array_equal(x.toarray(), [[0.5, 0, 2], [0, 1, 0]])

@@ -124,6 +124,7 @@ REFUSED = {
     "short-mask": (lambda: leave_one_out(LAYOUTS["berrut"], ANSWERS, ALL[1:]), r"returned has shape \(39,\)"),
     "mask-of-numbers": (lambda: finite(ANSWERS, jnp.ones(N)), "returned has dtype float32"),
     "missing-rows": (lambda: finite({"a": ANSWERS[1:]}, ALL), r"answers\['a'\] has shape \(39, 2, 3\).*40"),
+    "most-of-all": (lambda: leave_one_out(LAYOUTS["berrut"], ANSWERS, ALL, most=1.5), "most is 1.5; .*from 0 to 1"),
     "none-faulty": (lambda: error_locator(LAYOUTS["berrut"], ANSWERS, ALL, num_faulty=0), "num_faulty is 0"),
 }
 

@@ -1,8 +1,10 @@
-"""Machines that are processes: the same results, and what becomes of those that are late or die."""
+"""Tests machines that are processes: the same results, and the handling of late, dead and faulty ones."""
 
+import dataclasses
 import signal
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +29,29 @@ def _float64():
 
 
 class Faults:
-    """What a machine does in place of working, as a worker in place of computing."""
+    """Makes a machine do what a file of its number says, in place of working."""
 
     def __init__(self, folder):
         self.files = FileFaults(folder)
+        self.folder = folder
 
     def __call__(self, machine, work):
-        return self.files(machine, lambda batch: work(), None)
+        return self.files(machine, lambda batch: self.damage(machine, work()), None)
+
+    def damage(self, machine, answer):
+        """Replaces all numbers of an answer by NaN, or only those of the local state."""
+        file = self.folder / f"damage{machine}"
+        which = file.read_text() if file.exists() else ""
+        move, local, message = answer
+        if which == "all":
+            move, message = jnp.nan * move, jnp.nan * message
+        if which:
+            local = {**local, "table": jnp.nan * local["table"]}
+        return move, local, message
+
+    def set_damage(self, which, *machines):
+        for machine in machines:
+            (self.folder / f"damage{machine}").write_text(which)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +59,7 @@ def shared(tmp_path_factory):
     with jax.enable_x64(True):
         faults = Faults(tmp_path_factory.mktemp("faults"))
         with RayMachines(METHOD, deadline=1.0, time_limit=60.0, around=faults) as machines:
-            yield machines, faults.files
+            yield machines, faults
 
 
 def settle(machines):
@@ -67,14 +85,14 @@ def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(share
 
 
 @pytest.mark.long
-def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared, monkeypatch):
-    machines, faults = shared
+def test_rounds_go_on_without_late_dead_stuck_and_failing_machines_which_rejoin(shared, monkeypatch):
+    machines, faults = shared[0], shared[1].files
     optimum = problems.logistic_optimum(*DATA, RIDGE)
     state = machines.init(jnp.zeros(5), DATA)
     for _ in range(3):
         state = machines.round(state, KEY)
         settle(machines)
-    # Late: dropped for this round; its table moves and is told later.
+    # Late: its move is discarded; its table changes, and its next message says so.
     faults.tell("wait 3", 1)
     before = state.messages[1]
     state = machines.round(state, KEY)
@@ -83,13 +101,13 @@ def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared
     settle(machines)
     state = machines.round(state, KEY)
     assert (state.messages[1] != before).any()
-    # Whoever raises has missed the round, no more.
+    # A machine that raises has missed the round, no more.
     faults.tell("raise", 2)
     before = state.messages[2]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[2], before)
     faults.tell("", 2)
-    # Dead: begins anew with gradients of now.
+    # Dead: starts again with gradients at the current parameters.
     faults.kill(0)
     state = machines.round(state, KEY)
     assert machines._wait_for_idle(3, state, 60.0)
@@ -111,10 +129,10 @@ def test_late_dead_stuck_and_failing_machines_are_done_without_and_rejoin(shared
 
 
 @pytest.mark.long
-def test_the_truth_is_told_where_nobody_answers(shared):
-    machines, faults = shared
+def test_errors_name_the_failures_if_no_machine_answers(shared):
+    machines, faults = shared[0], shared[1].files
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
-    settle(machines)  # the first round compiles, and who took longer than the deadline is still at it
+    settle(machines)  # the first round compiles, and may take machines longer than the deadline
     faults.tell("raise", 0, 1, 2)
     try:
         with pytest.raises(saga.NoMachines, match=r"round 1: machine 0 raised OSError: no disk; machine 1 raised"):
@@ -125,8 +143,108 @@ def test_the_truth_is_told_where_nobody_answers(shared):
 
 
 @pytest.mark.long
-def test_closing_leaves_nothing(shared):
+@pytest.mark.parametrize("which", ["all", "table"])
+def test_machines_that_send_nan_have_not_answered(shared, which):
     machines, faults = shared
+    state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
+    settle(machines)
+    faults.set_damage(which, 1)
+    try:
+        for _ in range(3):
+            # An answer to an earlier round may have come after it.
+            before = machines._messages[1].copy()
+            state = machines.round(state, KEY)
+            np.testing.assert_array_equal(state.messages[1], before)
+            chex.assert_tree_all_finite((state.params, state.messages))
+        # If all do so, the run has diverged.
+        faults.set_damage(which, 0, 2)
+        with pytest.raises(saga.DivergenceError, match="sent numbers that are not finite"):
+            machines.round(state, KEY)
+    finally:
+        faults.set_damage("", 0, 1, 2)
+    # They have kept their tables, and go on from them.
+    for _ in range(150):
+        state = machines.round(state, KEY)
+    assert problems.distance(state.params, problems.logistic_optimum(*DATA, RIDGE)) < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "is stopped"])
+@pytest.mark.parametrize("machine", [0, 2])
+def test_checkpoints_survive_a_machine_that_fails_between_answer_and_save(
+    shared, tmp_path, monkeypatch, number, machine
+):
+    machines, faults = shared[0], shared[1].files
+    monkeypatch.setattr(machines, "_time_limit", 3.0)
+    monkeypatch.setattr(machines, "_deadline", None)
+    monkeypatch.setattr(machines, "_start_limit", 60.0)
+    state = machines.init(jnp.zeros(5), DATA)
+    state = machines.round(state, KEY)
+    settle(machines)
+    collect, failed = machines._collect, []
+
+    def fail_first(state):
+        if not failed:
+            failed.append(faults.pid(machine))
+            faults.signal(number, machine)
+        return collect(state)
+
+    monkeypatch.setattr(machines, "_collect", fail_first)
+    state, history = machines.run(state, KEY, 4, every=2, checkpoint=tmp_path, progress=False)
+    assert history.rounds.tolist() == [1, 3, 5]
+    assert sorted(int(folder.name) for folder in tmp_path.iterdir()) == [3, 5]
+    monkeypatch.setattr(machines, "_collect", collect)
+    # What was stored is a state of all machines: messages are the sums of their tables.
+    resumed, history = machines.run(
+        machines.init(jnp.zeros(5), DATA), KEY, 5, every=2, checkpoint=tmp_path, progress=False
+    )
+    assert history.rounds.tolist() == [5]
+    np.testing.assert_array_equal(resumed.messages, state.messages)
+    stored = machines._collect(resumed)
+    x, ends = DATA[0], np.cumsum(METHOD.shard_sizes)
+    for k, (size, end) in enumerate(zip(METHOD.shard_sizes, ends, strict=True)):
+        np.testing.assert_allclose(
+            stored.messages[k], x[end - size : end].T @ stored.local["table"][k][:size], atol=1e-12
+        )
+
+
+@pytest.mark.long
+def test_machines_that_die_while_a_checkpoint_is_restored_start_from_it(shared, tmp_path, monkeypatch):
+    machines, faults = shared[0], shared[1].files
+    monkeypatch.setattr(machines, "_deadline", None)
+    state = machines.init(jnp.zeros(5), DATA)
+    state, _ = machines.run(state, KEY, 3, every=3, checkpoint=tmp_path, progress=False)
+    stored = machines._collect(state)
+    again = machines.init(jnp.zeros(5), DATA)
+    again = machines.round(again, KEY)
+    settle(machines)
+    distribute = machines._distribute
+
+    def die_first(state):
+        faults.kill(1)
+        return distribute(state)
+
+    monkeypatch.setattr(machines, "_distribute", die_first)
+    again, _ = machines.run(again, KEY, 1, every=3, checkpoint=tmp_path, progress=False)
+    assert machines._wait_for_idle(3, again, 60.0)
+    chex.assert_trees_all_equal(machines._collect(again).local, stored.local)
+
+
+@pytest.mark.long
+def test_divergence_raises(shared):
+    machines, _ = shared
+    method = dataclasses.replace(METHOD, loss=saga.squared, step_size=1e4)
+    original, machines.method = machines.method, method
+    try:
+        with pytest.raises(saga.DivergenceError, match="take shorter steps"):
+            machines.run(machines.init(jnp.zeros(5), DATA), KEY, 60, progress=False)
+    finally:
+        machines.method = original
+
+
+@pytest.mark.long
+def test_closing_leaves_nothing(shared):
+    machines, faults = shared[0], shared[1].files
     machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     pids = [faults.pid(machine) for machine in range(3)]
     machines.close()

@@ -316,6 +316,25 @@ def test_a_server_of_single_precision_refuses_callers_in_double_precision(pool):
                 call(X.astype(np.float64))
 
 
+def test_a_warm_server_transfers_nothing_implicitly(pool, faults):
+    x = X.copy()
+    x[3] = np.nan
+    server = CodedServer(CODE, pool, stop.answers(12), order=ordering.greedy, defence=robust.only_finite)
+    server(x)
+    with jax.transfer_guard("disallow"):
+        prediction = server(x)
+    assert np.flatnonzero(np.isnan(prediction.values["norm"])).tolist() == [3]
+
+
+@pytest.mark.parametrize("setting", [jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")])
+def test_strict_promotion_changes_nothing(pool, faults, setting):
+    server = CodedServer(CODE, pool, stop.answers(12), order=ordering.greedy)
+    expected = server(X)
+    jax.clear_caches()
+    with setting:
+        assert_close(server(X).values, expected.values)
+
+
 # ---- what is compiled ----------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ from .wiener import find_sites, jump_noise, normalise, posteriors
 
 # For each process its m, the spline's own process first; the share of its noise at the points; and from how many sites
 # on it is considered. The rough process always is.
-ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3, 0, 6, 6])
+ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3.0, 0.0, 6.0, 6.0])
 # How many exponents are considered, from the process's own to the highest.
 NUM_EXPONENTS = 4
 # How many residuals the prior weighs as much as: that local scales are 1, and that the correction is.
@@ -100,7 +100,8 @@ def _prepare(knots, points, weights, smoothing):
 @jax.jit
 def _standard_errors(sites, neighbours, means, variances, values, points, weights, smoothing, rounding):
     """Computes errors; arrays have axes h, hypotheses; e, exponents; k, places: points, then sites; n; d, features."""
-    data = sites.average @ jnp.where(weights[:, None] > 0, values, 0)
+    has_data = weights.astype(float) > 0
+    data = sites.average @ jnp.where(has_data[:, None], values, 0)
     # Relative to their size, so that squares neither underflow nor overflow.
     size = jnp.max(jnp.abs(data), axis=0, keepdims=True)
     size = jnp.where(size > 0, size, 1)
@@ -110,7 +111,8 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     # Leave-one-out residuals, at the sites with data of each process that has more of them than m.
     mean = jnp.einsum("hkn,nd->hkd", means, data)
     residual = data[None] - mean[:, p:]
-    enough = sites.count > ORDERS[:, None]
+    orders = ORDERS.astype(float)
+    enough = sites.count > orders[:, None]
     is_residual, number = present[None] & enough, jnp.where(enough, sites.count, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
 
@@ -118,7 +120,7 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     uncertain = variances > 0
     log_variance = jnp.log(jnp.where(uncertain, variances, 1))
     log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
-    exponent = np.linspace(1, 4 * ORDERS / (2 * ORDERS - 1), NUM_EXPONENTS, axis=1)[:, None]
+    exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
     power = jnp.exp(exponent * jnp.where(uncertain, log_variance - log_mean, -jnp.inf)[..., None])
     power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
 
@@ -153,7 +155,7 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     error = size * error * _correction(present, sites.count, residual[0], half_width)[None]
     # Data at two places say nothing about how a curve bends.
     error = jnp.where(sites.count >= 3, error, jnp.where(uncertain[0, :p, None], jnp.inf, 0))
-    return jnp.where((weights > 0).astype(float) @ np.ones(len(weights)) >= 2, error, jnp.inf)
+    return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
 
 
 def _neighbour_weights(sites, points):

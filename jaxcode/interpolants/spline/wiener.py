@@ -134,6 +134,7 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     # At least one more than the m sites that the highest order, 4, predicts from.
     size = max(num_knots, 5)
     rank = _indices(size)
+    weights = weights.astype(knots.dtype)
     live, span = weights > 0, knots[-1] - knots[0]
     earlier = live[None] & np.tri(num_knots, k=-1, dtype=bool)
     gap = knots - jnp.max(jnp.where(earlier, knots[None], -jnp.inf), axis=1)
@@ -141,7 +142,7 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     # Sums are written as products, here and below: they compile in a third of the time.
     site = np.tri(num_knots) @ opens.astype(knots.dtype)
     is_member = live[None] & (site[None] == 1 + rank[:, None])
-    weight = jnp.where(is_member, weights.astype(knots.dtype)[None], 0)
+    weight = jnp.where(is_member, weights[None], 0)
     count = site[-1]
     place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
     empty = rank >= count

@@ -1,0 +1,28 @@
+"""The example of the guide to writing an interpolant, as a user would have it in a file of their own."""
+
+import jax.numpy as jnp
+
+import jaxcode as jc
+from jaxcode import interpolants
+
+
+@jc.pytree()
+class Linear(interpolants.AbstractInterpolant):
+    """Connects the data by straight lines; constant beyond the outermost."""
+
+    interpolates = True
+    predicts_error = False
+
+    def linop(self, knots, points, returned=None):
+        return interpolants.dense_linop(form_matrix, knots, points, returned)
+
+
+def form_matrix(knots, points, live):
+    # The nearest live knots on either side of each point weigh by their distance; one alone has all the weight.
+    distance = points[:, None] - knots[None]
+    before = jnp.max(jnp.where(live & (distance >= 0), knots, -jnp.inf), axis=1, keepdims=True)
+    after = jnp.min(jnp.where(live & (distance < 0), knots, jnp.inf), axis=1, keepdims=True)
+    between = jnp.isfinite(before) & jnp.isfinite(after)
+    gap = jnp.where(between, after - before, 1.0)
+    weight = jnp.where(between, 1 - jnp.abs(distance) / gap, 1.0)
+    return jnp.where(live & ((knots == before) | (knots == after)), weight, 0.0)
