@@ -132,7 +132,12 @@ def test_other_codes_are_traced():
 def test_a_mask_on_an_accelerator_is_not_fetched(monkeypatch):
     """The second device plays an accelerator: its masks go into the program, are never read, and retrace nothing."""
     accelerator = jax.devices()[1]
-    monkeypatch.setattr(checks, "_in_host_memory", lambda array: array.devices() == {jax.devices()[0]})
+    in_host_memory = checks._in_host_memory
+
+    def excludes_accelerator(leaf):
+        return in_host_memory(leaf) and not (isinstance(leaf, jax.Array) and leaf.devices() == {accelerator})
+
+    monkeypatch.setattr(checks, "_in_host_memory", excludes_accelerator)
     model, code = Network(nnx.Rngs(0)), spline()
     predict = jax.device_put(jc.coded(model, code), accelerator)
     x = jax.device_put(X, accelerator)
@@ -152,7 +157,7 @@ def test_a_mask_on_an_accelerator_is_not_fetched(monkeypatch):
 @pytest.mark.parametrize("code", [spline(0.0), jc.BerrutCode.repeated(K, N), jc.ReplicationCode(K, N)], ids=str)
 def test_nothing_fetches_a_mask_from_an_accelerator(monkeypatch, name, code):
     expected = np.asarray(getattr(code, name)(MASKS[0]))
-    monkeypatch.setattr(checks, "_in_host_memory", lambda array: False)
+    monkeypatch.setattr(checks, "_in_host_memory", lambda leaf: not isinstance(leaf, jax.Array))
     found = getattr(code, name)(jnp.asarray(MASKS[0]))
     assert isinstance(found, jax.Array)
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)

@@ -46,10 +46,10 @@ class InterpolatingCode(AbstractCode):
         arXiv 2406.00300, sections 3 and 5 (splines); 2009.08327 (rational); 1806.00939 (polynomials).
 
     >>> from jaxcode import interpolants, nodes
-    >>> code = InterpolatingCode(nodes.systematic(3, 6), encoder=Spline(), decoder=interpolants.Berrut())
-    >>> returned = np.array([True, True, True, False, True, True])
+    >>> code = InterpolatingCode(nodes.systematic(3, 9), encoder=Spline(), decoder=interpolants.Berrut())
+    >>> returned = np.arange(9) != 1  # the worker of the first input
     >>> code.decode(code.encode(jnp.array([1.0, 2.0, 4.0])), returned).round(2)
-    Array([1.  , 1.34, 4.  ], dtype=float32)
+    Array([1.04, 2.  , 4.  ], dtype=float32)
     """
 
     nodes: Nodes  # pyright: ignore[reportIncompatibleVariableOverride]
