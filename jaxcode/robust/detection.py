@@ -89,7 +89,7 @@ def only_finite(code: AbstractCode, answers: PyTree[Array], returned: Bool[Array
     """
     check_mask("returned", returned, code.num_workers)
     present = finite(answers, returned)
-    return _detection(returned, present, present, jnp.zeros_like(present, jnp.float32))
+    return _detection(jnp.asarray(returned), present, present)
 
 
 def leave_one_out(
@@ -131,8 +131,8 @@ def leave_one_out(
 
     Args:
         code: A code that draws a curve through answers at its worker nodes: splines, Berrut, Lagrange.
-        answers: Leaves of shape (N, groups, ...), real, in any units. More groups and outputs are more evidence. At most
-            256 outputs of all groups together are examined, evenly spaced among them.
+        answers: Leaves of shape (N, groups, ...), real, in any units. More groups and outputs are more evidence. At
+            most 256 outputs of all groups together are examined, evenly spaced among them.
         returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
         most: The largest part of the workers that returned finite answers, less two, that may be flagged; from 0 to 1.
 
@@ -174,7 +174,7 @@ def leave_one_out(
         outputs,
         present,
     )
-    return _detection(returned, present, present & ~outliers, score)
+    return _detection(jnp.asarray(returned), present, present & ~outliers, score)
 
 
 def error_locator(
@@ -192,7 +192,8 @@ def error_locator(
         code: As for `leave_one_out`.
         answers: As for `leave_one_out`.
         returned: As for `leave_one_out`.
-        num_faulty: E >= 1, static. This many are flagged even if none is faulty. The paper requires N >= 2K + 2E + S - 1.
+        num_faulty: E >= 1, static. This many are flagged even if none is faulty. The paper requires
+            N >= 2K + 2E + S - 1.
 
     Returns:
         The detection; the score is the part of the outputs that voted for the worker.
@@ -219,7 +220,7 @@ def error_locator(
         lambda *arrays: _locate(*arrays, code.num_data, num_faulty), nodes.workers, outputs, present
     )
     rank = jnp.argsort(jnp.argsort(jnp.where(present, -votes, 1)))
-    return _detection(returned, present, present & (rank >= num_faulty), votes)
+    return _detection(jnp.asarray(returned), present, present & (rank >= num_faulty), votes)
 
 
 def _nodes_of(name, code):
@@ -246,7 +247,7 @@ def _per_worker(answers, returned):
 
 
 def _outputs(answers, present):
-    """Chooses outputs, shape (N, outputs), zero where not present; returns also the number of groups and the rounding."""
+    """Chooses outputs (N, outputs), zero where not present; returns the number of groups and the rounding too."""
     leaves = [jax.lax.stop_gradient(leaf) for leaf in _per_worker(answers, present)]
     leaves = [leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32) for leaf in leaves]
     most = max(1, MOST_OUTPUTS // max(1, len(leaves)))
@@ -264,10 +265,11 @@ def _outputs(answers, present):
     return jnp.where(present[:, None], outputs, 0), groups, precision
 
 
-def _detection(returned, present, trusted, score):
-    returned = jnp.asarray(returned)
-    score = jnp.where(present, score.astype(jnp.float32), jnp.where(returned, jnp.inf, 0))
-    return Detection(trusted, returned & ~trusted, score)
+@jax.jit
+def _detection(returned, present, trusted, score=None):
+    """Assembles a detection; scores are zero where not given, and infinite for answers that are not finite."""
+    score = jnp.zeros(present.shape, jnp.float32) if score is None else score.astype(jnp.float32)
+    return Detection(trusted, returned & ~trusted, jnp.where(present, score, jnp.where(returned, jnp.inf, 0)))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..interpolants.spline.wiener import data_precision, find_sites, normalise, posteriors, uniform_noise
+from ..interpolants.spline.wiener import (
+    data_precision,
+    find_sites,
+    innovations,
+    normalise,
+    posteriors,
+    reweighted,
+    uniform_noise,
+)
 
 # At most so many neighbouring workers become outliers in one step: faulty neighbours support each other.
 LONGEST_RUN = 3
@@ -99,7 +107,10 @@ class _Fit(NamedTuple):
 
 def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     worker_nodes, data_nodes, _ = normalise(worker_nodes, data_nodes)
-    sites, means, variances, _ = _posterior(worker_nodes, data_nodes, live, 0.0)
+    sites = find_sites(worker_nodes, live)
+    found = _innovations(sites, data_nodes)
+    exact = posteriors(sites, found, jnp.zeros(1), 2)
+    means, variances = exact.means[0], exact.variances[0]
     is_at = (sites.average > 0).astype(float)
     site_variance = jnp.where(sites.present, variances, 0)
     unit = _quantile(is_at.T @ site_variance, live, 0.5)
@@ -128,8 +139,8 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
         num_at_node > 2, jnp.clip(typical, 0.1 * NOISE * unit, NOISE_OF_PAIRS * unit), NOISE_OF_PAIRS * unit
     )
     weight = jnp.where(live, 1 / jnp.where(num_at_node > 1, shared, NOISE * unit), 0)
-    sites, _, _, precision = _posterior(worker_nodes, data_nodes, weight, 1.0)
-    precision = data_precision(sites, precision, weight)
+    sites = reweighted(sites, weight)
+    precision = data_precision(sites, posteriors(sites, found, jnp.ones(1), 2).precision[0], weight)
 
     scale = jnp.diagonal(precision)
     scale = jnp.sqrt(jnp.where(scale > 0, scale, 1))[:, None]
@@ -138,28 +149,15 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     return _Problem(precision, outputs * scale, live, same_node, _neighbours(live), floor, most)
 
 
-def _posterior(worker_nodes, data_nodes, weights, noise_variance):
-    """Finds sites of workers and computes there what the process with m = 2 makes of their answers.
-
-    Args:
-        worker_nodes: Ascending.
-        data_nodes: Strictly ascending; the noise's intensity is the cube of their density.
-        weights: Of workers; zero leaves one out.
-        noise_variance: Of an answer of weight one.
-
-    Returns:
-        The sites, and means, variances and precision as in `Posteriors`.
-    """
-    sites = find_sites(worker_nodes, weights)
+def _innovations(sites, data_nodes):
+    """Computes the sites' innovations for m = 2 and noise whose intensity is the cube of the data nodes' density."""
     noise = uniform_noise(sites.place, 2)
     # Constant between neighbouring sites: the density in the middle.
     middle = (sites.place[1:] + sites.place[:-1]) / 2
     log_density = jnp.interp(middle, (data_nodes[1:] + data_nodes[:-1]) / 2, -jnp.log(jnp.diff(data_nodes)))
     intensity = jnp.repeat(jnp.exp(3 * log_density), 2)
     noise = noise._replace(variance=noise.variance * intensity[None])
-    no_points = jnp.zeros(0, worker_nodes.dtype)
-    found = posteriors(sites, no_points, np.array([2]), noise, jnp.full(1, noise_variance, worker_nodes.dtype))
-    return sites, found.means[0], found.variances[0], found.precision[0]
+    return innovations(sites, jnp.zeros(0), np.array([2]), noise)
 
 
 def _neighbours(live):

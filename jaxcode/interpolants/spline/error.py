@@ -36,7 +36,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
-from .wiener import find_sites, jump_noise, normalise, posteriors
+from .wiener import find_sites, innovations, jump_noise, normalise, posteriors
 
 # For each process its m, the spline's own process first; the share of its noise at the points; and from how many sites
 # on it is considered. The rough process always is.
@@ -92,7 +92,7 @@ def _prepare(knots, points, weights, smoothing):
     # What is exact for the highest order serves all.
     noise = jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
     data_variances = jnp.where(ORDERS == 2, smoothing / span / span / span, 0)
-    found = posteriors(sites, points, ORDERS, noise, data_variances)
+    found = posteriors(sites, innovations(sites, points, ORDERS, noise), data_variances, int(max(ORDERS)))
     return sites, _neighbour_weights(sites, points), found.means, found.variances
 
 
@@ -172,7 +172,7 @@ def _neighbour_weights(sites, points):
 
 
 def _half_width(variance, squared_bias):
-    """Computes what an error of this squared mean and this variance stays within in nine cases of ten, to 3 per cent."""
+    """Computes the 90 % quantile of an error's size from its variance and its squared mean, to 3 per cent."""
     return NORMAL_90 * _root(variance) + _root(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
 
 

@@ -14,14 +14,15 @@ well conditioned whatever the sites, where those of :math:`|s - t|^{2m-1}` lose 
 
 Let C be the matrix from data to innovations and :math:`\Sigma` the innovations' covariance. The data's precision, with
 polynomials projected out, is :math:`P = C^T \Sigma^{-1} C`. The leave-one-out residual of datum i is
-:math:`(P y)_i / P_{ii}` and its variance :math:`1 / P_{ii}`. At a point, the mean is the prediction plus the conditional
-mean of the point's innovation given the others.
+:math:`(P y)_i / P_{ii}` and its variance :math:`1 / P_{ii}`. At a point, the mean is the prediction plus the
+conditional mean of the point's innovation given the others.
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Curry and Schoenberg, Journal d'Analyse Mathematique 17
     (1966). Dubrule, Mathematical Geology 15 (1983), for leave-one-out residuals from the precision matrix.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -95,6 +96,22 @@ class Noise(NamedTuple):
     variance: Float[Array, "orders abscissae"]
 
 
+class Innovations(NamedTuple):
+    """Predictions of sites and points from sites nearby, and what they miss. Places are the sites, then the points.
+
+    Attributes:
+        prediction: The matrix from data to predictions, shape (orders, sites + points, sites).
+        contrasts: The matrix C from data to innovations; at points, which have no data, less their predictions.
+        covariance: Of the innovations, with exact data, shape (orders, sites + points, sites + points).
+        is_defined: Which sites have an innovation: those with data but for the first m, shape (orders, sites).
+    """
+
+    prediction: Float[Array, "orders places sites"]
+    contrasts: Float[Array, "orders places sites"]
+    covariance: Float[Array, "orders places places"]
+    is_defined: Bool[Array, "orders sites"]
+
+
 class Posteriors(NamedTuple):
     """What several processes make of data at sites. Places are the points, then each site when its datum is left out.
 
@@ -142,13 +159,16 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     # Sums are written as products, here and below: they compile in a third of the time.
     site = np.tri(num_knots) @ opens.astype(knots.dtype)
     is_member = live[None] & (site[None] == 1 + rank[:, None])
-    weight = jnp.where(is_member, weights[None], 0)
     count = site[-1]
     place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
     empty = rank >= count
     place = jnp.where(empty, jax.lax.stop_gradient(jnp.max(place) + (rank - count + 1) * (span / size)), place)
-    total = jnp.where(empty, 1, weight @ np.ones(num_knots))
-    return Sites(place, total, count, weight / total[:, None])
+    return _weighted(place, count, is_member, weights)
+
+
+def reweighted(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
+    """Replaces the weights of knots, which are positive where they were positive before."""
+    return _weighted(sites.place, sites.count, sites.average > 0, weights)
 
 
 def uniform_noise(places: Float[Array, "places"], exact: int) -> Noise:
@@ -181,21 +201,14 @@ def jump_noise(places: Float[Array, "places"], points: Float[Array, "points"], e
     return Noise(jnp.concatenate([uniform.abscissa, points]), variance)
 
 
-def posteriors(
-    sites: Sites,
-    points: Float[Array, "points"],
-    orders: np.ndarray,
-    noise: Noise,
-    data_variances: Float[Array, "orders"],
-) -> Posteriors:
-    """Computes the posteriors of processes of several orders, as one program that is compiled once.
+def innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray, noise: Noise) -> Innovations:
+    """Computes the innovations of processes of several orders, as one program that is compiled once.
 
     Args:
         sites: Where there are data.
         points: Where to read.
         orders: Each process's m, from 1 to 4, static.
         noise: What drives each process. Its abscissae integrate products of the B-splines above.
-        data_variances: The variance of a datum of weight one, for each process; zero where data are exact.
     """
     highest, n = int(max(orders)), sites.place.shape[0]
     target = jnp.concatenate([sites.place, points])
@@ -205,7 +218,7 @@ def posteriors(
         [jnp.where(distance > 0, distance ** (m - 1), 0) / math.factorial(m - 1) for m in orders.tolist()]
     )
 
-    def posterior(m, response, variance, data_variance):
+    def of_process(m, response, variance):
         stencil, is_defined = _stencils(sites, points, m, highest)
         used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
         prediction = _lagrange_rows(sites.place, target, stencil, used)
@@ -214,11 +227,21 @@ def posteriors(
         contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & data[:, None], 1, 0) - prediction
         kernel = _b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
         kernel = jnp.where(is_defined[:, None], kernel, 0)
-        covariance = (kernel * variance[None]) @ kernel.T
-        covariance = covariance + data_variance * (contrasts / sites.weight[None]) @ contrasts.T
-        return _condition(covariance, contrasts, prediction, is_defined, highest)
+        return Innovations(prediction, contrasts, (kernel * variance[None]) @ kernel.T, is_defined[:n])
 
-    return jax.vmap(posterior)(orders.astype(np.int32), responses, noise.variance, data_variances)
+    return jax.vmap(of_process)(orders.astype(np.int32), responses, noise.variance)
+
+
+def posteriors(sites: Sites, found: Innovations, data_variances: Float[Array, "orders"], bandwidth: int) -> Posteriors:
+    """Conditions processes on data at the sites.
+
+    Args:
+        sites: Where there are data.
+        found: The processes' innovations.
+        data_variances: The variance of a datum of weight one, for each process; zero where data are exact.
+        bandwidth: The highest m, static.
+    """
+    return jax.vmap(functools.partial(_condition, sites, bandwidth))(found, data_variances)
 
 
 def data_precision(
@@ -242,13 +265,21 @@ def _unit_variances(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
     noise = uniform_noise(jnp.concatenate([sites.place, points]), 2)
     smoothing = jnp.reshape(smoothing, 1) / span / span / span
-    variances = posteriors(sites, points, np.array([2]), noise, smoothing).variances[0, : points.shape[0]]
+    found = posteriors(sites, innovations(sites, points, np.array([2]), noise), smoothing, 2)
+    variances = found.variances[0, : points.shape[0]]
     return jnp.where(sites.count >= 2, variances * span * span * span, jnp.inf)
 
 
 def _indices(size):
     """Returns 0, 1, ... as floating-point numbers."""
     return np.arange(size, dtype=np.float64)
+
+
+def _weighted(place, count, is_member, weights):
+    """Makes sites from a matrix (sites, knots) that says which knots are at each site."""
+    weight = jnp.where(is_member, weights[None], 0)
+    total = jnp.where(_indices(place.shape[0]) >= count, 1, weight @ np.ones(weights.shape[0]))
+    return Sites(place, total, count, weight / total[:, None])
 
 
 def _stencils(sites, points, m, highest):
@@ -288,16 +319,18 @@ def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
     return jnp.where((abscissa[None] >= low) & (abscissa[None] <= high), kernel, 0)
 
 
-def _condition(covariance, contrasts, prediction, is_defined, highest):
-    """Conditions points, and each site's datum, on the data at sites, from the covariance of all innovations."""
+def _condition(sites, bandwidth, found, data_variance):
+    """Conditions points, and each site's datum, on the data at sites; for one process."""
+    prediction, contrasts, covariance, is_defined = found
+    covariance = covariance + data_variance * (contrasts / sites.weight[None]) @ contrasts.T
     n = contrasts.shape[1]
-    num_points, is_defined = contrasts.shape[0] - n, is_defined[:n]
-    # The sites' covariance is banded. Scaled to a unit diagonal; row i of `bands` holds columns i - highest to i.
+    num_points = contrasts.shape[0] - n
+    # The sites' covariance is banded. Scaled to a unit diagonal; row i of `bands` holds columns i - m to i.
     square = jnp.diagonal(covariance)
     scale = jnp.where(is_defined, 1 / jnp.sqrt(jnp.where(is_defined, square[:n], 1)), 0)
     scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(num_points)])[None]
-    column = np.arange(n)[:, None] + np.arange(-highest, 1)[None]
-    bands = jnp.where(column >= 0, scaled[np.arange(n)[:, None], column], 0).at[:, highest].set(1)
+    column = np.arange(n)[:, None] + np.arange(-bandwidth, 1)[None]
+    bands = jnp.where(column >= 0, scaled[np.arange(n)[:, None], column], 0).at[:, bandwidth].set(1)
     white = _whiten(bands, jnp.concatenate([scale[:, None] * contrasts[:n], scaled[:, n:]], axis=1))
     contrasts, cross = white[:, :n], white[:, n:]
 

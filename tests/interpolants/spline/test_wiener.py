@@ -77,7 +77,8 @@ def test_the_precision_of_data_is_that_of_noisy_data_and_noise_of_varying_intens
         sites = wiener.find_sites(knots, weights)
         noise = wiener.uniform_noise(sites.place, 3)
         noise = noise._replace(variance=noise.variance * intensity(noise.abscissa)[None])
-        found = wiener.posteriors(sites, jnp.zeros(0), np.array([2]), noise, jnp.ones(1))
+        found = wiener.innovations(sites, jnp.zeros(0), np.array([2]), noise)
+        found = wiener.posteriors(sites, found, jnp.ones(1), 2)
         return wiener.data_precision(sites, found.precision[0], weights)
 
     with jax.enable_x64(True):
@@ -102,7 +103,8 @@ def _posteriors(points, orders, shares, smoothing):
         noise = wiener.jump_noise(
             jnp.concatenate([sites.place, points]), points, exact=max(orders), shares=np.array(shares)
         )
-        return wiener.posteriors(sites, points, np.array(orders), noise, jnp.array(smoothing))
+        found = wiener.innovations(sites, points, np.array(orders), noise)
+        return wiener.posteriors(sites, found, jnp.array(smoothing), max(orders))
 
     with jax.enable_x64(True):
         return jax.jit(compute)(jnp.asarray(KNOTS), jnp.asarray(points), jnp.asarray(WEIGHTS))
