@@ -1,11 +1,10 @@
-"""Moves arguments to the device, and from explicit mesh axes, before they are computed with."""
+"""Moves arguments to the device, with explicit transfers, before they are computed with."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -36,35 +35,6 @@ def as_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
             raise ValueError(f"{where} is {leaf!r}; expected numbers: give arrays") from None
 
     return jax.tree_util.tree_map_with_path(convert, tree)
-
-
-def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
-    """Replicates arrays along their explicitly sharded axes.
-
-    Indexing and reshaping along such an axis raise `ShardingTypeError`. Axes of a mesh that are automatic or manual
-    stay as they are.
-
-    Args:
-        tree: Arrays.
-        keep: How many leading axes of the arrays stay sharded.
-
-    Returns:
-        The same values.
-    """
-
-    def replicate(leaf):
-        sharding = jax.typeof(leaf).sharding
-        if all(axes is None for axes in sharding.spec[keep:]):
-            return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:keep])))
-
-    return jax.tree.map(replicate, tree)
-
-
-def sharded_like(x: Array, other: Array) -> Array:
-    """Shards an array along the explicit axes along which another of its shape is sharded."""
-    sharding = jax.typeof(other).sharding
-    return x if all(axes is None for axes in sharding.spec) else jax.sharding.reshard(x, sharding)
 
 
 def as_float(value: ArrayLike | Sequence[float]) -> Array:

@@ -1,11 +1,11 @@
-"""Functions that leave to the compiler where data lie, for arguments whose shardings are part of their types."""
+"""Arrays whose shardings are part of their types: leaving to the compiler where data lie, and replicating."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
 def with_auto_axes(
@@ -22,7 +22,9 @@ def with_auto_axes(
         specs: From the batch's specs to those of the results, a prefix of their tree.
     """
     mesh = _mesh_of(arguments)
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in _EXPLICIT)
+    explicit = tuple(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
     if not explicit:
         return function(*arguments)
 
@@ -36,7 +38,33 @@ def with_auto_axes(
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)(*arguments)
 
 
-_EXPLICIT = (AxisType.Explicit,)
+def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
+    """Replicates arrays along their explicitly sharded axes.
+
+    Indexing and reshaping along such an axis raise `ShardingTypeError`. Axes of a mesh that are automatic or manual
+    stay as they are.
+
+    Args:
+        tree: Arrays.
+        keep: How many leading axes of the arrays stay sharded.
+
+    Returns:
+        The same values.
+    """
+
+    def replicate(leaf):
+        sharding = jax.typeof(leaf).sharding
+        if all(axes is None for axes in sharding.spec[keep:]):
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:keep])))
+
+    return jax.tree.map(replicate, tree)
+
+
+def sharded_like(x: Array, other: Array) -> Array:
+    """Shards an array along the explicit axes along which another of its shape is sharded."""
+    sharding = jax.typeof(other).sharding
+    return x if all(axes is None for axes in sharding.spec) else jax.sharding.reshard(x, sharding)
 
 
 def _is_spec(node):

@@ -96,7 +96,9 @@ def test_coded_models_compute_the_same(mode, option):
 
 
 @each_mode
-@pytest.mark.parametrize("name", ["spline-smoothed", "berrut-chebyshev", "lagrange-2-chebyshev", "replication", "outside"])
+@pytest.mark.parametrize(
+    "name", ["spline-smoothed", "berrut-chebyshev", "lagrange-2-chebyshev", "replication", "outside"]
+)
 def test_gradients_compute_the_same(mode, name):
     predict = jc.coded((MODEL, VARIABLES), CODES[name])
     returned = jnp.asarray(returned_of("both-ends-missing", name))

@@ -156,7 +156,7 @@ def test_parts_of_a_long_batch(monkeypatch, size):
     """Split into parts the tour is a little longer, and still visits each input once."""
     x = normal(size, 2)
     whole = tour_length(x, ordering.greedy(x, 10))
-    monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 64)
+    monkeypatch.setattr(ordering.paths, "MOST_IN_ONE_PATH", 64)
     # Of another shape, which no other test compiles for, and as far from each other.
     order = ordering.greedy(np.pad(x, [(0, 0), (0, 7)]), 10)
     assert is_permutation(order, size)
@@ -239,7 +239,7 @@ STRICT_MODES = {
 @pytest.fixture(params=CALLS)
 def call(request, monkeypatch):
     if request.param == "parts":
-        monkeypatch.setattr(ordering, "MOST_IN_ONE_PATH", 16)
+        monkeypatch.setattr(ordering.paths, "MOST_IN_ONE_PATH", 16)
     return CALLS[request.param]
 
 

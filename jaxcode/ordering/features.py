@@ -12,8 +12,9 @@ from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._arrays import as_arrays, sharded_like, unsharded
+from .._arrays import as_arrays
 from .._pytree import pytree
+from .._sharding import sharded_like, unsharded
 from ..checks import batch_size, check_count
 from ..functions import as_pure_function
 

@@ -9,11 +9,12 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._arrays import as_arrays, unsharded
+from .._arrays import as_arrays
+from .._sharding import unsharded, with_auto_axes
 from ..checks import batch_size, check_count
 
 __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
@@ -100,7 +101,12 @@ def greedy(
                 f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
             )
     features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
-    return _in_automatic_axes(lambda tree: _greedy(tree, size, min(num_data, size), metric))(features)
+
+    def order(features):
+        return _greedy(features, size, min(num_data, size), metric)
+
+    # Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
+    return with_auto_axes(order, features, specs=lambda _: PartitionSpec())
 
 
 @final
@@ -259,20 +265,6 @@ def _rotated(path, features, num_data, metric):
     starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)[None]
     between = jnp.sum(steps[(starts - 1) % size], axis=1)
     return jnp.roll(path, -jnp.argmax(between))
-
-
-def _in_automatic_axes(f: Callable[..., Array]) -> Callable[..., Array]:
-    """Makes the explicit axes of the current mesh automatic inside f, whose result is replicated.
-
-    Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = tuple(
-        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    )
-    if not explicit:
-        return f
-    return jax.sharding.auto_axes(axes=explicit, out_sharding=PartitionSpec())(f)
 
 
 def _check_function(name, value, expected):

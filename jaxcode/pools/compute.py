@@ -8,7 +8,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 
 from ..functions import PureFunction, check_answers
 
@@ -103,35 +103,25 @@ class Signature:
     answers: PyTree[jax.ShapeDtypeStruct]
 
 
-def x64_enabled() -> bool:
-    """Returns whether this thread computes in 64 bits where asked to."""
-    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def answer_shapes(
     fn: PureFunction, params: PyTree, batch: PyTree[jax.ShapeDtypeStruct]
 ) -> PyTree[jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of f's answers to a batch.
 
     Raises:
-        ValueError: If f does not return real numbers with its batch as leading axis.
+        ValueError: If f does not return numbers with its batch as leading axis.
     """
     answers = jax.eval_shape(fn, params, batch)
-    check_answers(answers, jax.tree.leaves(batch)[0].shape[0])
+    check_answers(answers, jax.tree.leaves(batch)[0].shape[0], allow_integers=True)
     return answers
 
 
-def refusal(
-    answer: Any,
-    expected: PyTree[jax.ShapeDtypeStruct],
-    unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
-) -> str | None:
+def refusal(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
     """Returns why an answer cannot be used, or None if it can.
 
     Args:
         answer: What a worker returned.
         expected: Shapes and dtypes of the model's answers.
-        unchecked_rows: Rows that need not be finite.
     """
     if jax.tree.structure(answer) != jax.tree.structure(expected):
         return f"its answer is {jax.tree.structure(answer)}; expected {jax.tree.structure(expected)}"
@@ -140,9 +130,6 @@ def refusal(
             return f"its answer is a {type(leaf).__name__}; expected a NumPy array, {like.dtype} of shape {like.shape}"
         if leaf.shape != like.shape or leaf.dtype != like.dtype:
             return f"its answer is {leaf.dtype} of shape {leaf.shape}; expected {like.dtype} of shape {like.shape}"
-        finite = np.isfinite(leaf)
-        if unchecked_rows is not None:
-            finite = finite[~unchecked_rows]
-        if not finite.all():
+        if not np.isfinite(leaf).all():
             return "its answer has NaN or infinite numbers"
     return None

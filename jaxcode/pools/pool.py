@@ -7,13 +7,14 @@ from typing import Any, final
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 from tqdm import tqdm
 
+from .._float64 import x64_is_on
 from ..checks import batch_size
 from ..functions import PureFunction
 from ..stop import AbstractStop
-from .compute import Signature, answer_shapes, shapes_of, x64_enabled
+from .compute import Signature, answer_shapes, shapes_of
 from .request import Request
 from .responses import Enough, PredictedError, Responses
 from .scheduler import Scheduler
@@ -45,7 +46,6 @@ class AbstractPool(abc.ABC):
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
-        unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
         began: float | None = None,
     ) -> Responses:
         """Has every share computed and gathers answers until the policy says stop.
@@ -62,8 +62,6 @@ class AbstractPool(abc.ABC):
             again_after: Seconds after which a share that has no answer is assigned to another worker too, if one has
                 nothing else to do; the first answer counts. Never if not given. A share that went wrong, or whose
                 worker died, is assigned to another in any case, once.
-            unchecked_rows: Rows of every share's answer that need not be finite, bool, shape (batch,): of inputs of
-                which it is known that they are not.
             began: When the request was made, as `time.monotonic` tells it, in seconds: the limit, the policy's
                 deadlines and latencies count from then. Now if not given.
 
@@ -150,7 +148,7 @@ class WorkerPool(AbstractPool):
         on_close: Callable[[], object] = lambda: None,
     ):
         self._fn, self._params, self._on_close = fn, params, on_close
-        self._x64 = x64_enabled()
+        self._x64 = x64_is_on()
         self._num_workers = len(workers)
         self._signatures: dict[Any, Signature] = {}
         examples = [] if example is None else [self._signature(example)]
@@ -176,7 +174,6 @@ class WorkerPool(AbstractPool):
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
-        unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
         began: float | None = None,
     ) -> Responses:
         coded = jax.tree.map(np.asarray, coded)
@@ -188,11 +185,9 @@ class WorkerPool(AbstractPool):
         order = range(num_shares) if order is None else order
         if sorted(order) != list(range(num_shares)):
             raise ValueError(f"order is {order}; expected the numbers of the {num_shares} shares, each once")
-        if unchecked_rows is not None:
-            _check_rows(unchecked_rows, jax.tree.leaves(coded)[0].shape[1])
         stop.check(num_shares, error is not None)
         signature = self._signature(jax.tree.map(lambda leaf: leaf[0], coded))
-        request = Request(coded, signature, order, again_after, unchecked_rows, began)
+        request = Request(coded, signature, order, again_after, began)
         with self._scheduler.working_on(request):
             return request.gather(stop, time_limit, enough, error)
 
@@ -212,7 +207,7 @@ class WorkerPool(AbstractPool):
 
     def _signature(self, batch):
         """Shapes and dtypes of a batch and of f's answers at the workers; checks that the caller expects the same."""
-        x64 = x64_enabled()
+        x64 = x64_is_on()
         if x64 == self._x64:
             return self._find_signature(batch, x64)
         expected = self._find_signature(batch, x64)
@@ -235,15 +230,6 @@ class WorkerPool(AbstractPool):
             # Of threads that find it missing at the same time, all take the one that is entered first.
             self._signatures.setdefault(key, Signature(shapes, answer_shapes(self._fn, self._params, shapes)))
         return self._signatures[key]
-
-
-def _check_rows(rows, size):
-    rows = np.asarray(rows)
-    if rows.shape != (size,) or rows.dtype != np.bool_:
-        raise ValueError(
-            f"unchecked_rows is {rows.dtype} of shape {rows.shape}; expected bool of shape ({size},), one entry for "
-            "each row of a share's batch"
-        )
 
 
 def _dtypes(signature):

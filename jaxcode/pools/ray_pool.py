@@ -9,9 +9,10 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
+from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute, packed, x64_enabled
+from .compute import Around, Compute, packed
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
 from .worker import AbstractWorker
@@ -65,7 +66,7 @@ def RayPool(
     fn, params = as_pure_function(f)
     cluster = connect(address)
     try:
-        model = cluster.put((fn, packed(params), around, x64_enabled()))
+        model = cluster.put((fn, packed(params), around, x64_is_on()))
         actor_class = cluster.actor_class(_Actor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
         workers = [
             _RayWorker(RayActor(cluster, actor_class, lambda number=number: (number, model)))

@@ -9,7 +9,7 @@ from typing import Literal, final
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 
 from ..stop import AbstractStop, Progress
 from .compute import Signature
@@ -34,7 +34,6 @@ class Request:
         signature: Shapes and dtypes of one share's batch and of its answer.
         order: In which order shares are assigned.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
-        unchecked_rows: Rows of every share's answer that need not be finite, bool, shape (batch,).
         began: Monotonic time at which the request was made, in seconds; now if None.
 
     Attributes:
@@ -51,12 +50,11 @@ class Request:
         signature: Signature,
         order: Sequence[int],
         again_after: float | None = None,
-        unchecked_rows: Bool[np.ndarray, "batch"] | None = None,
         began: float | None = None,
     ):
         number = len(order)
         self._shares, self.signature = shares, signature
-        self.again_after, self.unchecked_rows = again_after, unchecked_rows
+        self.again_after = again_after
         self.returned = np.zeros(number, bool)
         self.faults: list[Fault] = []
         self.compiling: set[int] = set()

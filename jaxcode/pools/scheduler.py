@@ -192,7 +192,7 @@ class Scheduler:
             fault = Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}")
         else:
             self._compiled[slot.number].add(request.signature)
-            problem = refusal(future.result(), request.signature.answers, request.unchecked_rows)
+            problem = refusal(future.result(), request.signature.answers)
             fault = None if problem is None else Fault(slot.number, "refused", problem)
         if fault is None:
             request.accept(share, slot.number, future.result())

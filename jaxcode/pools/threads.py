@@ -12,9 +12,10 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
+from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute, x64_enabled
+from .compute import Around, Compute
 from .pool import WorkerPool
 from .supervisor import WorkerDied
 from .worker import AbstractWorker
@@ -64,7 +65,7 @@ def ThreadPool(
         functools.partial(Compute, fn, params, number, around, devices[number % len(devices)])
         for number in range(num_workers)
     ]
-    workers = [_ThreadWorker(number, make, x64_enabled()) for number, make in enumerate(makers)]
+    workers = [_ThreadWorker(number, make, x64_is_on()) for number, make in enumerate(makers)]
     return WorkerPool(fn, params, workers, example)
 
 

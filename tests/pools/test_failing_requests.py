@@ -88,24 +88,6 @@ def test_a_faulty_worker_is_held_responsible_although_others_fail_at_other_share
         until(lambda: pool.counters()["quarantines"] == 1)
 
 
-def test_rows_that_are_not_checked_may_be_anything_and_others_may_not(pool):
-    rows = np.array([True, False])
-    batch = poisoned(slice(None), np.nan)
-    responses = pool.run(batch, stop.answers(N), unchecked_rows=rows)
-    assert responses.returned.all()
-    assert responses.faults == ()
-    assert np.isnan(responses.values[:, 0, 0]).all()
-    np.testing.assert_allclose(responses.values[:, 1], np.exp(BATCH[:, 1]), rtol=1e-6)
-    with pytest.raises(pools.NotEnoughAnswers, match="NaN or infinite"):
-        pool.run(batch, stop.answers(N), unchecked_rows=~rows, time_limit=60.0)
-
-
-@pytest.mark.parametrize("wrong", [np.array([True]), np.array([1, 0])], ids=["length", "dtype"])
-def test_rows_must_be_a_mask_of_the_batch(pool, unchecked, wrong):
-    with pytest.raises(ValueError, match=r"unchecked_rows is .*expected bool of shape \(2,\)"):
-        pool.run(BATCH, stop.answers(N), unchecked_rows=wrong)
-
-
 CLIENTS = 100
 
 
