@@ -74,8 +74,8 @@ def dispatch(report):
     """A call whose arithmetic takes no time, of a model with ten arrays of parameters.
 
     Between calls the caller does something else for a while, or calls again immediately. In the second case JAX's
-    threads on a CPU are still awake from the last call, if the next begins within some 20 us: the model's are, and those
-    of a coded call, which first prepares a decoder for its mask, may not be.
+    threads on a CPU are still awake from the last call, if the next begins within some 20 us: the model's are, and
+    those of a coded call, which first prepares a decoder for its mask, may not be.
     """
     code = jc.SplineCode.chebyshev(20, 100)
     module = linen.Sequential([linen.Dense(2) for _ in range(5)])
