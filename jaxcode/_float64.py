@@ -1,7 +1,8 @@
 """Small computations in float64 inside programs of any precision."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,13 @@ from jax.custom_derivatives import SymbolicZero
 def x64_is_on() -> bool:
     """Whether JAX's x64 mode is on in this thread."""
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def float64_mode() -> Iterator[None]:
+    """Has JAX compute in float64 and with its own promotion rules, whatever the user's modes are."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +44,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.partial(widened.defjvp, symbolic_zeros=True)
     def jvp(structure, primals, tangents):
-        with jax.enable_x64(True):
+        with float64_mode():
             moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
 
             def of_moving(*moved):
@@ -58,7 +66,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(*args):
-        with jax.enable_x64(True):
+        with float64_mode():
             leaves, structure = jax.tree.flatten(args)
             return widened(structure, *(_widen(leaf) for leaf in leaves))
 
@@ -83,7 +91,7 @@ def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
 
     @jax.custom_batching.sequential_vmap
     def compute(*others):
-        with jax.enable_x64(True):
+        with float64_mode():
             rest = iter(others)
             every = [_widen(known[i] if i in known else next(rest)) for i in range(len(arguments))]
             found = function(*every)

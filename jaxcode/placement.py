@@ -129,7 +129,7 @@ class _OverMesh(AbstractPlacement):
         def compute(params, share):
             if num_workers % devices:
                 # Beyond the last worker a copy of one that is here: padding might not be in f's domain.
-                worker = jax.lax.axis_index(self.axes) * per_device + np.arange(per_device)
+                worker = jax.lax.axis_index(self.axes) * per_device + np.arange(per_device, dtype=np.int32)
                 local = jnp.maximum(jnp.minimum(worker, num_workers - 1) - worker[0], 0)
                 share = jax.tree.map(lambda leaf: leaf[local], share)
             return _answer_groups(fn, params, share)

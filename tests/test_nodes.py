@@ -58,8 +58,8 @@ def test_the_papers_pair():
 
 @pytest.mark.parametrize("layout", [nodes.systematic, nodes.repeated, lambda *sizes: nodes.mixed(*sizes, 2)])
 def test_a_number_of_inputs_stands_for_chebyshev_nodes(unchecked, layout):
-    for given in (5, np.int64(5), nodes.chebyshev_first(5)):
-        placed = layout(given, 12)
+    for data in (5, np.int64(5), nodes.chebyshev_first(5)):
+        placed = layout(data, 12)
         np.testing.assert_array_equal(placed.data, nodes.chebyshev_first(5))
         np.testing.assert_array_equal(placed.workers, layout(nodes.chebyshev_first(5), 12).workers)
 
