@@ -110,43 +110,51 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     sites = find_sites(worker_nodes, live)
     found = _innovations(sites, data_nodes)
     exact = posteriors(sites, found, jnp.zeros(1), 2)
-    means, variances = exact.means[0], exact.variances[0]
     is_at = (sites.average > 0).astype(float)
-    site_variance = jnp.where(sites.present, variances, 0)
-    unit = _quantile(is_at.T @ site_variance, live, 0.5)
-    # Without answers there is none.
+    # The median leave-one-out variance, in which noise is given; without answers there is none.
+    unit = _quantile(is_at.T @ jnp.where(sites.present, exact.variances[0], 0), live, 0.5)
     unit = jnp.where(unit > 0, unit, 1)
 
-    # Extreme answers would leave no digits for others, and outputs that differ by rounding alone are equal.
-    centre = _quantile(outputs.T, live, 0.5)
-    width = jnp.maximum(_quantile(jnp.abs(outputs - centre[None]).T, live, 0.8), 1e-6 * jnp.abs(centre))
-    size = jnp.where(width > 0, jnp.maximum(jnp.abs(centre), width), 1)
-    centre, width, outputs = centre / size, width / size, outputs / size[None]
-    outputs = jnp.clip(outputs, (centre - 1e4 * width)[None], (centre + 1e4 * width)[None])
-    outputs = jnp.where(live[:, None], outputs, 0)
-    floor = (4 * rounding) ** 2 * jnp.where(width > 0, centre**2 + width**2, 1) / unit
-
-    # The noise of three or more workers at one node is the median of their deviations, as they show which one is wrong.
+    outputs, floor = _normalised(outputs, live, rounding)
+    floor = floor / unit
     same_node = (is_at.T @ is_at) > 0
-    num_at_node = same_node.astype(float) @ live.astype(float)
-    mean = sites.average @ outputs
-    residual = mean - means @ mean
-    square = is_at.T @ jnp.where(sites.present[:, None], residual**2 / variances[:, None], 0)
-    scale = _quantile(square.T, live, 0.5) / MEDIAN_SQUARE + floor
-    deviation = (outputs - is_at.T @ mean) ** 2 * (num_at_node / jnp.maximum(num_at_node - 1, 1))[:, None]
-    typical = _quantile(_pooled(deviation / scale[None]) ** 2, num_at_node > 1, 0.5)
-    shared = jnp.where(
-        num_at_node > 2, jnp.clip(typical, 0.1 * NOISE * unit, NOISE_OF_PAIRS * unit), NOISE_OF_PAIRS * unit
-    )
-    weight = jnp.where(live, 1 / jnp.where(num_at_node > 1, shared, NOISE * unit), 0)
-    sites = reweighted(sites, weight)
-    precision = data_precision(sites, posteriors(sites, found, jnp.ones(1), 2).precision[0], weight)
+    noise = unit * _noise_variances(sites, is_at, same_node, exact.means[0], exact.variances[0], outputs, floor, unit)
+    weights = jnp.where(live, 1 / noise, 0)
+    sites = reweighted(sites, weights)
+    precision = data_precision(sites, posteriors(sites, found, jnp.ones(1), 2).precision[0], weights)
 
     scale = jnp.diagonal(precision)
     scale = jnp.sqrt(jnp.where(scale > 0, scale, 1))[:, None]
-    precision = precision / (scale * scale.T)
     most = jnp.floor((jnp.sum(live.astype(float)) - 2) * most)
-    return _Problem(precision, outputs * scale, live, same_node, _neighbours(live), floor, most)
+    return _Problem(precision / (scale * scale.T), outputs * scale, live, same_node, _neighbours(live), floor, most)
+
+
+def _normalised(outputs, live, rounding):
+    """Divides outputs by their size and clips extreme ones; returns also the squares that are rounding."""
+    centre = _quantile(outputs.T, live, 0.5)
+    # Outputs that differ by rounding alone are equal.
+    width = jnp.maximum(_quantile(jnp.abs(outputs - centre[None]).T, live, 0.8), 1e-6 * jnp.abs(centre))
+    size = jnp.where(width > 0, jnp.maximum(jnp.abs(centre), width), 1)
+    centre, width, outputs = centre / size, width / size, outputs / size[None]
+    # Extreme answers would leave no digits for others.
+    outputs = jnp.clip(outputs, (centre - 1e4 * width)[None], (centre + 1e4 * width)[None])
+    floor = (4 * rounding) ** 2 * jnp.where(width > 0, centre**2 + width**2, 1)
+    return jnp.where(live[:, None], outputs, 0), floor
+
+
+def _noise_variances(sites, is_at, same_node, means, variances, outputs, floor, unit):
+    """Chooses the noise variance of each worker's answers, in units of the median leave-one-out variance."""
+    num_at_node = jnp.sum(same_node, axis=1, dtype=float)
+    mean = sites.average @ outputs
+    residual = mean - means @ mean
+    square = is_at.T @ jnp.where(sites.present[:, None], residual**2 / variances[:, None], 0)
+    is_live = num_at_node > 0
+    scale = _quantile(square.T, is_live, 0.5) / MEDIAN_SQUARE + floor
+    # Three or more workers at one node show which one is wrong: the median of such deviations is noise.
+    deviation = (outputs - is_at.T @ mean) ** 2 * (num_at_node / jnp.maximum(num_at_node - 1, 1))[:, None]
+    typical = _quantile(_pooled(deviation / scale[None]) ** 2, num_at_node > 1, 0.5) / unit
+    shared = jnp.where(num_at_node > 2, jnp.clip(typical, 0.1 * NOISE, NOISE_OF_PAIRS), NOISE_OF_PAIRS)
+    return jnp.where(num_at_node > 1, shared, NOISE)
 
 
 def _innovations(sites, data_nodes):

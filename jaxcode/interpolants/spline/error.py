@@ -112,8 +112,8 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     mean = jnp.einsum("hkn,nd->hkd", means, data)
     residual = data[None] - mean[:, p:]
     orders = ORDERS.astype(float)
-    enough = sites.count > orders[:, None]
-    is_residual, number = present[None] & enough, jnp.where(enough, sites.count, 1)
+    enough = sites.num_present > orders[:, None]
+    is_residual, number = present[None] & enough, jnp.where(enough, sites.num_present, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
 
     # The variances to the power of each exponent, relative to their geometric mean at the sites.
@@ -135,7 +135,7 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
 
     # The number of independent squares, by Kish's effective sample size over sites and over features.
     sharpness = present.astype(float) @ jnp.sum(neighbours[p:] ** 2, axis=1)
-    num_squares = sites.count / jnp.where(sharpness > 0, sharpness, 1) / jnp.sum(feature_weight**2)
+    num_squares = sites.num_present / jnp.where(sharpness > 0, sharpness, 1) / jnp.sum(feature_weight**2)
     shrinkage = num_squares / (num_squares + PRIOR_FOR_SCALE)
     local_scale = jnp.exp(shrinkage * jnp.log(jnp.einsum("kn,hne->hke", neighbours, normalised_square) + 1e-12))
 
@@ -143,18 +143,18 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     deviance = jnp.log(power_at_sites * local_at_sites) + normalised_square / local_at_sites
     deviance = jnp.einsum("hne,n->he", deviance, present.astype(float))
     log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
-    possible = (sites.count >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
+    possible = (sites.num_present >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
     log_likelihood = jnp.where(possible[:, None], -0.5 * (deviance + number * log_scale), -jnp.inf)
     probability = jax.nn.softmax(log_likelihood, axis=(0, 1))
 
     variance = jnp.einsum("he,hke,hed->kd", probability, power * local_scale, scale)
     squared_bias = jnp.einsum("he,hkd->kd", probability, (mean - mean[:1]) ** 2)
-    inflation = _student_inflation(1 / jnp.maximum(sites.count - 2, 1) + 1 / (num_squares + PRIOR_FOR_SCALE))
+    inflation = _student_inflation(1 / jnp.maximum(sites.num_present - 2, 1) + 1 / (num_squares + PRIOR_FOR_SCALE))
     error = _half_width(variance[:p] * inflation, squared_bias[:p]) / NORMAL_95
     half_width = _half_width(variance[p:], squared_bias[p:])
-    error = size * error * _correction(present, sites.count, residual[0], half_width)[None]
+    error = size * error * _correction(present, sites.num_present, residual[0], half_width)[None]
     # Data at two places say nothing about how a curve bends.
-    error = jnp.where(sites.count >= 3, error, jnp.where(uncertain[0, :p, None], jnp.inf, 0))
+    error = jnp.where(sites.num_present >= 3, error, jnp.where(uncertain[0, :p, None], jnp.inf, 0))
     return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
 
 

@@ -69,19 +69,19 @@ class Sites(NamedTuple):
     Attributes:
         place: Strictly ascending, shape (n,), where n is at least the number of knots.
         weight: The sum of the weights at each site, shape (n,); 1 where there are no data.
-        count: How many sites have data, in the places' dtype.
+        num_present: How many sites have data, in the places' dtype.
         average: The matrix from data at knots to their weighted means at sites, shape (n, knots).
     """
 
     place: Float[Array, "sites"]
     weight: Float[Array, "sites"]
-    count: Float[Array, ""]
+    num_present: Float[Array, ""]
     average: Float[Array, "sites knots"]
 
     @property
     def present(self) -> Bool[Array, "sites"]:
         """Which sites have data."""
-        return _indices(self.place.shape[0]) < self.count
+        return jnp.arange(self.place.shape[0], dtype=self.place.dtype) < self.num_present
 
 
 class Noise(NamedTuple):
@@ -159,16 +159,16 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     # Sums are written as products, here and below: they compile in a third of the time.
     site = np.tri(num_knots) @ opens.astype(knots.dtype)
     is_member = live[None] & (site[None] == 1 + rank[:, None])
-    count = site[-1]
+    num_present = site[-1]
     place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
-    empty = rank >= count
-    place = jnp.where(empty, jax.lax.stop_gradient(jnp.max(place) + (rank - count + 1) * (span / size)), place)
-    return _weighted(place, count, is_member, weights)
+    empty = rank >= num_present
+    place = jnp.where(empty, jax.lax.stop_gradient(jnp.max(place) + (rank - num_present + 1) * (span / size)), place)
+    return _weighted(place, num_present, is_member, weights)
 
 
 def reweighted(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
     """Replaces the weights of knots, which are positive where they were positive before."""
-    return _weighted(sites.place, sites.count, sites.average > 0, weights)
+    return _weighted(sites.place, sites.num_present, sites.average > 0, weights)
 
 
 def uniform_noise(places: Float[Array, "places"], exact: int) -> Noise:
@@ -267,7 +267,7 @@ def _unit_variances(knots, points, weights, smoothing):
     smoothing = jnp.reshape(smoothing, 1) / span / span / span
     found = posteriors(sites, innovations(sites, points, np.array([2]), noise), smoothing, 2)
     variances = found.variances[0, : points.shape[0]]
-    return jnp.where(sites.count >= 2, variances * span * span * span, jnp.inf)
+    return jnp.where(sites.num_present >= 2, variances * span * span * span, jnp.inf)
 
 
 def _indices(size):
@@ -275,11 +275,11 @@ def _indices(size):
     return np.arange(size, dtype=np.float64)
 
 
-def _weighted(place, count, is_member, weights):
+def _weighted(place, num_present, is_member, weights):
     """Makes sites from a matrix (sites, knots) that says which knots are at each site."""
     weight = jnp.where(is_member, weights[None], 0)
-    total = jnp.where(_indices(place.shape[0]) >= count, 1, weight @ np.ones(weights.shape[0]))
-    return Sites(place, total, count, weight / total[:, None])
+    total = jnp.where(_indices(place.shape[0]) >= num_present, 1, weight @ np.ones(weights.shape[0]))
+    return Sites(place, total, num_present, weight / total[:, None])
 
 
 def _stencils(sites, points, m, highest):
@@ -292,7 +292,9 @@ def _stencils(sites, points, m, highest):
     n = sites.place.shape[0]
     rank = np.arange(n, dtype=np.int32)
     num_before = (sites.place[None] < points[:, None]).astype(sites.place.dtype) @ np.ones(n)
-    start = jnp.clip(num_before - (m // 2).astype(num_before.dtype), 0, jnp.maximum(sites.count - m.astype(float), 0))
+    start = jnp.clip(
+        num_before - (m // 2).astype(num_before.dtype), 0, jnp.maximum(sites.num_present - m.astype(float), 0)
+    )
     start = jnp.concatenate([rank - m, start.astype(jnp.int32)])
     stencil = jnp.clip(start[:, None] + np.arange(highest, dtype=np.int32)[None], 0, n - 1)
     is_defined = jnp.concatenate([sites.present & (rank >= m), np.ones(points.shape[0], bool)])

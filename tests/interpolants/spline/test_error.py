@@ -65,7 +65,7 @@ def test_intervals_cover_nine_truths_of_ten_and_predicted_errors_rank_true_ones(
             masks = np.stack([np.isin(np.arange(len(beta)), rng.permutation(len(beta))[lost:]) for _ in range(8)])
             decoders = np.stack([np.asarray(code.decoder_matrix(mask)) for mask in masks])
             for name, f in FUNCTIONS.items():
-                # Smooth along the nodes, and not.
+                # Inputs that are smooth along the nodes, and random ones in ascending order.
                 even = 2 * alpha[:, None] * rng.uniform(0.6, 1, 4)
                 x = np.append(even, np.sort(rng.uniform(-2, 2, even.shape), axis=0), axis=1)
                 y = f(encoder @ x)
@@ -200,13 +200,14 @@ def test_derivatives_are_finite_and_agree_with_finite_differences():
                 for mask in masks:
                     found = slopes(smoothing, t, CODE.nodes.data, y, mask)
                     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-        at = (1e-4, t, CODE.nodes.data, values())
-        _, slope = slopes(*at, MASK)
+        arguments = (1e-4, t, CODE.nodes.data, values())
+        _, slope = slopes(*arguments, MASK)
         for which in range(4):
-            direction = np.random.default_rng(which).normal(size=np.shape(at[which]))
+            direction = np.random.default_rng(which).normal(size=np.shape(arguments[which]))
             step = 1e-6 if which else 1e-7
             above, below = (
-                slopes(*at[:which], at[which] + sign * step * direction, *at[which + 1 :], MASK)[0] for sign in (1, -1)
+                slopes(*arguments[:which], arguments[which] + sign * step * direction, *arguments[which + 1 :], MASK)[0]
+                for sign in (1, -1)
             )
             numeric = float(above - below) / (2 * step)
             assert np.sum(np.asarray(slope[which]) * direction) == pytest.approx(numeric, rel=1e-4, abs=1e-6)
