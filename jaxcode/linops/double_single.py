@@ -1,4 +1,4 @@
-"""Float64 numbers as pairs of float32 numbers, which keep their digits where JAX's x64 mode is off."""
+"""Float64 numbers as sums of two float32 numbers, which keep their digits where JAX's x64 mode is off."""
 
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def is_double_single(node: Any) -> bool:
 
 def _split(numbers):
     hi = numbers.astype(np.float32)
-    return DoubleSingle(hi, (numbers - hi).astype(np.float32))
+    return DoubleSingle(hi, (numbers - hi.astype(numbers.dtype)).astype(np.float32))
 
 
 _split_compiled = jax.jit(_split, inline=True)

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
-from ..._float64 import in_float64
+from ..._float64 import double_precision, in_float64
 from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
 from ..abstract import Vector, in_units_of_span
@@ -60,7 +60,7 @@ def _host_linop(knots, points, smoothing, weights):
 def _program_linop(knots, points, smoothing, weights):
     n, p = knots.shape[0], points.shape[0]
     xp = np if isinstance(weights, np.ndarray) else jnp
-    present = weights > 0
+    present = weights if weights.dtype == np.bool_ else weights > 0
     present = None if xp is np and present.all() else present
     defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
@@ -96,6 +96,6 @@ _solve_matrix, _solve_blocks = _solver(matrix_by_filters), _solver(blocks_by_fil
 
 
 def _arrange_in_program(knots, points, block) -> Sequence:
-    with jax.enable_x64(True):
+    with double_precision():
         knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
         return arrange(knots, points, block)
