@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,88 +16,94 @@ def x64_is_on() -> bool:
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@contextlib.contextmanager
-def float64_mode() -> Iterator[None]:
-    """Has JAX compute in float64 and with its own promotion rules, whatever the user's modes are."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a function compute in float64 whether JAX's x64 mode is on or off, and its derivatives too.
 
     `jax.enable_x64(True)` around the body is enough for values and forward derivatives. A reverse derivative is traced
     later, outside the body, where with x64 off the transposes of gather and dot ask for float64 and are given
-    float32. So the derivative is taken inside, in both directions, when the function is differentiated at all.
+    float32. So when the function is differentiated, both directions of the derivative are traced inside the body.
+
+    Strict promotion of dtypes and ranks, where the caller has asked for it, does not hold inside the function.
 
     Args:
         function: Pure, of positional arguments that are pytrees of arrays. Inexact ones narrower than float64 are
-            widened.
+            widened. It must not call what JAX expands only when it lowers a program, by then with x64 off: `argmin`
+            and `argmax` fail there. Naming float64, as `dtype=` does, is safe only outside of what is mapped by `vmap`.
 
     Returns:
         The function, with float64 results; jit, vmap, jvp, vjp, and forward over reverse, work as usual.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def widened(structure, *leaves):
+    def call(structure, *leaves):
         return function(*jax.tree.unflatten(structure, leaves))
 
-    @functools.partial(widened.defjvp, symbolic_zeros=True)
+    @functools.partial(call.defjvp, symbolic_zeros=True)
     def jvp(structure, primals, tangents):
-        with float64_mode():
-            moving = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+        with double_precision():
+            varying = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
 
-            def of_moving(*moved):
+            def restricted(*arguments):
+                """The function of those leaves alone that have a tangent."""
                 leaves = list(primals)
-                for i, value in zip(moving, moved, strict=True):
-                    leaves[i] = value
+                for i, argument in zip(varying, arguments, strict=True):
+                    leaves[i] = argument
                 return function(*jax.tree.unflatten(structure, leaves))
 
-            at = tuple(primals[i] for i in moving)
-            out = widened(structure, *primals)
-            moves = tuple(tangents[i] for i in moving)
-            return out, _linear(
-                lambda t: jax.jvp(of_moving, at, t)[1],
-                lambda ct: jax.vjp(of_moving, *at)[1](ct),
-                moves,
-                jax.eval_shape(of_moving, *at),
-                [p for p in primals if jnp.issubdtype(p.dtype, jnp.inexact)],
+            point = tuple(primals[i] for i in varying)
+            tangent_out = _apply_linear_map(
+                forward=lambda tangent: jax.jvp(restricted, point, tangent)[1],
+                transpose=lambda cotangent: jax.vjp(restricted, *point)[1](cotangent),
+                argument=tuple(tangents[i] for i in varying),
+                result_shape=jax.eval_shape(restricted, *point),
+                parameters=[leaf for leaf in primals if jnp.issubdtype(leaf.dtype, jnp.inexact)],
             )
+            return call(structure, *primals), tangent_out
 
     @functools.wraps(function)
     def wrapped(*args):
-        with float64_mode():
+        with double_precision():
             leaves, structure = jax.tree.flatten(args)
-            return widened(structure, *(_widen(leaf) for leaf in leaves))
+            return call(structure, *(_widen(leaf) for leaf in leaves))
 
     return wrapped
 
 
 def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's value, computed in float64 whether JAX's x64 mode is on or off, as a constant to derivatives.
+    """Computes a function's value in float64 whether JAX's x64 mode is on or off, as a constant to derivatives.
 
     Args:
         function: Of arrays, to a pytree of arrays; traced.
         arguments: Arrays; inexact ones narrower than float64 are widened.
 
     Returns:
-        The value, real numbers in float64 with x64 on, else float32. Mapped with `vmap`, one after the other: what is
-        batched after it has been traced is given float32 for float64, and batched factorizations of LAPACK's that run
-        side by side can wait for each other forever on a CPU of few cores.
+        The value, real numbers in float64 with x64 on, else float32. Under `vmap` it is computed for one element after
+        the other: what is batched after it has been traced is given float32 for float64, and batched factorizations of
+        LAPACK that run side by side can wait for each other forever on a CPU of few cores.
     """
-    narrow = jnp.result_type(float)
-    # As constants, for with x64 off they would be rounded as arguments are.
-    known = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, np.ndarray)}
+    result_dtype = jnp.result_type(float)
+    # NumPy arrays are constants of the program, because with x64 off they would be rounded as arguments are.
+    static = {i: argument for i, argument in enumerate(arguments) if isinstance(argument, np.ndarray)}
 
     @jax.custom_batching.sequential_vmap
-    def compute(*others):
-        with float64_mode():
-            rest = iter(others)
-            every = [_widen(known[i] if i in known else next(rest)) for i in range(len(arguments))]
-            found = function(*every)
-            return jax.tree.map(lambda a: a.astype(narrow) if jnp.issubdtype(a.dtype, jnp.inexact) else a, found)
+    def compute(*traced):
+        with double_precision():
+            remaining = iter(traced)
+            widened = [_widen(static[i] if i in static else next(remaining)) for i in range(len(arguments))]
 
-    return compute(*jax.lax.stop_gradient([argument for i, argument in enumerate(arguments) if i not in known]))
+            def narrow(leaf):
+                return leaf.astype(result_dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+            return jax.tree.map(narrow, function(*widened))
+
+    return compute(*jax.lax.stop_gradient([argument for i, argument in enumerate(arguments) if i not in static]))
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Turns x64 mode on, and strict promotion off, which is meant for the caller's code."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _widen(value):
@@ -108,32 +114,51 @@ def _widen(value):
     return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
-def _linear(forward, transpose, argument, result_shape, depends_on):
-    """Applies a linear map whose transpose is given and traced now.
+def _apply_linear_map(forward, transpose, argument, result_shape, parameters):
+    """Applies a linear map J whose forward and transposed products are both given, and traced when it is called.
 
-    A linear solve is the one operation of JAX that carries both directions through every transformation: the map J is
-    read off the solution of [[1, 0], [-J, 1]] (a, b) = (argument, 0).
+    A linear solve is the one operation of JAX that carries both directions through every transformation. J x is the
+    second part of the solution (u, v) of
+
+        [  1  0 ] [ u ]   [ x ]
+        [ -J  1 ] [ v ] = [ 0 ].
+
+    Args:
+        forward: From x to J x.
+        transpose: From y to J^T y.
+        argument: x, a pytree.
+        result_shape: Shapes and dtypes of J x.
+        parameters: Inexact arrays on which J depends.
     """
 
-    # JAX transposes a solve only if all its right-hand side depends on the argument, and differentiates one only if all
-    # of that side moves or the matrix does. Zeros see to it: sums of no entries, which no NaN reaches.
-    def zero_of(tree):
+    # JAX transposes a solve only if its whole right-hand side depends on x, and differentiates one only if the whole
+    # right-hand side has a tangent or the matrix has. So a zero that depends on x is added to the right-hand side's
+    # second part, and the matrix's ones depend on the parameters. Each such zero is a sum of no entries, so that no
+    # NaN of the arrays reaches it.
+    def zero_depending_on(tree):
         return sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(tree))
-
-    one = 1 + zero_of(depends_on)
-    zero = zero_of(argument)
-    zeros = jax.tree.map(lambda s: jnp.broadcast_to(zero, s.shape), result_shape)
 
     def add(x, y):
         return jax.tree.map(jnp.add, x, y)
 
-    def negated(x):
+    def negate(x):
         return jax.tree.map(jnp.negative, x)
 
-    moved, result = jax.lax.custom_linear_solve(
-        matvec=lambda v: jax.tree.map(lambda leaf: one * leaf, (v[0], add(v[1], negated(forward(v[0]))))),
-        b=(jax.tree.map(lambda leaf: leaf + zero, argument), zeros),
-        solve=lambda _, v: (v[0], add(v[1], forward(v[0]))),
-        transpose_solve=lambda _, v: (add(v[0], transpose(v[1])), v[1]),
-    )
-    return jax.tree.map(lambda leaf: leaf + zero_of(moved), result)
+    def multiply(vector):
+        u, v = vector
+        return jax.tree.map(lambda leaf: one * leaf, (u, add(v, negate(forward(u)))))
+
+    def solve(_, vector):
+        u, v = vector
+        return u, add(v, forward(u))
+
+    def solve_transposed(_, vector):
+        u, v = vector
+        return add(u, transpose(v)), v
+
+    one = 1 + zero_depending_on(parameters)
+    zero = zero_depending_on(argument)
+    first = jax.tree.map(lambda leaf: leaf + zero, argument)
+    second = jax.tree.map(lambda shape: jnp.broadcast_to(zero, shape.shape), result_shape)
+    u, v = jax.lax.custom_linear_solve(multiply, (first, second), solve, solve_transposed)
+    return jax.tree.map(lambda leaf: leaf + zero_depending_on(u), v)

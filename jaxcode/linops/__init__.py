@@ -5,6 +5,7 @@ prepares from nodes and a mask is small (n and p are numbers of inputs or worker
 computed in float64 whatever the data's dtype is, and applied in the data's own.
 """
 
+from .._float64 import in_float64 as in_float64
 from .abstract import AbstractLinop as AbstractLinop
 from .application import apply as apply
 from .application import apply_to_tree as apply_to_tree
@@ -14,4 +15,14 @@ from .double_single import DoubleSingle as DoubleSingle
 from .double_single import split as split
 from .gather import Gather as Gather
 
-__all__ = ["AbstractLinop", "Blocked", "Dense", "DoubleSingle", "Gather", "apply", "apply_to_tree", "split"]
+__all__ = [
+    "AbstractLinop",
+    "Blocked",
+    "Dense",
+    "DoubleSingle",
+    "Gather",
+    "apply",
+    "apply_to_tree",
+    "in_float64",
+    "split",
+]

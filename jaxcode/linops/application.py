@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from .._float64 import float64_mode
+from .._float64 import double_precision
 from .abstract import AbstractLinop, Results, Rows, is_static
 from .double_single import as_arguments
 
@@ -88,7 +88,7 @@ def _apply_and_check(precisely, linop, rows):
 
 
 def _apply_in_double(linop, rows):
-    with float64_mode():
+    with double_precision():
         return apply_directly(linop, rows.astype(jnp.float64)).astype(rows.dtype)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._float64 import float64_mode
+from .._float64 import double_precision
 from .._pytree import pytree
 from .abstract import AbstractLinop, Mask, Results, Rows
 from .dense import matmul
@@ -114,7 +114,7 @@ class Blocked(AbstractLinop):
     def matrix(self) -> Float[Array, "results rows"]:
         from .application import apply_directly
 
-        with float64_mode():
+        with double_precision():
             entries = apply_directly(self, jnp.eye(self.num_rows, dtype=jnp.float64))
         return entries.astype(jnp.result_type(float))
 

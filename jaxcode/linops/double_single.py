@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .._float64 import float64_mode, x64_is_on
+from .._float64 import double_precision, x64_is_on
 
 
 class DoubleSingle(NamedTuple):
@@ -23,7 +23,7 @@ class DoubleSingle(NamedTuple):
 
     def combine(self) -> Float[Array, "..."]:
         """Adds both parts in float64."""
-        with float64_mode():
+        with double_precision():
             hi = jnp.asarray(self.hi).astype(jnp.float64)
             return hi if self.lo is None else hi + jnp.asarray(self.lo).astype(jnp.float64)
 
@@ -39,7 +39,7 @@ def split(numbers: Array | np.ndarray) -> DoubleSingle:
     """
     if isinstance(numbers, np.ndarray) or x64_is_on():
         return DoubleSingle(numbers, None)
-    with float64_mode():
+    with double_precision():
         return _split_compiled(numbers)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
-from ..._float64 import float64_mode, in_float64
+from ..._float64 import double_precision, in_float64
 from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
 from ..abstract import Vector, in_units_of_span
@@ -52,7 +52,7 @@ def spline_linop(
 
 
 def _host_linop(knots, points, smoothing, weights):
-    present = weights if weights.dtype == np.bool_ else weights > 0
+    present = weights > 0
     entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
     return Dense(split(entries), None if present.all() else present)
 
@@ -96,6 +96,6 @@ _solve_matrix, _solve_blocks = _solver(matrix_by_filters), _solver(blocks_by_fil
 
 
 def _arrange_in_program(knots, points, block) -> Sequence:
-    with float64_mode():
+    with double_precision():
         knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
         return arrange(knots, points, block)
