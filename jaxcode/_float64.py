@@ -23,7 +23,8 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     later, outside the body, where with x64 off the transposes of gather and dot ask for float64 and are given
     float32. So when the function is differentiated, both directions of the derivative are traced inside the body.
 
-    Strict promotion of dtypes and ranks, where the caller has asked for it, does not hold inside the function.
+    Strict promotion of dtypes and ranks and guards against transfers to the device, where the caller has asked for
+    them, do not hold inside the function.
 
     Args:
         function: Pure, of positional arguments that are pytrees of arrays. Inexact ones narrower than float64 are
@@ -101,8 +102,14 @@ def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def double_precision():
-    """Turns x64 mode on, and strict promotion off, which is meant for the caller's code."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    """Turns x64 mode on, and strict promotion and transfer guards off, which are meant for the caller's code."""
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        # Nodes in NumPy are given to the program.
+        jax.transfer_guard_host_to_device("allow"),
+    ):
         yield
 
 

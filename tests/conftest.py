@@ -4,9 +4,9 @@ import importlib.metadata
 import os
 import pathlib
 
-# Most of the tests' time is the compiler's. At its lowest optimisation level it takes a quarter less, and with the older
-# of its two ways to emit loops, where jaxlib still has it, less than half. `make test-optimised` runs the tests of numbers
-# at the default level, which users have.
+# Most of the tests' time is the compiler's. At its lowest optimisation level it takes a quarter less, and with the
+# older of its two ways to emit loops, where jaxlib still has it, less than half. `make test-optimised` runs the tests
+# of numbers at the default level, which users have.
 if not os.environ.get("JAXCODE_TEST_OPTIMISED"):
     _FLAGS = ["--xla_backend_optimization_level=0"]
     if [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]:

@@ -1,7 +1,5 @@
 """The published experiments as functions of (trials, seed), in float64; the tests check them, a command prints them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +64,7 @@ def noisy(trials, seed, counts, num_data=10, num_stragglers=5):
         spline = jc.SplineCode.chebyshev(num_data, count)
 
         def with_smoothing(smoothing, spline=spline, x=x, noise=noise, returned=returned):
-            code = dataclasses.replace(spline, decoder_smoothing=smoothing)
+            code = jc.SplineCode(spline.nodes.data, spline.nodes.workers, decoder_smoothing=smoothing)
             return _squared_errors(code, wave, x, noise, returned)
 
         tried = np.asarray(jax.lax.map(with_smoothing, jnp.asarray(SMOOTHINGS)))

@@ -160,11 +160,11 @@ class InterpolatingCode(AbstractCode):
 
         return results, jax.tree.map(predict, y, results)
 
-    def _mask(self, returned):
+    def _mask(self, returned: ArrayLike) -> Array | np.ndarray:
         """Returns the checked mask, in NumPy where it is static."""
         check_mask("returned", returned, self.num_workers)
         static = static_value(returned)
-        return returned if static is None else static
+        return jnp.asarray(returned) if static is None else static
 
 
 def _refuse_assignment(plan):

@@ -179,6 +179,9 @@ def BSplineCode(nodes: Nodes, encoder: AbstractInterpolant = Berrut()):  # noqa:
 
 # Doctests of objects that are neither functions nor classes are only found here.
 __test__ = {
-    constructor.__name__: constructor.__doc__
-    for constructor in (SplineCode, BerrutCode, FloaterHormannCode, LagrangeCode, BSplineCode)
+    "SplineCode": SplineCode.__doc__,
+    "BerrutCode": BerrutCode.__doc__,
+    "FloaterHormannCode": FloaterHormannCode.__doc__,
+    "LagrangeCode": LagrangeCode.__doc__,
+    "BSplineCode": BSplineCode.__doc__,
 }

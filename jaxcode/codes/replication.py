@@ -1,6 +1,6 @@
 """Replication: every input is computed by some workers as it is."""
 
-from typing import ClassVar, final
+from typing import final
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +38,8 @@ class ReplicationCode(AbstractCode):
 
     num_data: int
     num_workers: int
-    nodes: ClassVar[None] = None
-    predicts_error: ClassVar[bool] = False
+    nodes = None
+    predicts_error = False
 
     def __post_init__(self):
         num_data = check_count("num_data", self.num_data)

@@ -1,6 +1,6 @@
 """Cubic B-spline interpolation with not-a-knot ends."""
 
-from typing import ClassVar, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ class NotAKnot(AbstractInterpolant):
     Array([[0.25]], dtype=float32)
     """
 
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates = True
+    predicts_error = False
 
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None

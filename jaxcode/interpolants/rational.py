@@ -1,7 +1,7 @@
 """Rational interpolation in barycentric form: Berrut's interpolant and the Floater-Hormann family that it begins."""
 
 import functools
-from typing import ClassVar, final
+from typing import final
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +34,8 @@ class Berrut(AbstractInterpolant):
            [3.4]], dtype=float32)
     """
 
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates = True
+    predicts_error = False
 
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
@@ -62,8 +62,8 @@ class FloaterHormann(AbstractInterpolant):
     """
 
     degree: int = 3
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates = True
+    predicts_error = False
 
     def __post_init__(self):
         object.__setattr__(self, "degree", check_count("degree", self.degree, least=0))

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
@@ -53,6 +54,11 @@ class AbstractLinop(abc.ABC):
 def is_static(linop: AbstractLinop) -> bool:
     """Whether NumPy holds all of an operator, so that it is known to the host whatever is being traced."""
     return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linop))
+
+
+def transfers_allowed() -> AbstractContextManager[None]:
+    """Lets static operators be given to programs where the caller guards against transfers of data."""
+    return jax.transfer_guard_host_to_device("allow")
 
 
 def prepare_eagerly(prepare: Callable[[], AbstractLinop]) -> AbstractLinop:

@@ -9,8 +9,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
+<<<<<<< HEAD
 from .._float64 import double_precision
 from .abstract import AbstractLinop, Results, Rows, is_static
+=======
+from .abstract import AbstractLinop, Results, Rows, is_static, transfers_allowed
+>>>>>>> refs/heads/spline
 from .double_single import as_arguments
 
 # Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Where that exceeds this
@@ -39,15 +43,17 @@ def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Result
         Shape (p, features). Undefined results are NaN, of integers the lowest number of their dtype.
     """
     if not linop.mixes:
-        return apply_compiled(linop, rows)
+        with transfers_allowed():
+            return apply_compiled(linop, rows)
     precisely = precisely and rows.dtype == jnp.float32
     if precisely and is_static(linop):
         precisely = bool(linop.amplification() > _MAX_AMPLIFICATION)
     linop = as_arguments(linop)
     complete = linop.present is None and linop.defined is None
-    if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or complete)):
-        return apply_compiled(linop, rows)
-    return _apply_and_check_compiled(precisely, linop, rows)
+    with transfers_allowed():
+        if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or complete)):
+            return apply_compiled(linop, rows)
+        return _apply_and_check_compiled(precisely, linop, rows)
 
 
 def apply_directly(linop: AbstractLinop, rows: Rows) -> Results:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._pytree import pytree
-from .abstract import AbstractLinop, Mask, Results, Rows, is_static
+from .abstract import AbstractLinop, Mask, Results, Rows, is_static, transfers_allowed
 from .double_single import DoubleSingle
 
 
@@ -53,8 +53,9 @@ class Dense(AbstractLinop):
         return jnp.max(jnp.sum(jnp.abs(jnp.asarray(hi)), axis=1, where=present))
 
     def matrix(self) -> Float[Array, "results rows"]:
-        entries = self._with_zero_columns(jnp.asarray(self.entries.hi))
-        return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)
+        with transfers_allowed():
+            entries = self._with_zero_columns(jnp.asarray(self.entries.hi))
+            return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)
 
     def _entries(self, dtype):
         if dtype == jnp.float64:

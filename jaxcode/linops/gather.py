@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree
-from .abstract import AbstractLinop, Mask, Results, Rows
+from .abstract import AbstractLinop, Mask, Results, Rows, transfers_allowed
 
 
 @final
@@ -41,6 +41,7 @@ class Gather(AbstractLinop):
         return 1.0
 
     def matrix(self) -> Float[Array, "results rows"]:
-        chosen = jnp.asarray(self.index)[:, None] == jnp.arange(self.num_rows)[None]
-        entries = chosen.astype(jnp.result_type(float))
-        return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)
+        with transfers_allowed():
+            chosen = jnp.asarray(self.index)[:, None] == jnp.arange(self.num_rows)[None]
+            entries = chosen.astype(jnp.result_type(float))
+            return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)

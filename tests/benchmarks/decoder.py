@@ -16,6 +16,10 @@ from jaxcode.splines import fit_and_evaluate
 from scipy.interpolate import make_smoothing_spline
 
 from jaxcode import SplineCode, nodes
+<<<<<<< HEAD
+=======
+from jaxcode.interpolants.spline import fit_and_evaluate
+>>>>>>> refs/heads/spline
 
 from .timing import Report, progress, race, run_script
 
@@ -38,13 +42,13 @@ def many_small_masks(report):
     on_device = jnp.asarray(masks)
     batched = jax.jit(jax.vmap(code.decoder_matrix))
     # The same number of answers in each, so that interpax can be batched too.
-    knots = jnp.asarray(np.stack([code.worker_nodes[mask] for mask in masks]))
-    batched_interpax = jax.jit(jax.vmap(lambda t: interpax_values(t, jnp.eye(t.shape[0]), code.data_nodes, 1.0)))
+    knots = jnp.asarray(np.stack([code.nodes.workers[mask] for mask in masks]))
+    batched_interpax = jax.jit(jax.vmap(lambda t: interpax_values(t, jnp.eye(t.shape[0]), code.nodes.data, 1.0)))
     np.testing.assert_allclose(batched(on_device)[0][:, masks[0]], scipy_matrix(code, masks[0]), atol=1e-5)
     times = race(
         {
             "jaxcode, one compiled program": lambda: batched(on_device),
-            "jaxcode, a loop on the host": lambda: [code.decoder_map(mask) for mask in masks],
+            "jaxcode, a loop on the host": lambda: [code.decoder_linop(mask) for mask in masks],
             "SciPy, a loop": lambda: [scipy_matrix(code, mask) for mask in masks],
             "csaps, a loop": lambda: [csaps_matrix(code, mask) for mask in masks],
             "interpax, one compiled program": lambda: batched_interpax(knots),
@@ -64,11 +68,11 @@ def one_large_mask(report):
     mask = np.random.default_rng(0).permutation(num_workers) >= num_workers // 4
     on_device = jnp.asarray(mask)
     compiled = jax.jit(code.decoder_matrix)
-    as_map = jax.jit(code.decoder_map)
+    as_linop = jax.jit(code.decoder_linop)
     times = race(
         {
             "jaxcode, as a matrix": lambda: compiled(on_device),
-            "jaxcode, as blocks to apply": lambda: as_map(on_device),
+            "jaxcode, as blocks to apply": lambda: as_linop(on_device),
             "SciPy": lambda: scipy_matrix(code, mask),
             "csaps": lambda: csaps_matrix(code, mask),
         }
@@ -125,13 +129,13 @@ def _fit(t, points, y, mask):
 
 
 def scipy_matrix(code, mask):
-    t = code.worker_nodes[mask]
-    return scipy_values(t, np.eye(len(t)), code.data_nodes, len(t) * SMOOTHING)
+    t = code.nodes.workers[mask]
+    return scipy_values(t, np.eye(len(t)), code.nodes.data, len(t) * SMOOTHING)
 
 
 def csaps_matrix(code, mask):
-    t = code.worker_nodes[mask]
-    return csaps_values(t, np.eye(len(t)), code.data_nodes, 1 / (1 + len(t) * SMOOTHING))
+    t = code.nodes.workers[mask]
+    return csaps_values(t, np.eye(len(t)), code.nodes.data, 1 / (1 + len(t) * SMOOTHING))
 
 
 def scipy_values(t, y, points, smoothing):

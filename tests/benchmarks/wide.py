@@ -1,6 +1,6 @@
 """Encoders and decoders applied to wide data, beside a plain matrix product: `python -m tests.benchmarks.wide`.
 
-Also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/splines/maps.py`.
+Also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/interpolants/spline/linop.py`.
 """
 
 import functools
@@ -12,6 +12,10 @@ import numpy as np
 from jaxcode.splines import maps
 
 from jaxcode import SplineCode
+<<<<<<< HEAD
+=======
+from jaxcode.interpolants.spline import linop
+>>>>>>> refs/heads/spline
 
 from .timing import Report, progress, race, run_script
 
@@ -94,18 +98,18 @@ def matrix_or_blocks(report):
     """Decoding wide data from a fresh mask in either form, K = N / 3."""
     columns = 65_536
     found: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
-    limit = maps.MOST_IN_ONE_MATRIX
+    limit = linop.MOST_IN_ONE_MATRIX
     for n in progress((96, 192, 288, 384, 480, 768, 1152), "N"):
         code = SplineCode.chebyshev(n // 3, n, decoder_smoothing=SMOOTHING)
         y = jnp.asarray(np.random.default_rng(0).normal(size=(n, columns)), jnp.float32)
         mask = jnp.asarray(np.arange(n) % 3 != 0)
         contenders = {}
         for form, most in (("one matrix", 10**9), ("blocks", 0)):
-            maps.MOST_IN_ONE_MATRIX = most
+            linop.MOST_IN_ONE_MATRIX = most
             try:
                 decode = jax.jit(functools.partial(code.decode)).lower(y, mask).compile()
             finally:
-                maps.MOST_IN_ONE_MATRIX = limit
+                linop.MOST_IN_ONE_MATRIX = limit
             contenders[form] = functools.partial(decode, y, mask)
         for form, seconds in race(contenders, seconds=1).items():
             found[form][n + n // 3] = float(np.median(seconds))

@@ -1,4 +1,4 @@
-r"""The smoothing spline's matrix on the host, where knots, weights and smoothing are known: nothing to compile.
+r"""The smoothing spline's matrix on the host, where all arguments are static: nothing to compile.
 
 With values :math:`g_j` and second derivatives :math:`\gamma_j` at the m sites that have data, a distance :math:`h_j`
 apart, the minimiser satisfies (Green and Silverman 1994, section 2.1)
@@ -27,7 +27,7 @@ def banded_matrix(
     weights: Float[np.ndarray, "knots"],
     smoothing: float,
 ) -> Float[np.ndarray, "points knots"]:
-    r"""The matrix from values at the knots to the smoothing spline's values at the points.
+    r"""Forms the matrix from values at the knots to the smoothing spline's values at the points.
 
     Args:
         knots: Ascending; neighbours may be equal.
@@ -70,11 +70,11 @@ def fit_matrix(
     weights: Float[np.ndarray, "sites"],
     smoothing: float,
 ) -> Float[np.ndarray, "readings sites"]:
-    r"""From values at sites to what is read of the unknowns :math:`g_1, \gamma_1, g_2, \gamma_2, \ldots` of the fit.
+    r"""Forms the matrix from values at sites to combinations of the fit's unknowns :math:`g_1, \gamma_1, g_2, \ldots`.
 
     Args:
         sites: Strictly ascending, two or more, of a span of about one.
-        reading: How much of each unknown, two a site, every reading takes.
+        reading: Coefficients of the unknowns, two for each site, in each combination; see `reading_matrix`.
         weights: Positive.
         smoothing: :math:`\mu \ge 0`.
 
@@ -82,17 +82,18 @@ def fit_matrix(
         ArithmeticError: If the equations are singular.
     """
     gap = sites[1:] - sites[:-1]
-    m, over = len(sites), 1 / gap
-    # The transposed equations in LAPACK's order: an equation's coefficient of the unknown i places after it stands in
-    # place 6 + i; the first three are LAPACK's. Ten for the equation of a value, ten for that of a second derivative.
+    m, inverse_gap = len(sites), 1 / gap
+    # The transposed equations in LAPACK's band storage, a row of 20 for each site: ten for the equation of its value, ten
+    # for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on index
+    # 6 + i; the first three are LAPACK's own.
     bands = np.zeros((m, 20))
-    around = np.empty((m - 2, 4))
-    around[:, 0], around[:, 1] = over[:-1], over[1:]
-    around[:, 2], around[:, 3] = gap[:-1], gap[1:]
-    np.matmul(around, _STIFFNESS * smoothing + _CURVATURE, out=bands[1:-1])
+    inner = np.empty((m - 2, 4))
+    inner[:, 0], inner[:, 1] = inverse_gap[:-1], inverse_gap[1:]
+    inner[:, 2], inner[:, 3] = gap[:-1], gap[1:]
+    np.matmul(inner, _STIFFNESS * smoothing + _CURVATURE, out=bands[1:-1])
     bands[:, 6] = weights
     bands[0, 16] = bands[-1, 16] = 1
-    bands[0, 9], bands[-1, 5] = smoothing * over[0], smoothing * over[-1]
+    bands[0, 9], bands[-1, 5] = smoothing * inverse_gap[0], smoothing * inverse_gap[-1]
     _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
     if failed:
         raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {sites}")
@@ -100,14 +101,14 @@ def fit_matrix(
 
 
 def _coefficients(entries):
-    """From (gap before)^-1, (gap after)^-1, gap before, gap after to places in the equations."""
+    """Forms the matrix from (1 / gap before, 1 / gap after, gap before, gap after) to a site's row of band storage."""
     table = np.zeros((4, 20))
-    for row, place, factor in entries:
-        table[row, place] = factor
+    for quantity, index, factor in entries:
+        table[quantity, index] = factor
     return table
 
 
-# Of an inner site: mu (Q gamma)_j beside w_j g_j, and (Q^T g)_j - (R gamma)_j.
+# An inner site's equations: mu (Q gamma)_j, to which w_j g_j is added, and (Q^T g)_j - (R gamma)_j.
 _STIFFNESS = _coefficients([(0, 5, 1), (0, 7, -1), (1, 7, -1), (1, 9, 1)])
 _CURVATURE = _coefficients(
     [
@@ -126,7 +127,7 @@ _CURVATURE = _coefficients(
 def reading_matrix(
     sites: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"]
 ) -> Float[np.ndarray, "points unknowns"]:
-    r"""The coefficients with which the curve's value at each point combines the unknowns, two for each of the sites.
+    r"""Forms the coefficients with which the curve's value at each point combines the unknowns, two for each site.
 
     Between sites with values :math:`g_0, g_1` and second derivatives :math:`\gamma_0, \gamma_1`, a distance h apart,
     and with :math:`a = 1 - b` the point's barycentric coordinates, the value is (Green and Silverman 1994, section 2.1)

@@ -1,6 +1,6 @@
 """The smoothing spline as an interpolant."""
 
-from typing import ClassVar, final
+from typing import final
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ class Spline(AbstractInterpolant):
     """
 
     smoothing: ArrayLike = 0.0
-    predicts_error: ClassVar[bool] = True
+    predicts_error = True
 
     def __post_init__(self):
         check_smoothing("smoothing", self.smoothing)

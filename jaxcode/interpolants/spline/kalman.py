@@ -3,8 +3,8 @@ r"""The natural cubic smoothing spline as the smoothed state of an integrated Wi
 The minimiser of :math:`\sum_i w_i (g(t_i) - y_i)^2 + \mu \int g''^2` is the posterior mean of a process with
 :math:`g'' =` white noise, seen through noise of variance :math:`\mu / w_i`, when nothing is known of its value and
 slope beforehand (Wahba 1978). One Kalman filter runs over the sequence of knots and points from the left, one from the
-right, and where they meet at a point their estimates of (value, slope) are weighed against each other (Fraser and
-Potter 1969).
+right, and at a point their two estimates of (value, slope) are combined, each with its covariance (Fraser and Potter
+1969).
 
 A filter carries the covariance P of its estimate x as :math:`(p_{11}, p_{12}, p_{22}, \delta, q)` with
 :math:`P = p / q` and :math:`\det P = \delta / q`, up to a common factor: so infinite variances, of which there are two
@@ -60,92 +60,104 @@ from jaxtyping import Array, Float
 from .sequence import Sequence
 
 
-class Moves(NamedTuple):
-    """What crossing the gaps does to the filters; the last axis tells the one that runs against the sequence apart.
+class Transitions(NamedTuple):
+    """How both filters cross the gaps; the last axis is the filter: from the left, from the right.
 
     Attributes:
-        arriving: What the gap before each entry does to the covariance.
-        ahead: The gap after each entry.
+        covariance: Matrices that take (p11, p12, p22, delta, q) over the gap before each entry.
+        next_gap: The gap after each entry.
     """
 
-    arriving: Float[Array | np.ndarray, "entries 5 5 2"]
-    ahead: Float[Array | np.ndarray, "entries 2"]
+    covariance: Float[Array | np.ndarray, "entries 5 5 2"]
+    next_gap: Float[Array | np.ndarray, "entries 2"]
+
+
+class Gain(NamedTuple):
+    """How an observation y changes both filters: p and a are multiplied by `keep`, and `weight` multiplies y.
+
+    These are the smoothing and the weight, divided by the factor that keeps q = 1.
+    """
+
+    keep: Float[Array, "entries 2"]
+    weight: Float[Array, "entries 2"]
 
 
 class Blocks(NamedTuple):
-    """What takes data to the curve's values at points, block by block of the sequence.
+    """The matrices from data to the curve's values at points, for each block of the sequence.
 
-    A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b). To the
-    left's belongs a fifth number: the sum, so far, of a site whose first knots stand before the edge and others after.
+    A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b). The left
+    state has a fifth number: the sum of the data, so far, of a site that has knots on both sides of the edge.
 
     Attributes:
-        forward: The block's data and the left state before it, to the left state after it.
-        backward: The block's data, the right state after it and the left state before it, to the values at the block's
-            points and the right state before it.
+        forward: From the block's data and the left state before it, to the left state after it.
+        backward: From the block's data, the right state after it and the left state before it, to the values at the
+            block's points and the right state before it.
     """
 
     forward: Float[Array, "blocks 5 rows+5"]
     backward: Float[Array, "blocks points+4 rows+9"]
 
 
-def find_moves(
+def find_transitions(
     sequence: Sequence, knots: Float[Array | np.ndarray, "knots"], points: Float[Array | np.ndarray, "points"]
-) -> Moves:
-    """What the gaps between knots and points, both ascending and in float64, do to the filters."""
+) -> Transitions:
+    """Forms the transitions over the gaps between knots and points, both ascending and in float64."""
     xp = np if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray) else jnp
     gaps = xp.diff(xp.concatenate([points, knots])[sequence.order])
-    gaps = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
-    before = xp.concatenate([xp.zeros(1), gaps[:-1]])
-    h = xp.stack([before, gaps[::-1]], axis=1)
+    next_gap = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
+    last_gap = xp.concatenate([xp.zeros(1), next_gap[:-1]])
+    h = xp.stack([last_gap, next_gap[::-1]], axis=1)
     zero, one = xp.zeros_like(h), xp.ones_like(h)
-    arriving = [
+    covariance = [
         [one, 2 * h, h**2, zero, h**3 / 3],
         [zero, one, h, zero, h**2 / 2],
         [zero, zero, one, zero, h],
         [h, h**2, h**3 / 3, one, h**4 / 12],
         [zero, zero, zero, zero, one],
     ]
-    return Moves(xp.stack([xp.stack(row, 1) for row in arriving], 1), xp.stack([gaps, before[::-1]], axis=1))
+    return Transitions(
+        xp.stack([xp.stack(row, 1) for row in covariance], 1), xp.stack([next_gap, last_gap[::-1]], axis=1)
+    )
 
 
 def matrix_by_filters(
-    sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+    sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Float[Array, "points knots"]:
-    r"""The matrix from any data at the knots to the smoothing spline's values at the points.
+    r"""Forms the matrix from data at the knots to the smoothing spline's values at the points.
 
     Args:
         sequence: How knots and points interleave, in one block.
-        moves: What `find_moves` says of the gaps, float64.
+        transitions: From `find_transitions`, float64.
         weights: Not negative, float64; zero leaves the knot out.
         smoothing: :math:`\mu \ge 0`.
 
     Returns:
         The matrix. Finite, even with one weight above zero or none.
     """
-    of_data, _, share = _filter(sequence, moves, weights, smoothing)
-    at = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)]
-    both = of_data[:, 0, 0, : sequence.points] + of_data[::-1, 1, 0, : sequence.points]
-    return (both[at] * share[:, None]).T
+    by_entry, _, share = _run_filters(sequence, transitions, weights, smoothing)
+    entry = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)]
+    both_filters = by_entry[:, 0, 0, : sequence.points] + by_entry[::-1, 1, 0, : sequence.points]
+    return (both_filters[entry] * share[:, None]).T
 
 
 def blocks_by_filters(
-    sequence: Sequence, moves: Moves, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+    sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Blocks:
-    """The same block by block of the sequence. Arguments as for `matrix_by_filters`, with any number of blocks."""
-    return _in_blocks(sequence, *_filter(sequence, moves, weights, smoothing))
+    """Forms the same matrix in blocks. Arguments as for `matrix_by_filters`, with any number of blocks."""
+    return _assemble_blocks(sequence, *_run_filters(sequence, transitions, weights, smoothing))
 
 
-def _filter(sequence, moves, weights, smoothing):
-    """What `_pull` returns, and each knot's share of its site."""
-    entered, share = _enter(sequence, weights)
-    predicted = _covariances(moves.arriving, entered, smoothing)
-    remains, seen = _observe(predicted, entered, smoothing)
-    pulled = _pull(sequence, (remains, seen, moves.ahead, *predicted), _weigh(sequence, predicted))
-    return *pulled, share
+def _run_filters(sequence, transitions, weights, smoothing):
+    """Returns what `_adjoint` does, and each knot's share of its site."""
+    observed, share = _observed_weights(sequence, weights)
+    covariance = _predicted_covariances(transitions.covariance, observed, smoothing)
+    gain = _gain(covariance, observed, smoothing)
+    readings = _readings(sequence, covariance)
+    return *_adjoint(sequence, gain, transitions.next_gap, covariance, readings), share
 
 
-def _enter(sequence, weights):
-    """The weight that each filter meets at each entry, shape (entries, 2); and each knot's share of its site."""
+def _observed_weights(sequence, weights):
+    """Returns the weight observed at each entry, shape (entries, 2), and each knot's share of its site."""
     n = weights.shape[0]
     if sequence.distinct:
         total, share = weights, jnp.ones_like(weights)
@@ -153,160 +165,166 @@ def _enter(sequence, weights):
         of_site = jnp.zeros_like(weights).at[sequence.closing].add(weights)
         share = weights / jnp.where(of_site > 0, of_site, 1)[sequence.closing]
         total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), of_site, 0)
-    entered = jnp.concatenate([jnp.zeros(sequence.num_points, weights.dtype), total])[sequence.order]
-    return _per_entry(sequence, entered, 0), share
+    observed = jnp.concatenate([jnp.zeros(sequence.num_points, weights.dtype), total])[sequence.order]
+    return _for_both_filters(sequence, observed, 0), share
 
 
-def _covariances(
-    arriving: Float[Array | np.ndarray, "entries 5 5 2"], weight: Float[Array, "entries 2"], smoothing: Float[Array, ""]
+def _predicted_covariances(
+    transition: Float[Array | np.ndarray, "entries 5 5 2"],
+    weight: Float[Array, "entries 2"],
+    smoothing: Float[Array, ""],
 ) -> tuple[Float[Array, "entries 2"], ...]:
-    """Each filter's p11, p12, p22, delta and q at every entry, before what is observed there."""
+    """Runs both filters' covariances (p11, p12, p22, delta, q): at every entry, before its observation."""
 
     def step(p, entry):
-        arriving, w = entry
-        p = jnp.sum(arriving * p, axis=1)
+        transition, w = entry
+        p = jnp.sum(transition * p, axis=1)
         p11, _, _, det, _ = p
-        remains, seen = _observe(p, w, smoothing)
-        zero = jnp.zeros_like(seen)
-        return remains * p + jnp.stack([zero, zero, seen * det, zero, seen * p11]), p
+        gain = _gain(p, w, smoothing)
+        zero = jnp.zeros_like(w)
+        return gain.keep * p + jnp.stack([zero, zero, gain.weight * det, zero, gain.weight * p11]), p
 
-    unknown = jnp.zeros((5, 2), weight.dtype).at[3].set(1)
-    predicted = jax.lax.scan(step, unknown, (arriving, weight))[1]
+    # Neither value nor slope is known before the first site.
+    start = jnp.zeros((5, 2), weight.dtype).at[3].set(1)
+    predicted = jax.lax.scan(step, start, (transition, weight))[1]
     return tuple(jnp.moveaxis(predicted, 1, 0))
 
 
-def _observe(covariance, weight, smoothing):
-    """What the smoothing and the weight are at every entry, once all is divided so that q becomes 1.
+def _gain(covariance, weight, smoothing) -> Gain:
+    """Divides smoothing and weight by a factor such that q becomes 1.
 
-    Before the second site, where q remains 0, the slope's variance becomes 1; where nothing is observed, all remains.
+    Before the second site, where q remains 0, the factor makes the slope's variance 1. Without an observation nothing
+    changes.
     """
     p11, _, p22, det, q = covariance
-    certain = weight * p11 + smoothing * q
-    unit = jnp.where(certain > 0, certain, weight * det + smoothing * p22)
-    over = 1 / jnp.where(weight > 0, unit, 1)
-    return jnp.where(weight > 0, smoothing * over, 1), weight * over
+    new_q = weight * p11 + smoothing * q
+    factor = jnp.where(new_q > 0, new_q, weight * det + smoothing * p22)
+    inverse = 1 / jnp.where(weight > 0, factor, 1)
+    return Gain(jnp.where(weight > 0, smoothing * inverse, 1), weight * inverse)
 
 
-def _weigh(sequence, predicted):
-    """What a_1, b_1 and b_2 of each filter are multiplied by at every point; zero at other entries."""
-    p11, p12, p22, det, q = predicted
-    # At the same entry, of the filter from the other side.
-    r11, r12, r22, other_det, other_q = (v[::-1, ::-1] for v in predicted)
-    total = det * other_q + other_det * q + p11 * r22 + p22 * r11 + 2 * p12 * r12
-    is_point = _per_entry(sequence, sequence.order < sequence.num_points, False)
-    met = total > 0
-    over = jnp.where(is_point & met, 1 / jnp.where(met, total, 1), 0)
-    # Without a second site anywhere, the value at the only one.
-    alone = is_point & ~met & (p22 > 0)
-    only = jnp.where(alone, 1 / jnp.where(p22 > 0, p22, 1), 0)
-    return other_det * over, r11 * over + only, r12 * over
+def _readings(sequence, covariance):
+    """Returns each filter's coefficients of a_1, b_1 and b_2 in the value g at every point; zero at other entries."""
+    p11, p12, p22, det, q = covariance
+    # The other filter's, at the same entry.
+    other_p11, other_p12, other_p22, other_det, other_q = (part[::-1, ::-1] for part in covariance)
+    total = det * other_q + other_det * q + p11 * other_p22 + p22 * other_p11 + 2 * p12 * other_p12
+    is_point = _for_both_filters(sequence, sequence.order < sequence.num_points, False)
+    determined = total > 0
+    inverse = jnp.where(is_point & determined, 1 / jnp.where(determined, total, 1), 0)
+    # With a single site the curve is its value, which the filter that has seen it carries in b_1.
+    single = is_point & ~determined & (p22 > 0)
+    single_reading = jnp.where(single, 1 / jnp.where(p22 > 0, p22, 1), 0)
+    return other_det * inverse, other_p11 * inverse + single_reading, other_p12 * inverse
 
 
-def _per_entry(sequence, values, filler):
-    """What is known of the sequence's entries for either filter, and for those that fill the last block up."""
-    filled = jnp.full(sequence.length - sequence.order.shape[0], filler, values.dtype)
-    values = jnp.concatenate([values, filled])
+def _for_both_filters(sequence, values, padding):
+    """Pads values of the sequence's entries to whole blocks and stacks them in the order of either filter."""
+    padded = jnp.full(sequence.length - sequence.order.shape[0], padding, values.dtype)
+    values = jnp.concatenate([values, padded])
     return jnp.stack([values, values[::-1]], axis=1)
 
 
-def _pull(sequence, entries, weighs):
-    """Runs both filters backwards from every point to the data: the rows of their matrices.
+def _adjoint(sequence, gain, next_gap, covariance, readings):
+    """Runs the adjoint of both filters from every point back over the data, which gives the rows of their matrices.
 
-    Rows are the block's points, and after them the four parts of the state that the filter leaves the block with.
+    Rows are the block's points, and after them the four parts of the state with which the filter leaves the block.
 
     Returns:
-        What each entry's data are multiplied by, shape (steps, 2, blocks, rows), and what the state that the filter
-        enters the block with is, shape (2, blocks, rows, 4).
+        The coefficients of each entry's data, shape (steps, 2, blocks, rows), and those of the state with which the
+        filter enters the block, shape (2, blocks, rows, 4).
     """
     blocks = sequence.length // sequence.block
 
-    def per_block(of_entries):
-        """(entries, 2) to (steps, 2, blocks), blocks in the sequence's order for both filters."""
+    def by_step(of_entries):
+        """Reshapes (entries, 2) to (steps, 2, blocks), blocks in the sequence's order for both filters."""
         by_block = jnp.reshape(of_entries, (blocks, sequence.block, 2))
         return jnp.stack([by_block[:, :, 0].T, by_block[::-1, :, 1].T], axis=1)
 
-    first = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)[: sequence.order.shape[0]]
-    column = jnp.where(sequence.order < sequence.num_points, sequence.order - first, -1)
-    column = _per_entry(sequence, column, -1)
+    first_point = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)[: sequence.order.shape[0]]
+    row_of_point = jnp.where(sequence.order < sequence.num_points, sequence.order - first_point, -1)
+    row_of_point = _for_both_filters(sequence, row_of_point, -1)
     row = jnp.arange(sequence.points + 4, dtype=jnp.int32)
 
     def step(state, entry):
-        (remains, seen, h, p11, p12, _, det, _), (weigh_a1, weigh_b1, weigh_b2), column = jax.tree.map(
-            lambda v: v[..., None], entry
+        (keep, weight), h, (p11, p12, _, det, _), (read_a1, read_b1, read_b2), row_of_point = jax.tree.map(
+            lambda leaf: leaf[..., None], entry
         )
         a1, a2, b1, b2 = state
         h2, h3 = h**2 / 2, h**3 / 6
+        # The transposed transition, then the transposed observation.
         a1, a2, b1 = a1 + h * b1 + h2 * b2, a2 + h * a1 + h2 * b1 + h3 * b2, b1 + h * b2
-        of_data = seen * (p11 * a1 + p12 * a2 + det * b1)
-        here = row == column
-        before = (
-            remains * a1 + jnp.where(here, weigh_a1, 0),
-            remains * a2,
-            remains * b1 + jnp.where(here, weigh_b1, 0),
-            remains * b2 - seen * a2 + jnp.where(here, weigh_b2, 0),
+        of_data = weight * (p11 * a1 + p12 * a2 + det * b1)
+        is_read = row == row_of_point
+        previous = (
+            keep * a1 + jnp.where(is_read, read_a1, 0),
+            keep * a2,
+            keep * b1 + jnp.where(is_read, read_b1, 0),
+            keep * b2 - weight * a2 + jnp.where(is_read, read_b2, 0),
         )
-        return before, of_data
+        return previous, of_data
 
-    leaves = np.eye(4, sequence.points + 4, sequence.points)
-    start = tuple(jnp.broadcast_to(jnp.asarray(v, weighs[0].dtype), (2, blocks, row.shape[0])) for v in leaves)
-    along = jax.tree.map(per_block, (entries, weighs, column))
-    state, of_data = jax.lax.scan(step, start, along, reverse=True)
+    final_rows = np.eye(4, sequence.points + 4, sequence.points)
+    shape = 2, blocks, row.shape[0]
+    final = tuple(jnp.broadcast_to(jnp.asarray(part, readings[0].dtype), shape) for part in final_rows)
+    entries = jax.tree.map(by_step, (tuple(gain), next_gap, covariance, readings, row_of_point))
+    state, of_data = jax.lax.scan(step, final, entries, reverse=True)
     return of_data, jnp.stack(state, axis=-1)
 
 
-def _in_blocks(sequence, of_data, of_state, share):
-    """Puts together what belongs to each block, from what its entries' data are multiplied by."""
+def _assemble_blocks(sequence, of_data, of_state, share):
+    """Assembles each block's matrices from the coefficients of its entries' data."""
     steps, n, p = sequence.block, sequence.closing.shape[0], sequence.num_points
     entry, closing = jnp.asarray(sequence.entry)[p:], jnp.asarray(sequence.closing)
-    before = jnp.asarray(sequence.knots_before)
-    block = jnp.arange(before.shape[0], dtype=jnp.int32)
+    knots_before = jnp.asarray(sequence.knots_before)
+    block = jnp.arange(knots_before.shape[0], dtype=jnp.int32)
 
-    def multipliers(at, where):
-        """What both filters multiply the data of one entry of each block by, shape (2, blocks, ..., points + 4)."""
-        in_block = jnp.broadcast_to(jnp.expand_dims(block, tuple(range(1, at.ndim))), at.shape)
-        step = jnp.where(where, at - in_block * steps, 0)
-        found = jnp.stack([of_data[step, 0, in_block], of_data[steps - 1 - step, 1, in_block]])
-        return jnp.where(where[..., None], found, 0)
+    def coefficients(entry_index, selected):
+        """Gathers both filters' coefficients of one entry's data in each block, shape (2, blocks, ..., points + 4)."""
+        block_index = jnp.broadcast_to(jnp.expand_dims(block, tuple(range(1, entry_index.ndim))), entry_index.shape)
+        step = jnp.where(selected, entry_index - block_index * steps, 0)
+        both = jnp.stack([of_data[step, 0, block_index], of_data[steps - 1 - step, 1, block_index]])
+        return jnp.where(selected[..., None], both, 0)
 
-    # Data are added up over their site, and count where it closes: in their own block or a later one.
+    # Data are summed over their site, which is observed where it closes: in their own block or a later one.
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    mine = entry[row] // steps == block[:, None]
-    closes = entry[closing[row]]
-    here = mine & (closes // steps == block[:, None])
-    later = jnp.where(mine & ~here, share[row], 0)
-    data = jnp.swapaxes(multipliers(closes, here) * share[row][..., None], -1, -2)
+    in_block = entry[row] // steps == block[:, None]
+    closing_entry = entry[closing[row]]
+    closes_in_block = in_block & (closing_entry // steps == block[:, None])
+    carried = jnp.where(in_block & ~closes_in_block, share[row], 0)
+    data = jnp.swapaxes(coefficients(closing_entry, closes_in_block) * share[row][..., None], -1, -2)
 
-    # What earlier blocks have added up counts where that site closes, if it does so here.
-    next_knot, last_knot = jnp.minimum(before, n - 1), jnp.maximum(before - 1, 0)
-    is_open = (before > 0) & (before < n) & (closing[next_knot] == closing[last_knot])
-    closes = entry[closing[next_knot]]
-    now = closes // steps == block
-    summed = multipliers(closes, is_open & now)[..., None]
-    stays_open = jnp.where(is_open & ~now, 1, 0).astype(share.dtype)
+    # The sum that earlier blocks carry of an open site is observed in the block where it closes.
+    next_knot, last_knot = jnp.minimum(knots_before, n - 1), jnp.maximum(knots_before - 1, 0)
+    is_open = (knots_before > 0) & (knots_before < n) & (closing[next_knot] == closing[last_knot])
+    closing_entry = entry[closing[next_knot]]
+    closes = closing_entry // steps == block
+    carried_sum = coefficients(closing_entry, is_open & closes)[..., None]
+    stays_open = jnp.where(is_open & ~closes, 1, 0).astype(share.dtype)
 
-    at_points, at_edge = slice(None, sequence.points), slice(sequence.points, None)
+    point_rows, state_rows = slice(None, sequence.points), slice(sequence.points, None)
     left, right = 0, 1
 
-    def join(*parts):
+    def columns(*parts):
         return jnp.concatenate(parts, axis=-1)
 
-    none = jnp.zeros((before.shape[0], 1, 4), share.dtype)
+    zeros = jnp.zeros((knots_before.shape[0], 1, 4), share.dtype)
     return Blocks(
         forward=jnp.concatenate(
             [
-                join(data[left, :, at_edge], of_state[left, :, at_edge], summed[left, :, at_edge]),
-                join(later[:, None], none, stays_open[:, None, None]),
+                columns(data[left, :, state_rows], of_state[left, :, state_rows], carried_sum[left, :, state_rows]),
+                columns(carried[:, None], zeros, stays_open[:, None, None]),
             ],
             axis=1,
         ),
         backward=jnp.concatenate(
             [
-                join(data.sum(0)[:, at_points], *of_state[::-1, :, at_points], summed.sum(0)[:, at_points]),
-                join(
-                    data[right, :, at_edge],
-                    of_state[right, :, at_edge],
-                    jnp.broadcast_to(none, (before.shape[0], 4, 4)),
-                    summed[right, :, at_edge],
+                columns(data.sum(0)[:, point_rows], *of_state[::-1, :, point_rows], carried_sum.sum(0)[:, point_rows]),
+                columns(
+                    data[right, :, state_rows],
+                    of_state[right, :, state_rows],
+                    jnp.broadcast_to(zeros, (knots_before.shape[0], 4, 4)),
+                    carried_sum[right, :, state_rows],
                 ),
             ],
             axis=1,

@@ -11,7 +11,7 @@ from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
 from ..abstract import Vector, in_units_of_span
 from .host import banded_matrix
-from .kalman import Moves, blocks_by_filters, find_moves, matrix_by_filters
+from .kalman import Transitions, blocks_by_filters, find_transitions, matrix_by_filters
 from .sequence import Sequence, arrange
 
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
@@ -68,7 +68,7 @@ def _program_linop(knots, points, smoothing, weights):
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
         knots, points, unit = in_units_of_span(np.float64(knots), np.float64(points))
         sequence = arrange(knots, points, block)
-        places = find_moves(sequence, knots, points), unit
+        places = find_transitions(sequence, knots, points), unit
     else:
         sequence = _arrange_in_program(knots, points, block)
         places = knots, points
@@ -79,15 +79,15 @@ def _program_linop(knots, points, smoothing, weights):
 
 
 def _solver(by_filters):
-    """Has filters compute in float64, from (moves, unit) or, where places are traced, from (knots, points)."""
+    """Has filters compute in float64, from (transitions, unit) or, where places are traced, from (knots, points)."""
 
     def solve(sequence, places, smoothing, weights):
-        if isinstance(places[0], Moves):
-            moves, unit = places
+        if isinstance(places[0], Transitions):
+            transitions, unit = places
         else:
             knots, points, unit = in_units_of_span(*places)
-            moves = find_moves(sequence, knots, points)
-        return by_filters(sequence, moves, weights.astype(unit.dtype), smoothing / unit / unit / unit)
+            transitions = find_transitions(sequence, knots, points)
+        return by_filters(sequence, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
 
     return in_float64(jax.jit(solve))
 
