@@ -1,4 +1,4 @@
-"""Computes several steps of SAGA on a linear model at once.
+"""Computes steps of SAGA on a linear model in blocks.
 
 A step of SAGA on a linear model adds a multiple of the sample to the parameters, and all that later steps need of the
 parameters is their samples' margins. Those follow from the margins before the first step and the samples' inner

@@ -76,7 +76,7 @@ class Checkpoints:
             except Exception as failure:
                 failures[step] = failure
                 continue
-            # Outside of the try: a failure here is no damage.
+            # Outside of the try block, as an error of this comparison is no damage.
             if not np.array_equal(found.pop("checksum"), checksums(found)):
                 failures[step] = OSError("wrong checksum")
                 continue

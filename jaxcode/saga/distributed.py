@@ -64,7 +64,7 @@ class DistributedSaga(AbstractMethod):
     label over eight machines, with a period of 64, needs a quarter of the rounds with a tenth of the default.
 
     A machine that misses a round keeps its table, and the others continue with its last message. Its samples' part of c
-    is outdated meanwhile, so that machines that miss rounds at random slow the method down, and a machine that stays
+    is then outdated, so that machines that miss rounds at random slow the method down, and a machine that stays
     away forever makes it converge to the optimum of a problem in which that machine's losses are linear.
 
     Attributes:

@@ -1,25 +1,25 @@
-"""Problems whose optimum other programs know."""
+"""Defines problems whose optimum scikit-learn computes."""
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
 
 
 def classes(n, d, seed=0, groups=8):
-    """Samples of length 1, of a group each with a mean of its own, and their labels, -1 or 1; group after group."""
+    """Returns samples of length 1, sorted by groups that differ in their means, and labels, -1 or 1."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, d)) + rng.normal(size=(groups, d))[np.arange(n) * groups // n]
     y = np.where(3 * x @ rng.normal(size=d) / np.sqrt(d) + rng.normal(size=n) > 0, 1.0, -1.0)
     return x / np.linalg.norm(x, axis=1, keepdims=True), y
 
 
-def mixed(data, seed=0):
-    """The same samples in a random order, so that machines are alike."""
+def shuffled(data, seed=0):
+    """Returns the same samples in a random order, so that machines have similar ones."""
     order = np.random.default_rng(seed).permutation(len(data[1]))
     return tuple(part[order] for part in data)
 
 
 def logistic_optimum(x, y, ridge):
-    """By scikit-learn's Newton method."""
+    """Minimises by scikit-learn's Newton method."""
     model = LogisticRegression(
         C=1 / (ridge * len(y)), fit_intercept=False, solver="newton-cholesky", tol=1e-14, max_iter=200
     )
@@ -35,5 +35,5 @@ def squares_optimum(x, y, ridge):
 
 
 def distance(params, optimum):
-    """The squared distance, in units of that from zero."""
+    """Returns the squared distance from the optimum, in units of that of zero."""
     return float(np.sum((np.asarray(params) - optimum) ** 2) / np.sum(optimum**2))

@@ -26,7 +26,7 @@ def _float64():
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, method):
+def test_interrupted_runs_resume_bit_for_bit(tmp_path, method):
     late = stragglers.Independent(0.3)
     whole, _ = method.run(begin(method), KEY, 10, every=2, stragglers=late, progress=False)
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path, first, second, mess
     first.run(begin(first), KEY, 1, checkpoint=tmp_path, progress=False)
     with pytest.raises(ValueError, match=f"checkpoint .* is of {message}"):
         second.run(begin(second), KEY, 1, checkpoint=tmp_path, progress=False)
-    # That of the first is still its own.
+    # The first method still accepts it.
     state, _ = first.run(begin(first), KEY, 1, checkpoint=tmp_path, progress=False)
     assert int(state.round) == 1
 
@@ -162,7 +162,7 @@ DAMAGES = [truncate, truncate_arrays, flip, empty]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_of_damaged_checkpoints_the_one_before_is_used(tmp_path, damage):
+def test_damaged_checkpoints_are_replaced_by_the_one_before(tmp_path, damage):
     whole, _ = METHOD.run(begin(METHOD), KEY, 6, every=2, progress=False)
     METHOD.run(begin(METHOD), KEY, 4, every=2, checkpoint=tmp_path, progress=False)
     damage(tmp_path / "4")
@@ -177,7 +177,7 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_where_all_are_damaged_it_says_so(tmp_path, damage):
+def test_checkpoints_that_are_all_damaged_are_an_error(tmp_path, damage):
     METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)
     for step in ("1", "2"):
         damage(tmp_path / step)
@@ -186,7 +186,7 @@ def test_where_all_are_damaged_it_says_so(tmp_path, damage):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_machines_on_devices_resume_too(tmp_path, axis_type):
+def test_machines_on_devices_resume(tmp_path, axis_type):
     mesh = jax.make_mesh((4,), ("machines",), axis_types=(axis_type,))
     method = dataclasses.replace(METHOD, mesh=mesh)
     whole, _ = METHOD.run(begin(METHOD), KEY, 4, progress=False)
@@ -194,7 +194,7 @@ def test_machines_on_devices_resume_too(tmp_path, axis_type):
     state, history = method.run(begin(method), KEY, 4, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [2, 3, 4]
     chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(whole.params), rtol=1e-10)
-    # On one device it goes on as well.
+    # One device resumes from it, too.
     _, history = METHOD.run(begin(METHOD), KEY, 4, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [4]
 
@@ -206,7 +206,7 @@ def test_states_that_have_diverged_are_not_stored(tmp_path):
     assert not [folder for folder in tmp_path.iterdir() if folder.name.isdigit()]
 
 
-def test_without_orbax_it_says_what_to_install(monkeypatch, tmp_path):
+def test_a_missing_orbax_is_an_error_that_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxcode\[train\]'"):
         METHOD.run(begin(METHOD), KEY, 2, checkpoint=tmp_path, progress=False)

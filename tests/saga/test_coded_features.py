@@ -1,4 +1,4 @@
-"""A last layer trained on features that coded workers computed, some of which never replied."""
+"""Tests a last layer trained on features from coded workers, some of which did not return."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ RIDGE = 0.01
 
 
 class Features(nnx.Module):
-    """All of a network but its last layer."""
+    """Computes all layers of a network but the last."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(64, 96, rngs=rngs)
@@ -34,7 +34,7 @@ def test_the_optimum_is_the_one_without_stragglers_within_the_decoding_error():
     optimum = known.coef_.T
 
     def trained(num_workers, num_stragglers):
-        """By SAGA on eight machines, of features of which whole batches come from whoever replied."""
+        """Trains by SAGA on eight machines, on features decoded batch by batch from the workers that returned."""
         code = jc.SplineCode.systematic(20, num_workers)
         predict = jc.coded(model, code, order=jc.ordering.greedy)
         keys = jax.random.split(jax.random.key(1), 4)
@@ -47,7 +47,7 @@ def test_the_optimum_is_the_one_without_stragglers_within_the_decoding_error():
             method = saga.DistributedSaga(saga.multinomial, 8, 64, RIDGE)
             state = method.init(jnp.zeros((32, 10)), (features, labels))
             state, _ = method.run(state, jax.random.key(0), 500, every=500, progress=False)
-            # The gradient of the coded problem at the exact one's optimum, which is all that decoding can do to it.
+            # The gradient of the coded problem at the optimum of the exact one.
             pull = jax.grad(lambda w: method.objective(w, state))(jnp.asarray(optimum))
         error = np.sqrt(np.mean(np.sum((features - exact) ** 2, axis=1)))
         return np.asarray(state.params), float(jnp.linalg.norm(pull)), error
@@ -58,7 +58,7 @@ def test_the_optimum_is_the_one_without_stragglers_within_the_decoding_error():
     found, pull, error = trained(60, 10)
     assert error > 1e-3  # something was decoded
     distance = np.linalg.norm(found - optimum)
-    # The objective bends by the ridge at least.
+    # The objective's curvature is at least the ridge.
     assert distance <= 1.01 * pull / RIDGE
     # Softmax's residuals are at most sqrt(2) long, and change by half the change of logits.
     assert pull <= (np.sqrt(2) + 0.5 * np.linalg.norm(optimum, 2) * np.sqrt(np.mean(np.sum(exact**2, 1)))) * error

@@ -1,4 +1,4 @@
-"""Distributed SAGA: what must hold after every round, and at which rate it converges."""
+"""Tests distributed SAGA: a NumPy oracle, invariants of every round and rates of convergence."""
 
 import math
 
@@ -27,19 +27,19 @@ def rounds(method, state, count, key=KEY):
     return method.run(state, key, count, every=max(count, 1), progress=False)[0]
 
 
-def begun(method, data, params=None):
+def first_state(method, data, params=None):
     x = data[0]
     return method.init(jnp.zeros(x.shape[1]) if params is None else params, data)
 
 
 def plain_logistic(w, sample):
-    """Not known to be linear: the table holds gradients."""
+    """Computes a loss that is not known to be linear, so that the table holds gradients."""
     x, y = sample
     return jax.nn.softplus(-y * (x @ w))
 
 
-def drawn(key, period, x, ridge, sampling):
-    """Samples of a machine, and what their probabilities are multiples of even ones."""
+def draw(key, period, x, ridge, sampling):
+    """Draws samples of a machine; also returns all probabilities as multiples of uniform ones."""
     if sampling == "uniform":
         return np.asarray(jax.random.bits(key, (period, 1), jnp.uint32))[:, 0] % len(x), np.ones(len(x))
     p = 0.25 * np.sum(x**2, axis=1) + len(x) * ridge / 3
@@ -47,48 +47,48 @@ def drawn(key, period, x, ridge, sampling):
     return np.searchsorted(np.cumsum(p), np.asarray(jax.random.uniform(key, (period, 1)))[:, 0], "right"), len(x) * p
 
 
-def by_hand(x, y, sizes, period, ridge, correction, step_size, key, count, sampling="uniform"):
-    """Distributed SAGA on logistic regression, one number after the other in NumPy, for the same samples."""
+def numpy_saga(x, y, sizes, period, ridge, correction, step_size, key, count, sampling="uniform"):
+    """Computes distributed SAGA on logistic regression in NumPy, with the same samples."""
     n = len(y)
     ends = np.cumsum(sizes)
     w, slopes = np.zeros(x.shape[1]), -y / 2
     for r in range(count):
-        of_round = jax.random.fold_in(key, r)
+        round_key = jax.random.fold_in(key, r)
         sums = [x[e - m : e].T @ slopes[e - m : e] for m, e in zip(sizes, ends, strict=True)]
-        c, ends_of = sum(sums) / n, []
+        c, iterates = sum(sums) / n, []
         for k, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-            index, often = drawn(jax.random.fold_in(of_round, k), period, x[end - size : end], ridge, sampling)
+            index, factors = draw(jax.random.fold_in(round_key, k), period, x[end - size : end], ridge, sampling)
             theta = {"anchored": 1, "own": size / n, "frozen": 0}[correction]
-            v, own = w.copy(), sums[k].copy()
+            v, total = w.copy(), sums[k].copy()
             for j in end - size + index:
                 slope = -y[j] / (1 + math.exp(y[j] * (x[j] @ v)))
                 delta = (slope - slopes[j]) * x[j]
-                v = v - step_size * (delta / often[j - end + size] + c + theta * (own - sums[k]) / size + ridge * v)
-                own, slopes[j] = own + delta, slope
-            ends_of.append(size / n * v)
-        w = sum(ends_of)
+                v = v - step_size * (delta / factors[j - end + size] + c + theta * (total - sums[k]) / size + ridge * v)
+                total, slopes[j] = total + delta, slope
+            iterates.append(size / n * v)
+        w = sum(iterates)
     return w, slopes
 
 
 @pytest.mark.parametrize("loss", [saga.logistic, plain_logistic], ids=["slopes", "gradients"])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("period", [5, 80])
-def test_it_is_what_is_written(loss, correction, period):
-    what_is_written(loss, correction, period)
+def test_rounds_equal_those_of_numpy(loss, correction, period):
+    check_against_numpy(loss, correction, period)
 
 
 @pytest.mark.parametrize("settings", [{}, {"prox": lambda w, step: w}], ids=["in blocks", "one by one"])
 @pytest.mark.parametrize("correction", ["anchored", "own"])
-def test_samples_are_drawn_as_often_as_is_written(correction, settings):
-    what_is_written(saga.logistic, correction, 80, sampling="lipschitz", **settings)
+def test_lipschitz_sampling_equals_that_of_numpy(correction, settings):
+    check_against_numpy(saga.logistic, correction, 80, sampling="lipschitz", **settings)
 
 
-def what_is_written(loss, correction, period, sampling="uniform", **settings):
+def check_against_numpy(loss, correction, period, sampling="uniform", **settings):
     x, y = problems.classes(50, 4)
     sizes = [20, 7, 23]
     method = DistributedSaga(loss, 3, period, 0.1, correction, sampling, step_size=0.5, shard_sizes=sizes, **settings)
-    state = rounds(method, begun(method, (x, y)), 4)
-    w, slopes = by_hand(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4, sampling)
+    state = rounds(method, first_state(method, (x, y)), 4)
+    w, slopes = numpy_saga(x, y, sizes, period, 0.1, correction, 0.5, KEY, 4, sampling)
     np.testing.assert_allclose(state.params, w, rtol=1e-11, atol=1e-12)
     ends = np.cumsum(sizes)
     for k, (m, e) in enumerate(zip(sizes, ends, strict=True)):
@@ -102,7 +102,7 @@ def test_with_one_machine_or_a_period_of_one_all_corrections_are_the_same():
         ends = []
         for correction in CORRECTIONS[: 2 if machines == 1 else 3]:
             method = DistributedSaga(saga.logistic, machines, period, 0.01, correction)
-            ends.append(rounds(method, begun(method, data), 50).params)
+            ends.append(rounds(method, first_state(method, data), 50).params)
         for end in ends[1:]:
             np.testing.assert_allclose(end, ends[0], rtol=0, atol=1e-12)
 
@@ -110,14 +110,14 @@ def test_with_one_machine_or_a_period_of_one_all_corrections_are_the_same():
 def test_one_machine_is_the_optax_transformation_step_by_step():
     x, y = problems.classes(40, 3)
     method = DistributedSaga(plain_logistic, 1, 30, step_size=0.3)
-    end = rounds(method, begun(method, (x, y)), 1).params
+    end = rounds(method, first_state(method, (x, y)), 1).params
     transformation = saga.saga(0.3, 40)
     w = jnp.zeros(3)
     state = transformation.init(w)
     gradients = jax.vmap(jax.grad(plain_logistic), (None, 0))(w, (jnp.asarray(x), jnp.asarray(y)))
     saga_state = state[0]._replace(table=gradients, total=gradients.sum(0))
     state = (saga_state, *state[1:])
-    index, _ = drawn(jax.random.fold_in(jax.random.fold_in(KEY, 0), 0), 30, x, 0, "uniform")
+    index, _ = draw(jax.random.fold_in(jax.random.fold_in(KEY, 0), 0), 30, x, 0, "uniform")
     for j in index:
         gradient = jax.grad(plain_logistic)(w, (x[j], y[j]))
         updates, state = transformation.update(gradient, state, w, index=int(j))
@@ -130,7 +130,7 @@ def test_one_machine_is_the_optax_transformation_step_by_step():
 def test_sums_are_those_of_tables_after_every_round(loss, batch_size):
     x, y = problems.classes(100, 6)
     method = DistributedSaga(loss, 7, 9, 0.01, step_size=0.2, batch_size=batch_size)
-    state, key = begun(method, (x, y)), KEY
+    state, key = first_state(method, (x, y)), KEY
     for _ in range(12):
         state = method.round(state, key, jnp.asarray(np.random.default_rng(int(state.round)).random(7) < 0.8))
         sizes = np.asarray(state.data.sizes)
@@ -144,22 +144,22 @@ def test_sums_are_those_of_tables_after_every_round(loss, batch_size):
         np.testing.assert_allclose(state.message_sum, np.sum(sums, axis=0), rtol=0, atol=1e-10)
 
 
-def test_samples_that_differ_in_length_are_no_burden_where_long_ones_are_drawn_more_often():
+def test_lipschitz_sampling_converges_fast_where_samples_differ_in_length():
     x, y = problems.classes(400, 5)
     # One in ten is ten times as long as the others.
     x = x * np.where(np.arange(400) % 10 == 0, 10, 1)[:, None] / np.sqrt(10)
     optimum = problems.logistic_optimum(x, y, 0.01)
-    left = {}
+    distances = {}
     for sampling in ("uniform", "lipschitz"):
         method = DistributedSaga(saga.logistic, 4, 20, 0.01, sampling=sampling)
-        state = rounds(method, begun(method, (x, y)), 100)
-        left[sampling] = problems.distance(state.params, optimum)
-    assert left["lipschitz"] < 1e-8
-    assert left["uniform"] > 1e-5
-    # Of the last state: steps no longer than samples' own divided curvature allows.
+        state = rounds(method, first_state(method, (x, y)), 100)
+        distances[sampling] = problems.distance(state.params, optimum)
+    assert distances["lipschitz"] < 1e-8
+    assert distances["uniform"] > 1e-5
+    # Steps are no longer than the samples' curvatures, divided by these factors, allow.
     p = 0.25 * np.sum(x.reshape(4, 100, 5) ** 2, axis=2)
-    often = (p + 100 * 0.01 / 3) / np.mean(p + 100 * 0.01 / 3, axis=1, keepdims=True)
-    np.testing.assert_allclose(state.step_size, 1 / (3 * (np.max(p / often) + 0.01)), rtol=1e-12)
+    factors = (p + 100 * 0.01 / 3) / np.mean(p + 100 * 0.01 / 3, axis=1, keepdims=True)
+    np.testing.assert_allclose(state.step_size, 1 / (3 * (np.max(p / factors) + 0.01)), rtol=1e-12)
 
 
 def lipschitz(x, ridge):
@@ -168,12 +168,12 @@ def lipschitz(x, ridge):
 
 @pytest.mark.parametrize("machines", [1, 4, 16])
 @pytest.mark.long
-def test_with_a_period_of_one_the_bound_of_saga_holds(machines):
+def test_the_bound_of_saga_holds_with_a_period_of_one(machines):
     n, ridge = 256, 0.05
     data = problems.classes(n, 5)
     optimum = problems.logistic_optimum(*data, ridge)
     method = DistributedSaga(saga.logistic, machines, 1, ridge)
-    begin, largest = begun(method, data), lipschitz(data[0], ridge)
+    begin, largest = first_state(method, data), lipschitz(data[0], ridge)
     mu = ridge
     gap = problems.logistic_objective(np.zeros(5), *data, ridge) - problems.logistic_objective(optimum, *data, ridge)
     start = optimum @ optimum + 2 * (n / machines) / (3 * largest) * gap
@@ -201,8 +201,10 @@ def test_machines_that_differ_converge_linearly():
     data = problems.classes(n, 20)
     optimum = problems.logistic_optimum(*data, ridge)
     method = DistributedSaga(saga.logistic, machines, period, ridge)
-    each = n // (machines * period)
-    state, history = method.run(begun(method, data), KEY, 40 * each, every=each, evaluate=lambda w: w, progress=False)
+    every = n // (machines * period)
+    state, history = method.run(
+        first_state(method, data), KEY, 40 * every, every=every, evaluate=lambda w: w, progress=False
+    )
     slope, r2 = slope_per_epoch(history, optimum)
     assert slope <= -0.6
     assert r2 >= 0.95
@@ -217,23 +219,28 @@ def test_machines_that_differ_converge_linearly():
     ],
     ids=["local SAGA", "FedAvg"],
 )
-def test_controls_do_not_where_machines_differ(control):
+def test_methods_without_correction_do_not_converge_where_machines_differ(control):
     data = problems.classes(2048, 20)
     optimum = problems.logistic_optimum(*data, 1e-2)
-    assert problems.distance(rounds(control, begun(control, data), 640).params, optimum) > 1e-3
+    assert problems.distance(rounds(control, first_state(control, data), 640).params, optimum) > 1e-3
 
 
 @pytest.mark.long
-def test_longer_periods_need_fewer_rounds_where_machines_are_alike():
+def test_longer_periods_need_fewer_rounds_where_machines_have_similar_samples():
     n, machines, ridge = 2048, 8, 1e-2
-    data = problems.mixed(problems.classes(n, 20))
+    data = problems.shuffled(problems.classes(n, 20))
     optimum = problems.logistic_optimum(*data, ridge)
     needed = []
     for period in (1, 16, 64, n // machines):
         method = DistributedSaga(saga.logistic, machines, period, ridge)
-        each = max(1, 32 // period)
+        every = max(1, 32 // period)
         _, history = method.run(
-            begun(method, data), KEY, 40 * n // (machines * period), every=each, evaluate=lambda w: w, progress=False
+            first_state(method, data),
+            KEY,
+            40 * n // (machines * period),
+            every=every,
+            evaluate=lambda w: w,
+            progress=False,
         )
         ratio = np.sum((history.values - optimum) ** 2, axis=1) / np.sum(optimum**2)
         assert ratio[-1] <= 1e-8
@@ -251,7 +258,7 @@ def test_long_periods_on_quadratics_contract_as_the_round_map_says():
     data = x.reshape(-1, d), y.reshape(-1)
     optimum = problems.squares_optimum(*data, ridge)
     for correction, theta in (("anchored", 1.0), ("own", 1 / machines)):
-        # Where machines go to the end of their own ways, their parameters after a round are a linear map of those after
+        # Where every machine converges within a round, its parameters after a round are a linear map of those after
         # the round before, of which the tables are left.
         first = np.linalg.inv(theta * hessians + ridge * np.eye(d))
         blocks = [
@@ -260,7 +267,7 @@ def test_long_periods_on_quadratics_contract_as_the_round_map_says():
         ]
         radius = max(abs(np.linalg.eigvals(np.block(blocks))))
         method = DistributedSaga(saga.squared, machines, 5000, ridge, correction)
-        _, history = method.run(begun(method, data), KEY, 40, evaluate=lambda w: w, progress=False)
+        _, history = method.run(first_state(method, data), KEY, 40, evaluate=lambda w: w, progress=False)
         distances = np.linalg.norm(history.values - optimum, axis=1)
         ratio = (distances[40] / distances[30]) ** (1 / 10)
         assert ratio == pytest.approx(radius, rel=0.05), correction
@@ -269,7 +276,7 @@ def test_long_periods_on_quadratics_contract_as_the_round_map_says():
 @pytest.mark.long
 def test_steps_fall_with_the_number_of_machines():
     n, ridge = 2048, 1e-2
-    data = problems.mixed(problems.classes(n, 20))
+    data = problems.shuffled(problems.classes(n, 20))
     optimum = problems.logistic_optimum(*data, ridge)
     steps = {}
     for machines in (1, 2, 4, 8, 16):
@@ -277,7 +284,7 @@ def test_steps_fall_with_the_number_of_machines():
         counts = []
         for seed in range(3):
             _, history = method.run(
-                begun(method, data),
+                first_state(method, data),
                 jax.random.key(seed),
                 60 * n // (machines * 16),
                 every=4,

@@ -1,4 +1,4 @@
-"""What can be minimised: other losses, parameters and samples than the simplest; and what is said of the rest."""
+"""Tests losses, parameters and samples of all kinds."""
 
 import dataclasses
 from collections import OrderedDict
@@ -26,12 +26,12 @@ def _float64():
         yield
 
 
-def after(method, params, data, count):
+def train(method, params, data, count):
     return method.run(method.init(params, data), KEY, count, every=count, progress=False)[0].params
 
 
 @pytest.mark.parametrize("period", [40, 70])
-def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
+def test_multinomial_with_bias_converges_to_the_optimum(period):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(150, 4))
     labels = np.argmax(x @ rng.normal(size=(4, 3)) + rng.normal(size=(150, 3)), axis=1)
@@ -40,7 +40,7 @@ def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
     ones = np.concatenate([x, np.ones((150, 1))], axis=1)
     known = LogisticRegression(C=1 / (ridge * 150), fit_intercept=False, tol=1e-12, max_iter=5000).fit(ones, labels)
     method = DistributedSaga(saga.multinomial, 3, period, ridge)
-    found = after(method, {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, (x, labels), 20_000 // period)
+    found = train(method, {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, (x, labels), 20_000 // period)
     np.testing.assert_allclose(found["kernel"], known.coef_[:, :4].T, atol=1e-6)
     np.testing.assert_allclose(found["bias"], known.coef_[:, 4], atol=1e-6)
 
@@ -49,9 +49,9 @@ def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
     ("batch_size", "period", "count", "settings"),
     [
         (1, 40, 12, {}),
-        # Whole blocks and the rest of one, of dense and of sparse rows, fetched at once and not.
+        # Whole blocks and a remainder, of dense and of sparse rows, in one fetch and in several.
         (1, 4200, 2, {}),
-        # Nothing is left of what was before, and less than nothing.
+        # The factor of the last parameters in a step is zero, and negative.
         (1, 100, 3, {"ridge": 4.0, "step_size": 0.25}),
         (1, 100, 3, {"ridge": 4.0, "step_size": 0.35}),
         (1, 100, 3, {"ridge": 0.0, "correction": "frozen"}),
@@ -59,7 +59,7 @@ def test_multinomial_with_bias_is_what_scikit_learn_finds(period):
         (4, 7, 12, {}),
     ],
 )
-def test_sparse_rows_are_dense_rows(batch_size, period, count, settings):
+def test_sparse_rows_give_the_results_of_dense_rows(batch_size, period, count, settings):
     rng = np.random.default_rng(2)
     x = scipy.sparse.random_array((90, 12), density=0.2, rng=rng, format="csr")
     y = np.sign(rng.normal(size=90))
@@ -69,20 +69,20 @@ def test_sparse_rows_are_dense_rows(batch_size, period, count, settings):
     np.add.at(rows, (np.arange(90)[:, None], sparse.indices), sparse.values)
     np.testing.assert_array_equal(rows, dense)
     method = DistributedSaga(saga.logistic, 3, period, batch_size=batch_size, **{"ridge": 0.1, **settings})
-    # A loss that is not known to be of a linear model goes step by step, by gradients.
+    # A loss that is not known to be linear computes one step after the other, from gradients.
     plain = dataclasses.replace(method, loss=lambda w, sample: saga.logistic(w, sample), sampling="uniform")
     with_bias = {"kernel": jnp.zeros(12), "bias": jnp.zeros(())}
     for params in (with_bias,) if settings else (with_bias, jnp.zeros(12)):
-        found = [after(method, params, (part, y), count) for part in (sparse, dense)]
+        found = [train(method, params, (part, y), count) for part in (sparse, dense)]
         if method.sampling == "uniform":
             step_size = method.init(params, (dense, y)).step_size
-            found.append(after(dataclasses.replace(plain, step_size=step_size), params, (dense, y), count))
+            found.append(train(dataclasses.replace(plain, step_size=step_size), params, (dense, y), count))
         for other in found[1:]:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found[0], other)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ridge": 4.0, "step_size": 0.25}, {"correction": "frozen"}])
-def test_few_entries_in_many_columns(settings):
+def test_wide_sparse_rows_give_the_results_of_dense_rows(settings):
     rng = np.random.default_rng(3)
     x = scipy.sparse.random_array((90, 600), density=0.004, rng=rng, format="csr")
     sparse, dense = SparseRows.from_scipy(x), x.toarray()
@@ -90,11 +90,11 @@ def test_few_entries_in_many_columns(settings):
     method = DistributedSaga(saga.multinomial, 3, 100, **{"ridge": 0.1, **settings})
     params = {"kernel": jnp.asarray(rng.normal(size=(600, 4))), "bias": jnp.zeros(4)}
     labels = rng.integers(0, 4, 90)
-    found, known = (after(method, params, (part, labels), 3) for part in (sparse, dense))
+    found, known = (train(method, params, (part, labels), 3) for part in (sparse, dense))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, known)
 
 
-def test_the_l1_term_is_taken_by_its_proximal_operator():
+def test_the_proximal_operator_of_the_l1_norm():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 10))
     y = x @ np.where(np.arange(10) < 3, 1.0, 0.0) + 0.1 * rng.normal(size=200)
@@ -103,7 +103,7 @@ def test_the_l1_term_is_taken_by_its_proximal_operator():
         alpha=strength + ridge, l1_ratio=strength / (strength + ridge), fit_intercept=False, tol=1e-14, max_iter=100_000
     ).fit(x, y)
     method = DistributedSaga(saga.squared, 4, 25, ridge, prox=saga.soft_threshold(strength))
-    found = np.asarray(after(method, jnp.zeros(10), (x, y), 1500))
+    found = np.asarray(train(method, jnp.zeros(10), (x, y), 1500))
     np.testing.assert_allclose(found, known.coef_, atol=1e-8)
     assert (found[known.coef_ == 0] == 0).all()
 
@@ -129,7 +129,7 @@ def test_any_tree_of_parameters_and_samples():
     "loss", [saga.logistic, lambda w, s: jax.nn.softplus(-s[1] * (s[0] @ w))], ids=["slopes", "gradients"]
 )
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_float32_where_wider_numbers_are_on(loss, batch_size):
+def test_float32_parameters_stay_float32_with_x64(loss, batch_size):
     x, y = (part.astype(np.float32) for part in problems.classes(64, 4))
     method = DistributedSaga(loss, 4, 8, 0.1, step_size=0.4, batch_size=batch_size)
     state = method.init(jnp.zeros(4, jnp.float32), (x, y))
@@ -140,21 +140,21 @@ def test_float32_where_wider_numbers_are_on(loss, batch_size):
 
 
 def test_sums_of_machines_do_not_drift_in_a_million_updates():
-    """In float32, with steps too long to settle."""
+    """Float32, with steps too long to converge."""
     with jax.enable_x64(False):
         x, y = (part.astype(np.float32) for part in problems.classes(256, 4))
         method = DistributedSaga(saga.logistic, 8, 64, 1e-3, step_size=30.0)
         state = method.run(method.init(jnp.zeros(4), (x, y)), KEY, 2000, every=2000, progress=False)[0]
         slopes = np.asarray(state.local["table"], np.float64)
-        assert np.abs(slopes).max() > 0.1  # it has not settled
+        assert np.abs(slopes).max() > 0.1  # it has not converged
         exact = np.einsum("km,kmd->kd", slopes, x.reshape(8, 32, 4).astype(np.float64))
         assert np.abs(np.asarray(state.messages, np.float64) - exact).max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, bool, np.float16, np.float64])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_samples_of_any_dtype_are_those_of_the_parameters(dtype, sparse):
-    """Pixels, counts and flags, whose own products would overflow."""
+def test_samples_of_any_dtype_give_the_same_results(dtype, sparse):
+    """Pixels, counts and flags, whose products would overflow in their dtype."""
     x = np.random.default_rng(5).integers(0, 2 if dtype is bool else 256, (40, 6)).astype(dtype)
     y = np.where(np.arange(40) % 3 == 0, 1, -1)
     method = DistributedSaga(saga.logistic, 2, 33, 0.1)
@@ -163,21 +163,21 @@ def test_samples_of_any_dtype_are_those_of_the_parameters(dtype, sparse):
         rows = x.astype(dtype)
         if sparse:
             rows = SparseRows(np.tile(np.arange(6), (40, 1)), rows, 6)
-        return after(method, jnp.zeros(6, jnp.float32), (rows, y), 5)
+        return train(method, jnp.zeros(6, jnp.float32), (rows, y), 5)
 
     narrow = found(dtype)
     assert narrow.dtype == jnp.float32
     np.testing.assert_array_equal(narrow, found(np.float32))
 
 
-def test_numbers_of_a_wider_dtype_do_not_widen_parameters():
+def test_settings_of_a_wider_dtype_do_not_widen_parameters():
     x, y = problems.classes(40, 3)
     params = jnp.zeros(3, jnp.bfloat16)
     for batch_size in (1, 2):
         method = DistributedSaga(saga.logistic, 2, 8, np.float64(0.1), step_size=np.float64(0.2), batch_size=batch_size)
-        assert after(method, params, (x, y), 3).dtype == jnp.bfloat16
+        assert train(method, params, (x, y), 3).dtype == jnp.bfloat16
     method = saga.FederatedAveraging(saga.logistic, 2, 8, np.float64(0.1), decay=np.float64(0.2))
-    assert after(method, params, (x, y), 3).dtype == jnp.bfloat16
+    assert train(method, params, (x, y), 3).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("mapping", [dict, OrderedDict, FrozenDict])
@@ -185,7 +185,7 @@ def test_parameters_keep_their_order(mapping):
     x, y = problems.classes(40, 3)
     params = mapping([("kernel", jnp.arange(3.0)), ("bias", jnp.ones(()))])
     linear, plain = (
-        after(DistributedSaga(loss, 2, 8, 0.1, step_size=0.2), params, (x, y), 3)
+        train(DistributedSaga(loss, 2, 8, 0.1, step_size=0.2), params, (x, y), 3)
         for loss in (saga.logistic, lambda params, sample: saga.logistic(params, sample))
     )
     assert type(linear) is mapping
@@ -194,14 +194,14 @@ def test_parameters_keep_their_order(mapping):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "lipschitz"])
-def test_a_machine_that_has_nothing_but_zeros(sampling):
+def test_machines_may_have_only_zeros(sampling):
     x, y = problems.classes(40, 3)
     for data in ((np.where(np.arange(40)[:, None] < 20, 0, x), y), (0 * x, y)):
-        found = after(DistributedSaga(saga.logistic, 2, 8, sampling=sampling), jnp.zeros(3), data, 5)
+        found = train(DistributedSaga(saga.logistic, 2, 8, sampling=sampling), jnp.zeros(3), data, 5)
         assert np.isfinite(found).all()
 
 
-def test_entries_at_one_place_are_added_up():
+def test_duplicate_entries_are_added_up():
     x = scipy.sparse.csr_array((np.ones(20), np.zeros(20, int), [0, 20]), shape=(1, 2))
     rows = SparseRows.from_scipy(x)
     np.testing.assert_array_equal(rows.values, [[20.0]])
@@ -209,7 +209,7 @@ def test_entries_at_one_place_are_added_up():
 
 
 @pytest.mark.parametrize("loss", [saga.logistic, saga.multinomial, saga.squared])
-def test_losses_go_to_other_processes(loss):
+def test_losses_can_be_pickled(loss):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     again = cloudpickle.loads(cloudpickle.dumps(loss))
     margin, y = (jnp.arange(3.0), 1) if loss is saga.multinomial else (0.3, 1.0)
@@ -224,7 +224,7 @@ def test_the_objective_is_that_of_all_samples():
     assert found == pytest.approx(problems.logistic_objective(np.asarray(w), x, y, 0.1), rel=1e-12)
 
 
-def test_what_makes_no_sense_is_refused(unchecked):
+def test_settings_that_make_no_sense_are_refused(unchecked):
     x, y = problems.classes(20, 3)
     good = DistributedSaga(saga.logistic, 2, 5)
     state = good.init(jnp.zeros(3), (x, y))

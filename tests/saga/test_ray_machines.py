@@ -63,18 +63,19 @@ def shared(tmp_path_factory):
 
 
 def settle(machines):
+    """Waits for all answers."""
     machines._receive(60.0, lambda: not machines._pending)
 
 
 @pytest.mark.long
-def test_processes_do_what_the_method_does_and_what_is_interrupted_goes_on(shared, tmp_path, monkeypatch):
+def test_processes_give_the_methods_results_and_resume(shared, tmp_path, monkeypatch):
     machines, _ = shared
     monkeypatch.setattr(machines, "_deadline", None)
     expected, _ = METHOD.run(METHOD.init(jnp.zeros(5), DATA), KEY, 6, progress=False)
     state = machines.init(jnp.zeros(5), DATA)
     state, history = machines.run(state, KEY, 4, every=2, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [0, 2, 4]
-    # From the beginning again, with other machines: it goes on where the checkpoint is.
+    # With new machines, the run resumes from the checkpoint.
     state, history = machines.run(
         machines.init(jnp.zeros(5), DATA), KEY, 6, every=2, checkpoint=tmp_path, progress=False
     )
@@ -243,7 +244,7 @@ def test_divergence_raises(shared):
 
 
 @pytest.mark.long
-def test_closing_leaves_nothing(shared):
+def test_closing_leaves_no_processes(shared):
     machines, faults = shared[0], shared[1].files
     machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     pids = [faults.pid(machine) for machine in range(3)]
@@ -252,7 +253,7 @@ def test_closing_leaves_nothing(shared):
     until(lambda: not any(map(alive_in_ray, pids)))
 
 
-def test_what_makes_no_sense_is_refused(unchecked):
+def test_settings_that_make_no_sense_are_refused(unchecked):
     from jax.sharding import Mesh
 
     spread = DistributedSaga(saga.logistic, 2, 5, mesh=Mesh(np.array(jax.devices()[:2]), ("machines",)))

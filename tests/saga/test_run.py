@@ -40,14 +40,14 @@ def begin(method):
 
 
 @each_method
-def test_rounds_one_by_one_are_a_run_and_halves_are_the_whole(method):
+def test_single_rounds_and_two_runs_equal_one_run(method):
     state = begin(method)
     whole, history = method.run(state, KEY, 6, every=4, progress=False)
     one = state
     for _ in range(6):
         one = method.round(one, KEY)
-    half = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
-    chex.assert_trees_all_equal(half, whole)
+    second = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
+    chex.assert_trees_all_equal(second, whole)
     np.testing.assert_allclose(one.params, whole.params, rtol=1e-12)
     assert history.rounds.tolist() == [0, 4, 6]
     np.testing.assert_allclose(history.epochs, np.array([0, 4, 6]) * 8 * 16 / 256)
@@ -83,7 +83,7 @@ def test_divergence_is_found_at_the_end_where_parameters_stay_finite():
         method.run(state, KEY, 2, evaluate=lambda w: w[0], progress=False)
 
 
-def test_a_start_that_is_far_away_or_perfect_is_no_divergence():
+def test_a_start_that_is_far_active_or_perfect_is_no_divergence():
     x, _ = DATA
     method = DistributedSaga(saga.squared, 8, 16, RIDGE)
     for params, y in ((1e6 * jnp.ones(6), DATA[1]), (jnp.zeros(6), np.zeros(256)), (jnp.ones(6), x @ np.ones(6))):
@@ -98,7 +98,7 @@ def test_a_start_that_is_not_finite_is_divergence():
         METHOD.run(broken, KEY, 3, progress=False)
 
 
-def test_what_is_recorded_can_be_chosen_and_everybody_is_called_back(capsys):
+def test_evaluate_and_all_callbacks_are_called(capsys):
     called = []
     _, history = METHOD.run(
         begin(METHOD),
@@ -115,7 +115,7 @@ def test_what_is_recorded_can_be_chosen_and_everybody_is_called_back(capsys):
 
 
 def test_linear_rate_with_machines_that_miss_rounds():
-    """One round in five, at random: all is as without, with a little more work."""
+    """Machines miss one round in five, at random: the rate stays linear."""
     optimum = problems.logistic_optimum(*DATA, RIDGE)
 
     def last(**settings):
@@ -131,44 +131,48 @@ def test_linear_rate_with_machines_that_miss_rounds():
 
 def test_a_machine_that_misses_rounds_keeps_its_table_and_its_message_counts():
     state = METHOD.run(begin(METHOD), KEY, 3, progress=False)[0]
-    away = jnp.arange(8) != 2
+    active = jnp.arange(8) != 2
     later = state
     for _ in range(2):
-        later = METHOD.round(later, KEY, away)
+        later = METHOD.round(later, KEY, active)
     np.testing.assert_array_equal(later.messages[2], state.messages[2])
     np.testing.assert_array_equal(later.local["table"][2], state.local["table"][2])
-    assert (np.asarray(later.local["table"]) != np.asarray(state.local["table"])).any(axis=1).tolist() == away.tolist()
+    assert (np.asarray(later.local["table"]) != np.asarray(state.local["table"])).any(
+        axis=1
+    ).tolist() == active.tolist()
     np.testing.assert_allclose(later.message_sum, np.sum(later.messages, axis=0), atol=1e-12)
-    # Garbage in the work of those who are away harms nobody.
-    poisoned = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
-    broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=poisoned))
-    harmed = METHOD.round(broken, KEY, away)
-    np.testing.assert_array_equal(harmed.params, METHOD.round(state, KEY, away).params)
+    # Garbage in the work of machines that are not active changes nothing.
+    garbage = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
+    broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=garbage))
+    damaged = METHOD.round(broken, KEY, active)
+    np.testing.assert_array_equal(damaged.params, METHOD.round(state, KEY, active).params)
     chex.assert_trees_all_equal(
-        jax.tree.map(lambda leaf: leaf[2], harmed.local), jax.tree.map(lambda leaf: leaf[2], state.local)
+        jax.tree.map(lambda leaf: leaf[2], damaged.local), jax.tree.map(lambda leaf: leaf[2], state.local)
     )
-    nobody = METHOD.round(state, KEY, jnp.zeros(8, bool))
-    np.testing.assert_array_equal(nobody.params, state.params)
-    chex.assert_trees_all_equal(nobody.local, state.local)
+    unchanged = METHOD.round(state, KEY, jnp.zeros(8, bool))
+    np.testing.assert_array_equal(unchanged.params, state.params)
+    chex.assert_trees_all_equal(unchanged.local, state.local)
 
 
 @each_method
 @pytest.mark.parametrize("devices", [1, 4])
 def test_machines_on_devices_do_the_same_with_one_sum_a_round(method, devices):
     on_devices = dataclasses.replace(method, mesh=Mesh(np.array(jax.devices()[:devices]), ("machines",)))
-    away = jnp.arange(8) % 3 != 1
-    there, here = begin(on_devices), begin(method)
+    active = jnp.arange(8) % 3 != 1
+    distributed, single = begin(on_devices), begin(method)
     if devices > 1:
-        compiled = jax.jit(lambda state: on_devices.round(state, KEY, away)).lower(there).compile().as_text()
+        compiled = jax.jit(lambda state: on_devices.round(state, KEY, active)).lower(distributed).compile().as_text()
         sums = re.findall(r"= \S+ all-reduce(?:-start)?\(", compiled)
         assert len(sums) == 1, sums
-        size = on_devices.floats_per_round(there)
+        size = on_devices.floats_per_round(distributed)
         assert re.search(rf"f64\[{size}\]\S* all-reduce", compiled), compiled
         assert not re.search("all-gather|all-to-all|collective-permute|reduce-scatter", compiled)
     for _ in range(3):
-        there, here = on_devices.round(there, KEY, away), method.round(here, KEY, away)
+        distributed, single = on_devices.round(distributed, KEY, active), method.round(single, KEY, active)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-12), there, here
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-12),
+        distributed,
+        single,
     )
 
 
@@ -183,13 +187,13 @@ def test_a_state_of_another_method_is_refused(method):
         method.run(by_length, KEY, 1, progress=False)
 
 
-def test_machines_that_devices_cannot_share_are_refused():
+def test_numbers_of_machines_that_devices_cannot_share_are_refused():
     with pytest.raises(ValueError, match="num_machines is 8, which 3 devices"):
         DistributedSaga(saga.logistic, 8, 16, mesh=Mesh(np.array(jax.devices()[:3]), ("machines",)))
 
 
-def test_neighbours_do_what_their_papers_say():
-    """With steps that decay all go to the optimum but FedAvg's way is the longest; SCAFFOLD's drift goes away."""
+def test_baselines_converge_as_their_papers_say():
+    """With steps that decay all converge, FedAvg slowest; the drift of SCAFFOLD vanishes."""
     optimum = problems.logistic_optimum(*DATA, RIDGE)
 
     def end(method, count):
@@ -199,6 +203,6 @@ def test_neighbours_do_what_their_papers_say():
     whole = {"step_size": 0.5, "batch_size": 400}
     assert end(Scaffold(saga.logistic, 8, 16, RIDGE, **whole), 120) < 4e-4
     assert end(FederatedAveraging(saga.logistic, 8, 16, RIDGE, **whole), 120) > 8e-4
-    # Noise goes with decaying steps.
+    # Noise vanishes with decaying steps.
     plain, decaying = (MinibatchSgd(saga.logistic, 8, 16, RIDGE, step_size=1.0, decay=decay) for decay in (0.0, 0.02))
     assert end(decaying, 1500) < 0.5 * end(plain, 1500)

@@ -1,4 +1,4 @@
-"""SAGA among optax's transformations."""
+"""Tests SAGA as a transformation of optax."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def begin():
 
 
 def train(optimizer, steps, batch=None, seed=0):
-    """Stochastic steps as a user would write them."""
+    """Trains by stochastic steps as a user would write them."""
     x, y = jnp.asarray(X), jnp.asarray(Y)
 
     def step(carry, index):
@@ -53,7 +53,7 @@ def test_estimates_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("batch", [None, 1, 8])
-def test_it_goes_to_the_optimum_where_sgd_does_not(batch):
+def test_saga_converges_where_sgd_does_not(batch):
     with jax.enable_x64(True):
         ones = np.concatenate([X, np.ones((N, 1))], axis=1)
         optimum = problems.logistic_optimum(ones, Y, 0.1)
@@ -64,7 +64,7 @@ def test_it_goes_to_the_optimum_where_sgd_does_not(batch):
             assert problems.distance(np.append(found["w"], found["b"]), optimum) > 1e-4
 
 
-def test_a_sample_that_is_twice_in_a_minibatch_is_one_entry_of_the_table():
+def test_a_sample_drawn_twice_in_a_minibatch_is_one_entry_of_the_table():
     transformation = saga.scale_by_saga(3)
     state = transformation.init(jnp.zeros(2))
     gradients = jnp.array([[1.0, 2.0], [1.0, 2.0], [5.0, 5.0]])
@@ -80,7 +80,7 @@ def test_with_schedules_clipping_masks_and_flax():
     found, _ = train(optax.chain(optax.clip_by_global_norm(10.0), saga.saga(schedule, N)), steps)
     expected, _ = train(saga.saga(0.5, N), 6000)
     np.testing.assert_allclose(found["w"], expected["w"], atol=1e-5)
-    # Only w is SAGA's; b gets plain steps of 0.
+    # SAGA applies to w only; b stays zero.
     parts = optax.partition({"saga": saga.saga(0.5, N), "none": optax.set_to_zero()}, {"w": "saga", "b": "none"})
     found, _ = train(parts, 500)
     assert found["b"] == 0
@@ -102,12 +102,12 @@ def test_with_schedules_clipping_masks_and_flax():
 
     for index in np.random.default_rng(0).integers(N, size=300):
         step(model, optimizer, int(index))
-    right = np.sign(np.asarray(model(jnp.asarray(X)))[:, 0]) == Y
-    assert right.mean() > 0.85
+    correct = np.sign(np.asarray(model(jnp.asarray(X)))[:, 0]) == Y
+    assert correct.mean() > 0.85
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_narrow_table_leaves_the_mean_right(dtype):
+def test_a_narrow_table_keeps_the_mean_accurate(dtype):
     optimizer = saga.saga(0.5, N, table_dtype=dtype)
     found, state = train(optimizer, 4000)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state[0].table))
@@ -119,7 +119,7 @@ def test_a_narrow_table_leaves_the_mean_right(dtype):
 
 
 def test_sums_do_not_drift_in_a_million_updates():
-    """Gradients that never settle, as from augmented data, are where a running sum drifts."""
+    """A plain sum drifts where gradients never converge, as with augmented data."""
     n, steps = 100, 1_000_000
     transformation = saga.scale_by_saga(n)
 
@@ -169,7 +169,7 @@ def test_state_can_be_donated():
     np.testing.assert_array_equal(state.table, [[1, 1, 1], [0, 0, 0]])
 
 
-def test_what_makes_no_sense_is_refused(unchecked):
+def test_arguments_that_make_no_sense_are_refused(unchecked):
     transformation = saga.scale_by_saga(3)
     state = transformation.init({"w": jnp.zeros(2)})
     for wrong, message in (
