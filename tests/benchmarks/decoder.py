@@ -16,10 +16,6 @@ from jaxcode.splines import fit_and_evaluate
 from scipy.interpolate import make_smoothing_spline
 
 from jaxcode import SplineCode, nodes
-<<<<<<< HEAD
-=======
-from jaxcode.interpolants.spline import fit_and_evaluate
->>>>>>> refs/heads/spline
 
 from .timing import Report, progress, race, run_script
 
