@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcode import SplineCode
+from jaxcode.interpolants.spline import linop
 
 from .timing import Report, progress, race, run_script
 
