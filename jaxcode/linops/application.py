@@ -9,12 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-<<<<<<< HEAD
 from .._float64 import double_precision
-from .abstract import AbstractLinop, Results, Rows, is_static
-=======
 from .abstract import AbstractLinop, Results, Rows, is_static, transfers_allowed
->>>>>>> refs/heads/spline
 from .double_single import as_arguments
 
 # Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Where that exceeds this

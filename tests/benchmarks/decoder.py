@@ -12,14 +12,10 @@ import interpax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxcode.splines import fit_and_evaluate
 from scipy.interpolate import make_smoothing_spline
 
 from jaxcode import SplineCode, nodes
-<<<<<<< HEAD
-=======
 from jaxcode.interpolants.spline import fit_and_evaluate
->>>>>>> refs/heads/spline
 
 from .timing import Report, progress, race, run_script
 

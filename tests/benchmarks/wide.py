@@ -9,13 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxcode.splines import maps
 
 from jaxcode import SplineCode
-<<<<<<< HEAD
-=======
 from jaxcode.interpolants.spline import linop
->>>>>>> refs/heads/spline
 
 from .timing import Report, progress, race, run_script
 
