@@ -166,8 +166,8 @@ class RayMachines:
 
         A checkpoint needs the local states of all machines: it waits for machines that are late, and for those that are
         restarted. If they do not all answer within the time limit and the start limit, it is left out with a warning in
-        the log. Local states of a checkpoint are sent to machines in the same way; one that does not take its own in time
-        goes on from the local state that it has, or starts at the checkpoint's parameters.
+        the log. The local states of a checkpoint are restored within the same limits; a machine that does not answer
+        by then continues with the local state that it has, or starts at the current parameters.
 
         Raises:
             NoMachines: As `round`.
@@ -257,7 +257,7 @@ class RayMachines:
             self._wait_until(lambda answers=answers: not answers.pending, end)
             missing.difference_update(list(answers.values))
         if missing:
-            log.warning("not all machines took their local states of the checkpoint: %s", self._reasons())
+            log.warning("not all machines restored their local states of the checkpoint: %s", self._reasons())
         return dataclasses.replace(state, local=(), **_fields_of(self._loop.ask(self._messages.copy)))
 
     def _prepare_machines(self, params, shards, step_size):
