@@ -63,8 +63,8 @@ def shared(tmp_path_factory):
 
 
 def settle(machines):
-    """Waits for all answers."""
-    machines._receive(60.0, lambda: not machines._pending)
+    """Waits until all machines are idle, also those that are restarted."""
+    assert machines._wait_until(lambda: set(machines._supervisor.states()) == {"idle"}, time.monotonic() + 60.0)
 
 
 @pytest.mark.long
@@ -111,16 +111,14 @@ def test_rounds_go_on_without_late_dead_stuck_and_failing_machines_which_rejoin(
     # Dead: starts again with gradients at the current parameters.
     faults.kill(0)
     state = machines.round(state, KEY)
-    assert machines._wait_for_idle(3, state, 60.0)
+    settle(machines)
     # Stuck: replaced once the time limit has passed.
-    monkeypatch.setattr(machines, "_time_limit", 2.0)
+    monkeypatch.setattr(machines._supervisor, "_stuck_after", 2.0)
     stuck = faults.pid(1)
     faults.signal(signal.SIGSTOP, 1)
     state = machines.round(state, KEY)
+    settle(machines)
     monkeypatch.undo()
-    time.sleep(1.0)
-    state = machines.round(state, KEY)
-    assert machines._wait_for_idle(3, state, 60.0)
     state = machines.round(state, KEY)
     assert faults.pid(1) != stuck
     for _ in range(250):
@@ -141,6 +139,25 @@ def test_errors_name_the_failures_if_no_machine_answers(shared):
     finally:
         faults.tell("", 0, 1, 2)
     machines.round(state, KEY)
+
+
+@pytest.mark.long
+def test_a_machine_that_keeps_raising_is_restarted(shared):
+    machines, faults = shared[0], shared[1].files
+    state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
+    settle(machines)
+    process = faults.pid(1)
+    faults.tell("raise", 1)
+    try:
+        for _ in range(3):
+            state = machines.round(state, KEY)
+            assert np.isfinite(state.params).all()
+        until(lambda: machines._supervisor.counters()["restarts"] == 1)
+    finally:
+        faults.tell("", 1)
+    settle(machines)
+    machines.round(state, KEY)
+    until(lambda: faults.pid(1) != process)
 
 
 @pytest.mark.long
@@ -227,7 +244,7 @@ def test_machines_that_die_while_a_checkpoint_is_restored_start_from_it(shared, 
 
     monkeypatch.setattr(machines, "_distribute", die_first)
     again, _ = machines.run(again, KEY, 1, every=3, checkpoint=tmp_path, progress=False)
-    assert machines._wait_for_idle(3, again, 60.0)
+    settle(machines)
     chex.assert_trees_all_equal(machines._collect(again).local, stored.local)
 
 

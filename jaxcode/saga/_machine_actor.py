@@ -1,0 +1,80 @@
+"""Computes the work of one machine in a process of its own, as a Ray actor."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from ..pools.compute import unpacked
+from . import _rounds
+from .state import Common, Machine
+
+# Called with a machine's number and its work of a round, a function without arguments; returns the work's result.
+Around = Callable[[int, Callable[[], Any]], Any]
+
+
+@final
+class MachineActor:
+    """Computes the work of one machine on its samples, and keeps its local state and message.
+
+    All methods return a value, None where there is none, and the machine's message. They raise `FloatingPointError` if
+    numbers are not finite; local state and message are then what they were.
+
+    Args:
+        number: Index of the machine.
+        method: What it computes.
+        params: Parameters as `packed` returns them, of which only the structure and shapes matter.
+        num_samples: n, the samples of all machines.
+        around: See `Around`; None to work without it.
+        x64: Whether JAX computes in 64 bits.
+        samples: Its samples, leaves (m, ...).
+        size: How many of them are samples; the rest are padding.
+    """
+
+    def __init__(self, number, method, params, num_samples, around, x64, samples, size):
+        jax.config.update("jax_enable_x64", x64)
+        _, unravel = ravel_pytree(unpacked(params))
+        samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
+
+        def machine(message, local, dtype):
+            return Machine(message, local, samples, size, jnp.ones((), dtype))
+
+        def begin(w, step_size):
+            common = Common(w, None, step_size, jnp.zeros((), jnp.int32), unravel, num_samples)
+            return _rounds.with_dtype(method, w.dtype).begin(common, machine(None, None, w.dtype))
+
+        def work(message_sum, w, step_size, rounds, key, message, local):
+            common = Common(w, message_sum, step_size, rounds, unravel, num_samples)
+            machine_key = jax.random.fold_in(jax.random.fold_in(key, rounds), number)
+            return _rounds.with_dtype(method, w.dtype).work(common, machine(message, local, w.dtype), machine_key)
+
+        self._begin, self._work = jax.jit(begin), jax.jit(work)
+        self._compute = (lambda compute: compute()) if around is None else functools.partial(around, number)
+
+    def begin(self, w, step_size):
+        """Starts at parameters, with a local state of their gradients; the value is None."""
+        return self._keep(None, *self._begin(w, step_size))
+
+    def work(self, message_sum, w, step_size, rounds, key):
+        """Does its work of a round; the value is how far it moves the parameters."""
+        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpacked(key), self._message, self._local
+        return self._keep(*self._compute(lambda: self._work(*args)))
+
+    def local(self):
+        """Returns its local state as value."""
+        return jax.tree.map(np.asarray, self._local), np.asarray(self._message)
+
+    def restore(self, local, message):
+        """Goes on from a local state and message of a checkpoint; the value is None."""
+        return self._keep(None, jax.tree.map(jnp.asarray, local), jnp.asarray(message))
+
+    def _keep(self, move, local, message):
+        parts = [np.asarray(part) for part in jax.tree.leaves((move, local, message))]
+        if not all(np.isfinite(part).all() for part in parts if jnp.issubdtype(part.dtype, jnp.floating)):
+            raise FloatingPointError("its numbers are not finite")
+        self._local, self._message = local, message
+        return jax.tree.map(np.asarray, (move, message))
