@@ -29,8 +29,8 @@ class NotAKnot(AbstractInterpolant):
     Array([[0.25]], dtype=float32)
     """
 
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    predicts_error: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None

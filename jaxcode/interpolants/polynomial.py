@@ -38,14 +38,14 @@ class Polynomial(AbstractInterpolant):
     """
 
     degree: int | None = None
-    predicts_error: ClassVar[bool] = False
+    predicts_error: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self):
         if self.degree is not None:
             object.__setattr__(self, "degree", check_count("degree", self.degree, least=1))
 
     @property
-    def interpolates(self) -> bool:
+    def interpolates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.degree is None
 
     def linop(

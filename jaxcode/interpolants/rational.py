@@ -34,8 +34,8 @@ class Berrut(AbstractInterpolant):
            [3.4]], dtype=float32)
     """
 
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    predicts_error: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
@@ -62,8 +62,8 @@ class FloaterHormann(AbstractInterpolant):
     """
 
     degree: int = 3
-    interpolates: ClassVar[bool] = True
-    predicts_error: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    predicts_error: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self):
         object.__setattr__(self, "degree", check_count("degree", self.degree, least=0))

@@ -39,7 +39,7 @@ class Spline(AbstractInterpolant):
     """
 
     smoothing: ArrayLike = 0.0
-    predicts_error: ClassVar[bool] = True
+    predicts_error: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self):
         check_smoothing("smoothing", self.smoothing)
