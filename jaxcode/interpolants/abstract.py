@@ -3,6 +3,7 @@
 import abc
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ..linops.dense import matmul
 SAME_SITE = 1e-12
 
 Vector = Float[Array | np.ndarray, "_"]
+Places = TypeVar("Places", Array, np.ndarray)
 # From knots, points and a mask of live knots to the matrix, shape (points, knots); see `dense_linop`.
 MatrixFunction = Callable[[Array, Array, Array], Array]
 
@@ -120,17 +122,15 @@ def dense_linop(
     return Dense(entries, returned, xp.broadcast_to(returned.sum() >= 2, points.shape))
 
 
-def in_units_of_span(
-    knots: Float[Array | np.ndarray, "knots"], points: Float[Array | np.ndarray, "points"]
-) -> tuple[Float[Array | np.ndarray, "knots"], Float[Array | np.ndarray, "points"], Float[Array | np.ndarray, ""]]:
+def in_units_of_span(knots: Places, points: Places) -> tuple[Places, Places, Places]:
     """Measures places from the first knot, in units of the distance to the last one.
 
     Differences of neighbours keep their digits however far the knots are from zero, and powers of differences neither
     overflow nor vanish.
 
     Args:
-        knots: Ascending, float64.
-        points: Float64.
+        knots: Ascending, float64, shape (n,).
+        points: Float64, shape (p,).
 
     Returns:
         Knots, points, and the unit; 1 where all knots are equal. In NumPy if the knots are.
@@ -138,7 +138,7 @@ def in_units_of_span(
     xp = np if isinstance(knots, np.ndarray) else jnp
     span = knots[-1] - knots[0]
     unit = xp.where(span > 0, span, 1.0)
-    return (knots - knots[0]) / unit, (points - knots[0]) / unit, unit
+    return (knots - knots[0]) / unit, (points - knots[0]) / unit, unit  # pyright: ignore[reportReturnType]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def spline_matrix(
     weights: ArrayLike | None = None,
     returned: ArrayLike | None = None,
 ) -> Float[Array, "points knots"]:
-    r"""The matrix that takes values at the knots to the smoothing spline's values at the points.
+    r"""Forms the matrix that takes values at the knots to the smoothing spline's values at the points.
 
     The spline is linear in its data, so :math:`u(p) = M y`, where u minimises
 
@@ -62,8 +62,8 @@ def spline_matrix(
     >>> spline_matrix(np.array([-1.0, 0.0, 1.0]), np.array([0.5])).tolist()
     [[-0.09375, 0.6875, 0.40625]]
     """
-    spline, places = _spline(knots, points, smoothing, weights, returned)
-    return spline.matrix()[places]
+    linop, order = _linop(knots, points, smoothing, weights, returned)
+    return linop.matrix()[order]
 
 
 def smoother_matrix(
@@ -73,7 +73,7 @@ def smoother_matrix(
     weights: ArrayLike | None = None,
     returned: ArrayLike | None = None,
 ) -> Float[Array, "knots knots"]:
-    """The hat matrix: values at the knots to the spline's own values there. Arguments as for `spline_matrix`."""
+    """Forms the hat matrix, from values at the knots to the spline's values there. Arguments as for `spline_matrix`."""
     return spline_matrix(knots, knots, smoothing=smoothing, weights=weights, returned=returned)
 
 
@@ -115,15 +115,15 @@ def fit_and_evaluate(
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         values = values.astype(jnp.float32)
-    spline, places = _spline(knots, points, smoothing, weights, returned)
+    linop, order = _linop(knots, points, smoothing, weights, returned)
     n = np.shape(knots)[0]
     check_values("values", values, n)
-    results = apply(spline, values.reshape(n, math.prod(values.shape[1:])))[places]
+    results = apply(linop, values.reshape(n, math.prod(values.shape[1:])))[order]
     return results.reshape(results.shape[0], *values.shape[1:])
 
 
-def _spline(knots, points, smoothing, weights, returned):
-    """The map from knots to the points in ascending order, and each point's place in that order."""
+def _linop(knots, points, smoothing, weights, returned):
+    """Prepares the operator to the points in ascending order, and returns each point's index in that order."""
     check_vector("knots", knots)
     check_ascending("knots", knots)
     check_vector("points", points, least=1)
@@ -135,14 +135,14 @@ def _spline(knots, points, smoothing, weights, returned):
         check_mask("returned", returned, n)
     weights = np.ones(n) if weights is None else weights
     if returned is not None:
-        static = static_value(returned), static_value(weights)
-        if any(value is None for value in static):
+        static_returned, static_weights = static_value(returned), static_value(weights)
+        if static_returned is None or static_weights is None:
             weights = jnp.where(jnp.asarray(returned), weights, 0)
         else:
-            weights = np.where(*static, 0)
+            weights = np.where(static_returned, static_weights, 0)
     static_points = static_value(points)
     if static_points is not None:
-        points = np.float64(static_points)
+        points = np.asarray(static_points, np.float64)
         if (np.diff(points) >= 0).all():
             return spline_linop(knots, points, smoothing, weights), slice(None)
         order = np.argsort(points)

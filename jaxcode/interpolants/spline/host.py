@@ -44,7 +44,7 @@ def banded_matrix(
         matrix[:] = np.nan
         return matrix
     knots, points, unit = in_units_of_span(knots, points)
-    smoothing = smoothing / unit / unit / unit
+    smoothing = float(smoothing / unit / unit / unit)
     t, w = knots[live], weights[live]
     gap = t[1:] - t[:-1]
     if gap.min() > SAME_SITE:
@@ -83,9 +83,9 @@ def fit_matrix(
     """
     gap = sites[1:] - sites[:-1]
     m, inverse_gap = len(sites), 1 / gap
-    # The transposed equations in LAPACK's band storage, a row of 20 for each site: ten for the equation of its value, ten
-    # for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on index
-    # 6 + i; the first three are LAPACK's own.
+    # The transposed equations in LAPACK's band storage, 20 numbers for each site: ten for the equation of its value,
+    # ten for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on
+    # index 6 + i; the first three are LAPACK's own.
     bands = np.zeros((m, 20))
     inner = np.empty((m - 2, 4))
     inner[:, 0], inner[:, 1] = inverse_gap[:-1], inverse_gap[1:]

@@ -42,13 +42,15 @@ def spline_linop(
     n, p = knots.shape[0], points.shape[0]
     weights = np.ones(n) if weights is None else weights
     static = [static_value(argument) for argument in (knots, points, smoothing, weights)]
-    knots, points, smoothing, weights = (
-        argument if value is None else value
-        for argument, value in zip((knots, points, smoothing, weights), static, strict=True)
-    )
+    static_knots, static_points, static_smoothing, static_weights = static
     if n + p <= MOST_IN_ONE_MATRIX and all(value is not None for value in static):
-        return _host_linop(np.float64(knots), np.float64(points), float(smoothing), weights)
-    return _program_linop(knots, points, smoothing, weights)
+        return _host_linop(np.float64(static_knots), np.float64(static_points), float(static_smoothing), static_weights)  # pyright: ignore[reportArgumentType]
+    return _program_linop(
+        knots if static_knots is None else static_knots,
+        points if static_points is None else static_points,
+        smoothing if static_smoothing is None else static_smoothing,
+        weights if static_weights is None else static_weights,
+    )
 
 
 def _host_linop(knots, points, smoothing, weights):
@@ -66,7 +68,7 @@ def _program_linop(knots, points, smoothing, weights):
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
     block = None if one_matrix else ENTRIES_IN_A_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
-        knots, points, unit = in_units_of_span(np.float64(knots), np.float64(points))
+        knots, points, unit = in_units_of_span(np.asarray(knots, np.float64), np.asarray(points, np.float64))
         sequence = arrange(knots, points, block)
         places = find_transitions(sequence, knots, points), unit
     else:
