@@ -14,7 +14,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ..pools.compute import packed, x64_enabled
+from .._float64 import x64_is_on
+from ..pools.compute import packed
 from ..pools.event_loop import EventLoop
 from ..pools.ray_actors import RayActor, connect
 from ..pools.supervisor import Supervisor, WorkerDied
@@ -271,7 +272,7 @@ class RayMachines:
         self._changed = threading.Event()
         # Parameters and step size at which machines start, replaced in every round.
         self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
-        problem = self.method, packed(params), shards.num_samples, self._around, x64_enabled()
+        problem = self.method, packed(params), shards.num_samples, self._around()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
         def arguments(machine):
