@@ -272,7 +272,7 @@ class RayMachines:
         self._changed = threading.Event()
         # Parameters and step size at which machines start, replaced in every round.
         self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
-        problem = self.method, packed(params), shards.num_samples, self._around()
+        problem = self.method, packed(params), shards.num_samples, self._around, x64_is_on()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
         def arguments(machine):
