@@ -100,9 +100,10 @@ def dense_linop(
 
     Args:
         form_matrix: From (knots, points, live) to the matrix, shape (points, knots), in JAX. It is traced in float64
-            and compiled once for each function and size: give it the same function object each time. Knots and points
-            are in units of `in_units_of_span`; `live` says, bool (knots,), which knots to use: those are distinct.
-            Columns of other knots may hold any finite number. See `linops.in_float64` for what it may not call.
+            and compiled once for each function and size: give it the same function object each time. Places are
+            moved and scaled such that the knots' span is 1 and zero is no farther from them than that; the matrix must
+            not depend on it. `live` says, bool (knots,), which knots to use: those are distinct. Columns of other knots
+            may hold any finite number. See `linops.in_float64` for what it may not call.
         knots: As for `AbstractInterpolant.linop`.
         points: As for `AbstractInterpolant.linop`.
         returned: As for `AbstractInterpolant.linop`.
@@ -122,23 +123,11 @@ def dense_linop(
     return Dense(entries, returned, xp.broadcast_to(returned.sum() >= 2, points.shape))
 
 
-def in_units_of_span(knots: Places, points: Places) -> tuple[Places, Places, Places]:
-    """Measures places from the first knot, in units of the distance to the last one.
-
-    Differences of neighbours keep their digits however far the knots are from zero, and powers of differences neither
-    overflow nor vanish.
-
-    Args:
-        knots: Ascending, float64, shape (n,).
-        points: Float64, shape (p,).
-
-    Returns:
-        Knots, points, and the unit; 1 where all knots are equal. In NumPy if the knots are.
-    """
+def span_of(knots: Places) -> Places:
+    """Returns the distance from the first of ascending knots to the last; 1 where all are equal."""
     xp = np if isinstance(knots, np.ndarray) else jnp
     span = knots[-1] - knots[0]
-    unit = xp.where(span > 0, span, 1.0)
-    return (knots - knots[0]) / unit, (points - knots[0]) / unit, unit  # pyright: ignore[reportReturnType]
+    return xp.where(span > 0, span, 1.0)  # pyright: ignore[reportReturnType]
 
 
 @functools.cache
@@ -147,8 +136,12 @@ def _compiled_matrix(form_matrix, distinct):
     form_merged = form_matrix if distinct else functools.partial(_merge_sites, form_matrix)
 
     def form(knots, points, live):
-        knots, points, _ = in_units_of_span(knots, points)
-        return form_merged(knots, points, live)
+        # Powers of places neither overflow nor lose digits to a large offset. Of the knots' interval the number nearest
+        # to zero is subtracted, so that a place is not rounded more coarsely than it was given; the matrix does not
+        # depend on it.
+        offset = jax.lax.stop_gradient(jnp.clip(0.0, knots[0], knots[-1]))
+        unit = span_of(knots)
+        return form_merged((knots - offset) / unit, (points - offset) / unit, live)
 
     return in_float64(jax.jit(form))
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg.lapack import dgbsv  # pyright: ignore[reportAttributeAccessIssue]
 
-from ..abstract import SAME_SITE, in_units_of_span
+from ..abstract import SAME_SITE, span_of
 
 
 def banded_matrix(
@@ -43,12 +43,14 @@ def banded_matrix(
     if len(live) < 2:
         matrix[:] = np.nan
         return matrix
-    knots, points, unit = in_units_of_span(knots, points)
-    smoothing = float(smoothing / unit / unit / unit)
+    # In a unit in which LAPACK's choice of pivots keeps its digits. Differences are taken before, because places far
+    # from zero would be rounded.
+    unit = float(span_of(knots))
+    smoothing = smoothing / unit / unit / unit
     t, w = knots[live], weights[live]
-    gap = t[1:] - t[:-1]
+    gap = (t[1:] - t[:-1]) / unit
     if gap.min() > SAME_SITE:
-        matrix[:, live] = fit_matrix(t, reading_matrix(t, points), w, smoothing)
+        matrix[:, live] = fit_matrix(gap, reading_matrix(t, points, unit), w, smoothing)
         return matrix
     # Knots at one place count as one, whose value is their weighted mean.
     first = np.concatenate([[True], gap > SAME_SITE]).nonzero()[0]
@@ -59,13 +61,13 @@ def banded_matrix(
         matrix[:, live] = share
     else:
         t = t[first]
-        by_site = fit_matrix(t, reading_matrix(t, points), total, smoothing)
+        by_site = fit_matrix(np.diff(t) / unit, reading_matrix(t, points, unit), total, smoothing)
         matrix[:, live] = np.repeat(by_site, count, axis=1) * share
     return matrix
 
 
 def fit_matrix(
-    sites: Float[np.ndarray, "sites"],
+    gap: Float[np.ndarray, "gaps"],
     reading: Float[np.ndarray, "readings unknowns"],
     weights: Float[np.ndarray, "sites"],
     smoothing: float,
@@ -73,7 +75,7 @@ def fit_matrix(
     r"""Forms the matrix from values at sites to combinations of the fit's unknowns :math:`g_1, \gamma_1, g_2, \ldots`.
 
     Args:
-        sites: Strictly ascending, two or more, of a span of about one.
+        gap: Distances between neighbouring sites, positive, one or more, of a sum of about one.
         reading: Coefficients of the unknowns, two for each site, in each combination; see `reading_matrix`.
         weights: Positive.
         smoothing: :math:`\mu \ge 0`.
@@ -81,8 +83,7 @@ def fit_matrix(
     Raises:
         ArithmeticError: If the equations are singular.
     """
-    gap = sites[1:] - sites[:-1]
-    m, inverse_gap = len(sites), 1 / gap
+    m, inverse_gap = len(gap) + 1, 1 / gap
     # The transposed equations in LAPACK's band storage, 20 numbers for each site: ten for the equation of its value,
     # ten for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on
     # index 6 + i; the first three are LAPACK's own.
@@ -96,7 +97,9 @@ def fit_matrix(
     bands[0, 9], bands[-1, 5] = smoothing * inverse_gap[0], smoothing * inverse_gap[-1]
     _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
     if failed:
-        raise ArithmeticError(f"the spline's equations are singular at row {failed} of {2 * m}; knots are {sites}")
+        raise ArithmeticError(
+            f"the spline's equations are singular at row {failed} of {2 * m}; gaps between knots are {gap}"
+        )
     return solution[::2].T * weights
 
 
@@ -125,12 +128,13 @@ _CURVATURE = _coefficients(
 
 
 def reading_matrix(
-    sites: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"]
+    sites: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"], unit: float
 ) -> Float[np.ndarray, "points unknowns"]:
     r"""Forms the coefficients with which the curve's value at each point combines the unknowns, two for each site.
 
-    Between sites with values :math:`g_0, g_1` and second derivatives :math:`\gamma_0, \gamma_1`, a distance h apart,
-    and with :math:`a = 1 - b` the point's barycentric coordinates, the value is (Green and Silverman 1994, section 2.1)
+    Between sites with values :math:`g_0, g_1` and second derivatives :math:`\gamma_0, \gamma_1`, a distance h apart in
+    the given unit, and with :math:`a = 1 - b` the point's barycentric coordinates, the value is (Green and Silverman
+    1994, section 2.1)
 
     .. math::
         a g_0 + b g_1 - \tfrac{h^2}{6} a b \big( (1 + a) \gamma_0 + (1 + b) \gamma_1 \big).
@@ -145,7 +149,7 @@ def reading_matrix(
     np.divide(points - sites[lower], width, out=values[1])
     np.subtract(1, values[1], out=values[0])
     clipped = np.minimum(np.maximum(values, 0), 1)
-    curvatures = width * width / -6 * values * (clipped[::-1] * (1 + clipped))
+    curvatures = (width / unit) ** 2 / -6 * values * (clipped[::-1] * (1 + clipped))
     reading = np.zeros((len(points), 2 * len(sites)))
     flat = reading.reshape(-1)
     first = 2 * lower + np.arange(0, reading.size, reading.shape[1])

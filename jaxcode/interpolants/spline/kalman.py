@@ -99,11 +99,14 @@ class Blocks(NamedTuple):
 
 
 def find_transitions(
-    sequence: Sequence, knots: Float[Array | np.ndarray, "knots"], points: Float[Array | np.ndarray, "points"]
+    sequence: Sequence,
+    knots: Float[Array | np.ndarray, "knots"],
+    points: Float[Array | np.ndarray, "points"],
+    unit: Float[Array | np.ndarray, ""],
 ) -> Transitions:
-    """Forms the transitions over the gaps between knots and points, both ascending and in float64."""
+    """Forms the transitions over the gaps, in a unit, between knots and points, both ascending and in float64."""
     xp = np if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray) else jnp
-    gaps = xp.diff(xp.concatenate([points, knots])[sequence.order])
+    gaps = xp.diff(xp.concatenate([points, knots])[sequence.order]) / unit
     next_gap = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
     last_gap = xp.concatenate([xp.zeros(1), next_gap[:-1]])
     h = xp.stack([last_gap, next_gap[::-1]], axis=1)

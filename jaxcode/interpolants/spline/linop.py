@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 from ..._float64 import double_precision, in_float64
 from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
-from ..abstract import Vector, in_units_of_span
+from ..abstract import Vector, span_of
 from .host import banded_matrix
 from .kalman import Transitions, blocks_by_filters, find_transitions, matrix_by_filters
 from .sequence import Sequence, arrange
@@ -68,9 +68,9 @@ def _program_linop(knots, points, smoothing, weights):
     one_matrix = n + p <= MOST_IN_ONE_MATRIX
     block = None if one_matrix else ENTRIES_IN_A_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
-        knots, points, unit = in_units_of_span(np.asarray(knots, np.float64), np.asarray(points, np.float64))
-        sequence = arrange(knots, points, block)
-        places = find_transitions(sequence, knots, points), unit
+        knots, points = np.asarray(knots, np.float64), np.asarray(points, np.float64)
+        sequence, unit = arrange(knots, points, block), span_of(knots)
+        places = find_transitions(sequence, knots, points, unit), unit
     else:
         sequence = _arrange_in_program(knots, points, block)
         places = knots, points
@@ -87,8 +87,9 @@ def _solver(by_filters):
         if isinstance(places[0], Transitions):
             transitions, unit = places
         else:
-            knots, points, unit = in_units_of_span(*places)
-            transitions = find_transitions(sequence, knots, points)
+            knots, points = places
+            unit = span_of(knots)
+            transitions = find_transitions(sequence, knots, points, unit)
         return by_filters(sequence, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
 
     return in_float64(jax.jit(solve))
