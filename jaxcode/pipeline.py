@@ -141,9 +141,12 @@ def decode(
     """
     answers = output.of_answers(answers)
     if plans is None:
-        decoder = code.decoder_linop(returned) if decoder is None else decoder
+        if decoder is None:
+            assert returned is not None
+            decoder = code.decoder_linop(returned)
         results = apply_to_tree("f's result", decoder, answers, code.num_workers, precisely=False, one_pass=one_pass)
     else:
+        assert returned is not None
         results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
     return output.to_results(results)
 
