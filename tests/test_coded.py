@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 from scipy.interpolate import CubicSpline
 
 import jaxcode as jc
@@ -121,6 +121,26 @@ def test_many_nodes_keep_their_digits_in_any_mode():
     column = CubicSpline(code.nodes.workers[returned], np.eye(4000)[returned][:, at], bc_type="natural")
     matrix = np.asarray(code.decoder_matrix(returned))
     np.testing.assert_allclose(matrix[:, at], column(code.nodes.data), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["replication", "uncoded", "outside"])
+def test_tokens_and_classes_pass_where_nothing_is_mixed(name):
+    embed = nnx.Embed(30, 3, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(14, dtype=jnp.int32).reshape(7, 2)
+    np.testing.assert_array_equal(coded(embed, CODES[name])(tokens), embed(tokens))
+    large = 2**24 + 1 + tokens
+    found = coded(lambda x: {"same": x, "even": x % 2 == 0}, CODES[name])(large)
+    np.testing.assert_array_equal(found["same"], large)
+    np.testing.assert_array_equal(found["even"], large % 2 == 0)
+
+
+def test_an_input_that_is_nan_spoils_its_group_where_inputs_are_mixed():
+    x = jnp.asarray(normal(2 * K, 2)).at[K + 1].set(jnp.nan)
+    spoilt = {name: np.isnan(coded(curve, code)(x)).any(axis=1) for name, code in CODES.items()}
+    for name in ("spline", "berrut"):
+        np.testing.assert_array_equal(spoilt[name], np.arange(2 * K) >= K)
+    for name in ("replication", "uncoded", "outside"):
+        np.testing.assert_array_equal(spoilt[name], np.arange(2 * K) == K + 1)
 
 
 # ---- transformations ---------------------------------------------------------------------------------------
