@@ -16,7 +16,7 @@ SCALES = [1e-100, 1e-12, 1e-3, 1e7, 1e100]
 RETURNED = MASKS["some"]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 1e-6, 1e-2])
+@pytest.mark.parametrize("smoothing", [0.0, 1e-3])
 @pytest.mark.parametrize("way", ["host", "traced mask", "all traced"])
 @pytest.mark.parametrize(
     ("offset", "scale"), [*[(offset, 1.0) for offset in OFFSETS], *[(0.0, scale) for scale in SCALES], (1e112, 1e100)]
@@ -43,7 +43,7 @@ def test_static_places_in_any_unit_keep_their_digits_with_x64_off(scale, smoothi
 
 @each_interpolant
 @each_way
-@pytest.mark.parametrize(("offset", "scale"), [(2.0**30, 1.0), (2.0**40, 1.0), (0.0, 2.0**-330), (0.0, 2.0**330)])
+@pytest.mark.parametrize(("offset", "scale"), [(2.0**40, 1.0), (-(2.0**40), 1.0), (0.0, 2.0**-330), (0.0, 2.0**330)])
 def test_every_interpolant_gives_the_same_matrix_in_any_unit(name, way, offset, scale):
     """Knots are rounded so that the change of unit is exact; smoothing counts in the unit cubed."""
     knots, points = (np.round(places * 2.0**10) / 2.0**10 for places in (KNOTS, POINTS))

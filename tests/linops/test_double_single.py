@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcode.linops import DoubleSingle, split
+from jaxcode.linops import DoubleSingle, in_float64, split
 from jaxcode.linops.double_single import as_arguments
 
 NUMBERS = np.random.default_rng(0).normal(size=5) * 10.0 ** np.arange(-2, 3)
@@ -26,6 +26,7 @@ def test_derivatives_pass_through():
     with jax.enable_x64(True):
         numbers = jnp.asarray(NUMBERS)
     pair = split(numbers)
-    gradient = jax.grad(lambda pair: jnp.sum(pair.combine() ** 2).astype(jnp.float32))(pair)
+    sum_of_squares = in_float64(lambda values: jnp.sum(values**2))
+    gradient = jax.grad(lambda pair: sum_of_squares(pair.combine()).astype(jnp.float32))(pair)
     np.testing.assert_allclose(gradient.hi, 2 * NUMBERS, rtol=1e-6)
     np.testing.assert_allclose(gradient.lo, 2 * NUMBERS, rtol=1e-6)

@@ -1,8 +1,12 @@
 """Values against oracles, over knots, smoothings and masks; the full table is `python -m tests.benchmarks.accuracy`."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.interpolate import make_smoothing_spline
+
+from jaxcode.interpolants.spline import fit_and_evaluate
 
 from . import cases
 from .measure import bar, errors
@@ -50,3 +54,20 @@ def test_scipy_loses_its_digits_where_the_exact_oracle_takes_over():
     y = cases.data(t, rng)
     scipy_error = cases.worst_error(make_smoothing_spline(t, y, lam=100.0)(t[:9]), exact_spline(t, y, t[:9], 100.0))
     assert scipy_error > 1e-9
+
+
+def test_close_knots_near_zero_keep_their_digits():
+    """Their gaps are far smaller than the rounding of numbers as large as the knots' span."""
+    t = np.concatenate([[-1.0, -0.5], 1e-9 * np.array([1.0, 1.25, 1.75]), [0.4, 1.0]])
+    y = np.sin(np.arange(7.0))[:, None] * np.where(np.abs(t) < 0.1, 1e-9, 1)[:, None]
+    p = np.array([-0.7, 1.1e-9, 1.5e-9, 0.3])
+    traced_mask = jax.jit(lambda mask, mu: fit_and_evaluate(t, y, p, smoothing=mu, returned=mask))
+    all_traced = jax.jit(lambda mask, mu, t, p: fit_and_evaluate(t, y, p, smoothing=mu, returned=mask))
+    for smoothing in (0.0, 1e-20):
+        expected = exact_spline(t, y, p, smoothing)
+        with jax.enable_x64(True):
+            y, mask = jnp.asarray(y), np.ones(7, bool)
+            for found in (traced_mask(mask, smoothing), all_traced(mask, smoothing, t, p)):
+                np.testing.assert_allclose(found, expected, rtol=1e-13)
+            # LAPACK's pivots lose some of them.
+            np.testing.assert_allclose(fit_and_evaluate(t, y, p, smoothing=smoothing), expected, rtol=2e-6)
