@@ -1,12 +1,18 @@
 """A differentiable coding layer for JAX: models answer although workers are slow, dead or faulty.
 
-K inputs are encoded by a closed-form smoothing spline into N coded inputs, N workers each run the model on theirs, and
-the K results are decoded from the answers that came.
+K inputs are encoded, by a closed-form smoothing spline for instance, into N coded inputs; each of N workers runs the
+model on one of them, and the K results are decoded from the answers that came.
 
-Everything that is meant to be used is reachable from here; a module whose name begins with an underscore holds one
-function or class that is (`jaxcode.coded`), or helpers. A package holds what answers one question: `codes` and `nodes`
-which pieces of work there are, `placement` and `pools` where they run, `serving` and `stop` when answers are enough,
-`interpolants`, `linops` and `robust` how answers become results, `tuning` what is best for a model, `saga` training.
+Every public name is reachable from here; what only a module with a leading underscore holds is private, except for
+`coded`, `Coded` and `pytree`, which are imported below. By purpose:
+
+* `codes`, `nodes`, `ordering`: which coded inputs there are.
+* `placement`, `pools`: where workers run; `stragglers` models their latencies.
+* `serving`, `stop`: when answers are enough.
+* `interpolants`, `linops`, `outputs`, `robust`: how answers become results.
+* `tuning`: which code suits a model; `metrics` measures it.
+* `saga`: training.
+* `checks`: argument checks, for codes and interpolants of one's own.
 """
 
 from . import checks as checks

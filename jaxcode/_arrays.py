@@ -31,8 +31,8 @@ def as_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
         try:
             return jax.device_put(np.asarray(leaf))
         except (TypeError, ValueError):
-            where = name + jax.tree_util.keystr(path)
-            raise ValueError(f"{where} is {leaf!r}; expected numbers: give arrays") from None
+            leaf_name = name + jax.tree_util.keystr(path)
+            raise ValueError(f"{leaf_name} is {leaf!r}; expected numbers: give arrays") from None
 
     return jax.tree_util.tree_map_with_path(convert, tree)
 

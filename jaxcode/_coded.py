@@ -35,41 +35,41 @@ def coded(
     planner: Planner | None = None,
     placement: AbstractPlacement | None = None,
 ) -> "Coded":
-    r"""Makes a model answer although workers are missing.
+    r"""Wraps a model so that its results are decoded from the workers that returned.
 
     The batch is cut into groups of K inputs, in its own order unless another is asked for (the last group is padded
     with its last input); each group is encoded into N coded inputs, worker n computes f on its coded inputs of all
     :math:`\lceil B/K \rceil` groups, and the results are decoded from the workers that returned.
 
-    What is returned is compiled on first use and composes with jit, vmap, grad, jacfwd and remat. A new mask does not
-    recompile, nor does another call of `coded` for a model of the same structure, after a training step for instance,
-    if code and options are equal. Functions made anew, lambdas and partial functions, are not: keep one and pass it
-    again.
+    The returned function is compiled on first use and composes with jit, vmap, grad, jacfwd and remat. A new mask does
+    not recompile, nor does another call of `coded` for a model of the same structure, after a training step for
+    instance, if code and options are equal. A lambda or a `functools.partial` equals only itself: create it once and
+    pass the same object again.
 
     Args:
-        f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It is given and
-            returns a batch: any pytree of arrays with a leading axis. Its results must be real numbers where the code
-            mixes; logits decode better than probabilities. A module's parameters are those it has now: after training,
-            call `coded` again.
+        f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It takes a batch
+            and returns one: any pytree of arrays with a leading axis. Its results must be real numbers where the code
+            mixes them; logits decode better than probabilities. A module's parameters are read by this call: after
+            training, call `coded` again.
         code: How inputs become coded inputs and answers become results.
-        order: In which order the batch is cut into groups: a function (x, K) to a permutation of the batch, traced
+        order: In which order the batch is cut into groups: a function from (x, K) to a permutation of the batch, traced
             with the rest; no derivatives pass through it. `jaxcode.ordering.greedy` puts similar inputs next to each
             other, which with a code that mixes inputs is where most of the accuracy is. Results come in the order of
             the batch all the same.
         output: In which space answers are decoded; `jaxcode.outputs.logits` for a model that returns probabilities.
             Results are what the model returns all the same.
         defence: Detects wrong answers: `jaxcode.robust.leave_one_out` flags faulty workers by their answers to the
-            whole batch, and these are treated as if they had not returned. All workers are trusted if not given.
-        planner: Plans each group: a function (code, group of inputs), traced, to the `Plan` with which the group is
-            encoded and decoded. None for codes that need none.
-        placement: On which devices workers compute: `jaxcode.placement.shard_map(mesh)` spreads them over a mesh. All
-            as one batch on one device, `jaxcode.placement.vmap()`, if not given.
+            whole batch, and these are treated as if they had not returned. If None, all workers are trusted.
+        planner: Plans each group: a function, traced, from (code, group of inputs) to the `Plan` with which the group
+            is encoded and decoded. None for codes that need none.
+        placement: On which devices workers compute: `jaxcode.placement.shard_map(mesh)` spreads them over a mesh. If
+            None, `jaxcode.placement.vmap()`: all as one batch on one device.
 
     Returns:
-        A function `predict(x, returned=None)`, see `Coded`.
+        A function `predict(x, returned=None)`; see `Coded`.
 
     Raises:
-        ValueError: If f or code is none of the above.
+        ValueError: If f or code is none of these.
 
     References:
         arXiv 2406.00300, section 3.
@@ -92,12 +92,16 @@ def coded(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What of a coded model is not an array, so that models of equal settings share what is compiled.
+    """Holds the static part of a coded model: models with equal settings share one compiled program.
 
     Attributes:
         fn: The model without its parameters.
         static_code: The code if it is static, else None.
-        order: As for `coded`, as are the others.
+        order: As for `coded`.
+        output: As for `coded`.
+        defence: As for `coded`.
+        planner: As for `coded`.
+        placement: As for `coded`.
     """
 
     fn: PureFunction
@@ -116,7 +120,7 @@ class Setting:
         return hash(self._values())
 
     def __reduce__(self):
-        # Without the hash, which is another one in other processes.
+        # Without the hash, which differs between processes.
         return Setting, self._values()
 
     def _values(self):
@@ -129,7 +133,7 @@ _DEFAULTS = {"output": as_returned, "placement": vmap()}
 @final
 @pytree("setting", eq=False)
 class Coded:
-    """A model that answers although workers are missing; made by `coded`.
+    """Computes a model's results from the workers that returned; made by `coded`.
 
     A pytree whose leaves are the model's parameters, and the code's nodes and smoothing where they are traced: it can
     be passed to jitted functions, donated, mapped over with `jax.tree.map` and pickled with cloudpickle.
@@ -137,7 +141,7 @@ class Coded:
     Attributes:
         params: The model's parameters.
         traced_code: The code if it is not static, else None.
-        setting: Everything else.
+        setting: The static part: the model's function and the options of `coded`.
     """
 
     params: Params
@@ -161,7 +165,7 @@ class Coded:
         return f"Coded({', '.join(parts)})"
 
     def __call__(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
-        """Answers a batch from the workers that returned.
+        """Computes a batch's results from the workers that returned.
 
         Args:
             x: The batch, leaves (B, ...). With a code that mixes inputs, one that is NaN or infinite makes the results
@@ -169,8 +173,8 @@ class Coded:
             returned: Which workers returned, bool (N,); all if not given.
 
         Returns:
-            The results, leaves (B, ...). Where the code cannot recover an input from these answers (with curves: fewer
-            than two), its results are NaN.
+            The results, leaves (B, ...). Where the code cannot recover an input from these answers (an interpolating
+            code from fewer than two), its results are NaN.
 
         Raises:
             ValueError: If x has no leaves, its leading axes differ or are 0, its dtype cannot be mixed, returned is not
@@ -182,14 +186,14 @@ class Coded:
     def inspect(
         self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None
     ) -> tuple[PyTree[Array], Detection | None]:
-        """Answers a batch and reports which workers the defence flagged.
+        """Computes a batch's results and returns which workers the defence flagged.
 
         Args:
             x: As for a call.
             returned: As for a call.
 
         Returns:
-            The results, and what the defence found; None without a defence.
+            The results, and the defence's detection; None without a defence.
 
         Raises:
             ValueError: As for a call.
@@ -217,7 +221,7 @@ def _name_of(option):
 @functools.partial(jax.jit, static_argnums=0)
 def _run(setting, params, traced_code, x, decoder, returned):
     def specs(batch):
-        # Results are sharded along the batch as the inputs are; what the defence found is everywhere.
+        # Results are sharded along the batch as the inputs are; the detection is on every device.
         return PartitionSpec(*jax.tree.leaves(batch)[0][:1]), PartitionSpec()
 
     def run(x, *arguments):
@@ -231,8 +235,8 @@ def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     placement = setting.placement
     grouped, grouping = group(placement.place(x), code.num_data, setting.order)
     plans = make_plans(code, setting.planner, grouped)
-    sent = encode(code, None, grouped, plans, one_pass=placement.spread)
-    answers = placement.answer(setting.fn, params, sent)
+    coded_inputs = encode(code, None, grouped, plans, one_pass=placement.spread)
+    answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None
     if setting.defence is not None:
         detection = setting.defence(code, setting.output.of_answers(answers), returned)

@@ -1,4 +1,4 @@
-"""Small computations in float64 inside programs of any precision."""
+"""Runs small computations in float64 inside programs of any precision."""
 
 import contextlib
 import functools
@@ -12,12 +12,12 @@ from jax.custom_derivatives import SymbolicZero
 
 
 def x64_is_on() -> bool:
-    """Whether JAX's x64 mode is on in this thread."""
+    """Returns whether JAX's x64 mode is on in this thread."""
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function compute in float64 whether JAX's x64 mode is on or off, and its derivatives too.
+    """Wraps a function so that it and its derivatives are computed in float64, whether JAX's x64 mode is on or off.
 
     `jax.enable_x64(True)` around the body is enough for values and forward derivatives. A reverse derivative is traced
     later, outside the body, where with x64 off the transposes of gather and dot ask for float64 and are given
@@ -28,8 +28,8 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         function: Pure, of positional arguments that are pytrees of arrays. Inexact ones narrower than float64 are
-            widened. It must not call what JAX expands only when it lowers a program, by then with x64 off: `argmin`
-            and `argmax` fail there. Naming float64, as `dtype=` does, is safe only outside of what is mapped by `vmap`.
+            widened. It must not call what JAX expands only when it lowers a program, when x64 is off again: `argmin`
+            and `argmax` fail. `dtype=jnp.float64` is safe only outside of what is mapped by `vmap`.
 
     Returns:
         The function, with float64 results; jit, vmap, jvp, vjp, and forward over reverse, work as usual.
@@ -42,21 +42,21 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.partial(call.defjvp, symbolic_zeros=True)
     def jvp(structure, primals, tangents):
         with double_precision():
-            varying = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+            indices = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
 
-            def restricted(*arguments):
-                """The function of those leaves alone that have a tangent."""
+            def partial_function(*arguments):
+                """Computes the function from the leaves that have a tangent; the others are constant."""
                 leaves = list(primals)
-                for i, argument in zip(varying, arguments, strict=True):
+                for i, argument in zip(indices, arguments, strict=True):
                     leaves[i] = argument
                 return function(*jax.tree.unflatten(structure, leaves))
 
-            point = tuple(primals[i] for i in varying)
+            point = tuple(primals[i] for i in indices)
             tangent_out = _apply_linear_map(
-                forward=lambda tangent: jax.jvp(restricted, point, tangent)[1],
-                transpose=lambda cotangent: jax.vjp(restricted, *point)[1](cotangent),
-                argument=tuple(tangents[i] for i in varying),
-                result_shape=jax.eval_shape(restricted, *point),
+                forward=lambda tangent: jax.jvp(partial_function, point, tangent)[1],
+                transpose=lambda cotangent: jax.vjp(partial_function, *point)[1](cotangent),
+                argument=tuple(tangents[i] for i in indices),
+                result_shape=jax.eval_shape(partial_function, *point),
                 parameters=[leaf for leaf in primals if jnp.issubdtype(leaf.dtype, jnp.inexact)],
             )
             return call(structure, *primals), tangent_out
@@ -78,9 +78,9 @@ def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
         arguments: Arrays; inexact ones narrower than float64 are widened.
 
     Returns:
-        The value, real numbers in float64 with x64 on, else float32. Under `vmap` it is computed for one element after
-        the other: what is batched after it has been traced is given float32 for float64, and batched factorizations of
-        LAPACK that run side by side can wait for each other forever on a CPU of few cores.
+        The value, real numbers in float64 with x64 on, else float32. Under `vmap` elements are computed sequentially:
+        operations that are batched after tracing get float32 instead of float64, and batched LAPACK factorizations
+        that run concurrently can deadlock on a CPU of few cores.
     """
     result_dtype = jnp.result_type(float)
     # NumPy arrays are constants of the program, because with x64 off they would be rounded as arguments are.
@@ -89,8 +89,8 @@ def constant_in_float64(function: Callable[..., Any], *arguments: Any) -> Any:
     @jax.custom_batching.sequential_vmap
     def compute(*traced):
         with double_precision():
-            remaining = iter(traced)
-            widened = [_widen(static[i] if i in static else next(remaining)) for i in range(len(arguments))]
+            traced_arguments = iter(traced)
+            widened = [_widen(static[i] if i in static else next(traced_arguments)) for i in range(len(arguments))]
 
             def narrow(leaf):
                 return leaf.astype(result_dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
@@ -107,7 +107,7 @@ def double_precision():
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-        # Nodes in NumPy are given to the program.
+        # Nodes in NumPy are implicitly transferred to the program.
         jax.transfer_guard_host_to_device("allow"),
     ):
         yield
@@ -122,7 +122,7 @@ def _widen(value):
 
 
 def _apply_linear_map(forward, transpose, argument, result_shape, parameters):
-    """Applies a linear map J whose forward and transposed products are both given, and traced when it is called.
+    """Applies a linear map J whose forward and transposed products are both given; both are traced by this call.
 
     A linear solve is the one operation of JAX that carries both directions through every transformation. J x is the
     second part of the solution (u, v) of

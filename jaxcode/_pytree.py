@@ -15,11 +15,15 @@ def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]
     """Makes a class a frozen dataclass and a pytree, whose leaves are all fields but the static ones.
 
     Unlike `jax.tree_util.register_dataclass`, rebuilding an object from its leaves does not run the constructor and its
-    checks: JAX puts tracers, and objects that only stand for arrays, in place of leaves.
+    checks: JAX puts tracers, and placeholders of other types, in place of leaves.
 
     Args:
-        *static: Names of fields that are part of the structure; hashable.
-        eq: Whether objects with equal fields are equal. Arrays have no single truth value: not with fields of arrays.
+        *static: Names of fields that are part of the structure; their values must be hashable.
+        eq: Whether objects with equal fields are equal. Must be False where fields are arrays, whose comparison has no
+            single truth value.
+
+    Returns:
+        A class decorator.
     """
 
     def decorate(cls):
@@ -47,7 +51,7 @@ def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]
 
 
 def _getter(names):
-    """The tuple of an object's fields, as fast as can be: every call of a jitted function takes its arguments apart."""
+    """Returns a fast function from an object to the tuple of its fields: every call of a jitted function runs it."""
     if not names:
         return lambda obj: ()
     get = operator.attrgetter(*names)

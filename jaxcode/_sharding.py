@@ -1,4 +1,4 @@
-"""Arrays whose shardings are part of their types: leaving to the compiler where data lie, and replicating."""
+"""Handles arrays with explicit sharding, which is part of their type: makes mesh axes automatic, and replicates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,12 @@ def with_auto_axes(
     explicit axis. Where no axis is explicit the function is called as it is.
 
     Args:
-        function: Of the arguments.
+        function: A function of the arguments.
         arguments: Pytrees of arrays; the first is the batch.
-        specs: From the batch's specs to those of the results, a prefix of their tree.
+        specs: From the partition specs of the batch to those of the results, a prefix of the results' tree.
+
+    Returns:
+        The function's results.
     """
     mesh = _mesh_of(arguments)
     explicit = tuple(
@@ -42,14 +45,14 @@ def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
     """Replicates arrays along their explicitly sharded axes.
 
     Indexing and reshaping along such an axis raise `ShardingTypeError`. Axes of a mesh that are automatic or manual
-    stay as they are.
+    are left unchanged.
 
     Args:
         tree: Arrays.
         keep: How many leading axes of the arrays stay sharded.
 
     Returns:
-        The same values.
+        The same arrays, resharded.
     """
 
     def replicate(leaf):

@@ -1,6 +1,7 @@
 """Checks arguments: their shapes and dtypes always, their values where the host knows them.
 
-An error names the argument, its value, what was expected and the remedy.
+Every `check_` function takes the name and the value of an argument. It raises a `ValueError` that names the argument,
+its value, what was expected and the remedy.
 """
 
 import operator
@@ -14,9 +15,9 @@ from jax.core import Tracer
 
 
 def static_value(x: Any) -> np.ndarray | None:
-    """Copies the value of an array to NumPy if the host knows it now.
+    """Copies the value of an array to NumPy if it is static, which is to say known to the host.
 
-    A copy, so that what the caller writes to the array later is not seen.
+    It is copied so that later writes to the array by the caller have no effect.
 
     Args:
         x: An array, a number or a sequence of them.
@@ -47,12 +48,16 @@ def _in_host_memory(leaf):
 
 
 def is_static(tree: Any) -> bool:
-    """Whether the host knows every leaf of a tree now; see `static_value`."""
+    """Returns whether every leaf of a tree is static; see `static_value`."""
     return all(static_value(leaf) is not None for leaf in jax.tree.leaves(tree))
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Converts a whole number of at least `least` to a Python int."""
+    """Converts a whole number of at least `least` to a Python int.
+
+    Raises:
+        ValueError: If it is traced, not whole or below `least`.
+    """
     if isinstance(value, Tracer):
         raise ValueError(
             f"{name} is the tracer {value}; expected a whole number known to the host, since it fixes a shape: close "
@@ -75,18 +80,18 @@ def check_scalar(
     Args:
         name: Name of the argument.
         value: Any object.
-        valid: Says of the number, as a NumPy array of shape (), whether it is in range.
+        valid: Returns whether the number, a NumPy array of shape (), is in range.
         expected: What the error says was expected: "a number in [0, 1]: give ...".
         integer: Whether only integer dtypes pass.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the value is not such a number.
     """
     try:
         shape, dtype = np.shape(value), _dtype(value)
     except (TypeError, ValueError):
         shape, dtype = None, np.dtype(object)
-    # jnp's test, since bfloat16 is no floating dtype to NumPy.
+    # jnp.issubdtype, because NumPy's does not count bfloat16 as floating.
     kinds = (jnp.integer,) if integer else (jnp.integer, jnp.floating)
     if shape == () and any(jnp.issubdtype(dtype, kind) for kind in kinds):
         number = static_value(value)
@@ -121,11 +126,11 @@ def check_durations(name: str, value: Any) -> None:
     numbers = static_value(value)
     if numbers is None:
         return
-    wrong = np.flatnonzero(~(numbers >= 0))
-    if wrong.size:
+    violations = np.flatnonzero(~(numbers >= 0))
+    if violations.size:
         raise ValueError(
-            f"{name}[{wrong[0]}] is {numbers[wrong[0]]}; expected seconds, 0 or more and not NaN: leave failed "
-            "measurements out, or give inf for a call that was never answered"
+            f"{name}[{violations[0]}] is {numbers[violations[0]]}; expected seconds, 0 or more and not NaN: leave "
+            "failed measurements out, or give inf for a call that was never answered"
         )
 
 
@@ -171,7 +176,7 @@ def check_smoothing(name: str, value: Any) -> None:
 
 
 def check_values(name: str, value: Any, count: int) -> None:
-    """Checks that the leading axis of an array is the knots."""
+    """Checks that an array has one row for each of `count` knots."""
     if np.ndim(value) < 1 or np.shape(value)[0] != count:
         raise ValueError(f"{name} has shape {np.shape(value)}; expected its leading axis to be the {count} knots")
 
@@ -204,7 +209,11 @@ def check_mask(name: str, value: Any, count: int) -> None:
 
 
 def batch_size(name: str, tree: Any) -> int:
-    """Returns the length of the leading axis, at least 1, that all leaves share."""
+    """Returns the length of the leading axis that all leaves share.
+
+    Raises:
+        ValueError: If there are no leaves, or their leading axes differ or are 0.
+    """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError(f"{name} is {tree!r}; expected at least one array with a leading axis, the batch")

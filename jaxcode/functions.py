@@ -24,7 +24,7 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
     """Separates the function that a model computes from its parameters, in evaluation mode.
 
     Dropout is off and batch normalisation uses its running averages. An nnx module is copied and the copy is put in
-    evaluation mode (`module.eval()`); the given one is not changed. Of a linen module no collection is mutable; where
+    evaluation mode (`module.eval()`); the given one is not changed. No collection of a linen module is mutable; where
     its fields ask for training behaviour (`deterministic=False`, `use_running_average=False`), set them in the module.
 
     Args:
@@ -126,7 +126,7 @@ class _Static:
 
     @functools.cached_property
     def _key(self) -> tuple[bool, int]:
-        """Whether the value is hashable, and its hash or its id."""
+        """Returns whether the value is hashable, and its hash or its id."""
         try:
             return True, hash(self.value)
         except TypeError:

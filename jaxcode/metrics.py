@@ -183,8 +183,8 @@ def _accuracy(logits, labels):
 
 @jax.jit
 def _agreement(estimates, targets):
-    same = jnp.argmax(estimates, axis=-1) == jnp.argmax(targets, axis=-1)
-    return jnp.mean(same & _is_decoded(estimates) & _is_decoded(targets))
+    is_same_class = jnp.argmax(estimates, axis=-1) == jnp.argmax(targets, axis=-1)
+    return jnp.mean(is_same_class & _is_decoded(estimates) & _is_decoded(targets))
 
 
 def _squared_error_norm(estimates, targets, where):
@@ -198,13 +198,13 @@ def _squared_error_norm(estimates, targets, where):
 
 
 def _sqrt(x):
-    """Computes a square root whose gradient at 0 is 0, where an exact estimate would make it NaN."""
+    """Computes a square root whose gradient at 0 is 0 instead of NaN, for exact estimates."""
     zero = x == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def _is_decoded(outputs):
-    # argmax points at a NaN, which would make a lost input a prediction.
+    # argmax returns the index of a NaN: without this check a lost input could count as a correct prediction.
     return ~jnp.isnan(outputs).any(axis=-1)
 
 

@@ -1,8 +1,8 @@
-r"""Where the inputs (alpha) and the workers (beta) sit on the curve: the layouts that every code can have.
+r"""Layouts: the nodes at which inputs (alpha) and workers (beta) sit on the curve.
 
 Nodes are NumPy float64 arrays on the host, ascending on [-1, 1]: near the ends Chebyshev nodes are closer than float32
-can resolve, and their differences decide the curve. Each is the sine of an angle measured from the middle, which makes
-the nodes exactly symmetric; their float64 differences are right to 1e-16 absolutely.
+can resolve, and the curve depends on their differences. Each is the sine of an angle measured from the middle, so
+that nodes are exactly symmetric; their float64 differences have an absolute error of 1e-16.
 
 References:
     arXiv 2406.00300 (LeTCC), section 5, for alpha and beta.
@@ -31,7 +31,7 @@ __all__ = [
 @final
 @pytree(eq=False)
 class Nodes:
-    """A layout: where K inputs and N workers sit.
+    """Holds a layout: the nodes of K inputs and N workers.
 
     Attributes:
         data: alpha, strictly ascending, shape (K,), K >= 2.
@@ -66,6 +66,9 @@ def chebyshev(num_data: int, num_workers: int) -> Nodes:
         num_data: K, at least 2.
         num_workers: N, at least 2.
 
+    Returns:
+        The layout.
+
     Raises:
         ValueError: If either is not a whole number of at least 2.
 
@@ -80,8 +83,8 @@ def chebyshev(num_data: int, num_workers: int) -> Nodes:
 def systematic(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
     """Places a worker at every input and the others between them.
 
-    What a worker at an input's own node returns is exact. The others are spread evenly over the gaps between data nodes
-    and outside the outer ones, evenly in angle, as Chebyshev nodes are.
+    The answer of a worker at an input's own node is exact. The others are spread over the gaps between data nodes and
+    outside the outer ones, evenly in angle, as Chebyshev nodes are.
 
     Args:
         data: Data nodes, strictly ascending on [-1, 1], shape (K,); or K >= 2, for Chebyshev nodes of the first kind.
@@ -123,13 +126,16 @@ def repeated(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
 def mixed(data: int | Float[np.ndarray, "data"], num_workers: int, num_between: int) -> Nodes:
     """Places a worker at every input, some between inputs, and the rest at inputs again.
 
-    From `repeated` (num_between = 0) to `systematic` (N - K) in steps of one. The N - K - num_between further copies
-    are of inputs spread evenly over the curve, so that an input with one copy has neighbours with two.
+    Interpolates between `repeated` (num_between = 0) and `systematic` (num_between = N - K). The remaining
+    N - K - num_between workers are further copies of inputs, chosen evenly along the curve.
 
     Args:
         data: As for `systematic`.
         num_workers: N, at least K.
         num_between: Workers between data nodes, from 0 to N - K.
+
+    Returns:
+        The layout.
 
     Raises:
         ValueError: As for `systematic`, or if num_between is out of range.
@@ -143,9 +149,9 @@ def mixed(data: int | Float[np.ndarray, "data"], num_workers: int, num_between: 
         raise ValueError(
             f"num_between is {num_between}; expected at most num_workers - num_data, {num_workers - num_data}"
         )
-    copies = num_workers - num_data - num_between
-    copied = (np.arange(copies) * num_data + num_data // 2) // max(copies, 1)
-    return Nodes(alpha, np.sort(np.concatenate([_interleaved(alpha, num_data + num_between), alpha[copied]])))
+    num_copies = num_workers - num_data - num_between
+    copied_index = (np.arange(num_copies) * num_data + num_data // 2) // max(num_copies, 1)
+    return Nodes(alpha, np.sort(np.concatenate([_interleaved(alpha, num_data + num_between), alpha[copied_index]])))
 
 
 def chebyshev_first(count: int) -> Float[np.ndarray, "count"]:
@@ -205,7 +211,7 @@ def uniform(count: int) -> Float[np.ndarray, "count"]:
 
 
 def _checked(data, num_workers):
-    """Returns data nodes and a number of workers that covers them."""
+    """Returns the data nodes and the number of workers, checked."""
     if np.ndim(data) == 0:
         data = chebyshev_first(check_count("num_data", data, least=2))
     check_vector("data_nodes", data)
@@ -220,13 +226,13 @@ def _checked(data, num_workers):
 
 
 def _interleaved(alpha, num_workers):
-    """Returns worker nodes that contain every data node, the others in the gaps."""
+    """Returns worker nodes: every data node, and the others in the gaps between them."""
     if np.max(np.abs(alpha)) > 1:
         raise ValueError(f"data_nodes reach from {alpha[0]} to {alpha[-1]}; expected nodes on [-1, 1]")
-    extra = num_workers - len(alpha)
+    num_between = num_workers - len(alpha)
     bounds = np.concatenate([[-np.pi / 2], np.arcsin(alpha), [np.pi / 2]])
     # Evenly spread targets decide how many nodes go into each gap; within a gap these divide it evenly.
-    targets = np.pi * ((np.arange(extra) + 0.5) / max(extra, 1) - 0.5)
+    targets = np.pi * ((np.arange(num_between) + 0.5) / max(num_between, 1) - 0.5)
     per_gap = np.bincount(np.searchsorted(bounds[1:-1], targets), minlength=len(alpha) + 1)
     kinds = ["first", *["inner"] * (len(alpha) - 1), "last"]
     angles = [
@@ -237,7 +243,7 @@ def _interleaved(alpha, num_workers):
 
 
 def _divide_gap(low, high, count, kind):
-    """Returns angles that divide a gap between data nodes evenly; outside the outer data nodes they reach the end."""
+    """Returns angles that divide a gap between data nodes evenly; in the first and last gap they include the end."""
     if kind == "first":
         return np.linspace(low, high, count + 1)[:-1]
     if kind == "last":

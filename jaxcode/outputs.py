@@ -25,8 +25,9 @@ class OutputSpace:
 
     Attributes:
         name: Its name in reports.
-        of_answers: From the answers as the model returns them, leaves (B, ...), to the numbers that are decoded.
-        to_results: The inverse, from decoded numbers, leaves (B, ...), to results.
+        of_answers: From the answers as the model returns them, leaves (B, ...), to the space in which
+            they are decoded.
+        to_results: The inverse, from decoded answers, leaves (B, ...), to results.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Group, encode, decode, predict errors, ungroup: what happens to a batch before and after the workers, once for all.
+"""Groups, encodes, decodes and ungroups a batch: the steps before and after the workers, for all that run a code.
 
 A batch, leaves (B, ...), is cut into groups of K inputs. From there on every array has the members of a group in front
 and the groups behind them: inputs and results are leaves (K, groups, ...), coded inputs and answers (N, groups, ...).
@@ -23,17 +23,17 @@ from .linops.abstract import prepare_eagerly, transfers_allowed
 from .ordering import Ordering
 from .outputs import OutputSpace
 
-# From a code and one group of inputs, leaves (K, ...), to what is planned for it; traced.
+# From a code and one group of inputs, leaves (K, ...), to the group's plan; traced.
 Planner = Callable[[AbstractCode, PyTree[Array]], Plan]
 
 
 @final
 @pytree("size", "num_data", "num_groups")
 class Grouping:
-    """How a batch was cut into groups.
+    """Describes how a batch was cut into groups.
 
     Attributes:
-        permutation: Which input is i-th, shape (B,); None where inputs keep their order.
+        permutation: The index of the input at each position, shape (B,); None where inputs keep their order.
         size: B.
         num_data: K.
         num_groups: How many groups there are, the last one padded with its last input.
@@ -51,7 +51,8 @@ def group(x: PyTree[Array], num_data: int, order: Ordering | None) -> tuple[PyTr
     Args:
         x: The batch, leaves (B, ...).
         num_data: K.
-        order: From (x, K) to a permutation of the batch; no derivatives pass through it. The batch's own if None.
+        order: From (x, K) to a permutation of the batch; no derivatives pass through it. If None, the batch keeps its
+            order.
 
     Returns:
         Leaves (K, groups, ...), the last group padded with its last input; and the grouping.
@@ -77,19 +78,28 @@ def ungroup(results: PyTree[Array], grouping: Grouping) -> PyTree[Array]:
     """Puts results, leaves (K, groups, ...), in the order of the batch, leaves (B, ...)."""
 
     def ungroup_leaf(leaf):
-        rest = leaf.shape[2:]
+        feature_shape = leaf.shape[2:]
         if grouping.permutation is None:
-            return jnp.swapaxes(leaf, 0, 1).reshape(-1, *rest)[: grouping.size]
+            return jnp.swapaxes(leaf, 0, 1).reshape(-1, *feature_shape)[: grouping.size]
         index = jnp.arange(grouping.size, dtype=jnp.int32)
         position = jnp.zeros_like(index).at[grouping.permutation].set(index)
         member, number = position % grouping.num_data, position // grouping.num_data
-        return leaf.reshape(-1, *rest)[member * grouping.num_groups + number]
+        return leaf.reshape(-1, *feature_shape)[member * grouping.num_groups + number]
 
     return jax.tree.map(ungroup_leaf, results)
 
 
 def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Array]) -> Plan | None:
-    """Plans every group: a plan whose leaves have a leading axis, the groups. None without a planner."""
+    """Plans every group.
+
+    Args:
+        code: The code.
+        planner: From the code and one group to its plan, or None.
+        grouped: Leaves (K, groups, ...).
+
+    Returns:
+        One plan whose leaves have the groups as leading axis; None without a planner.
+    """
     if planner is None:
         return None
     return jax.vmap(functools.partial(planner, code), in_axes=1)(grouped)
@@ -107,10 +117,13 @@ def encode(
 
     Args:
         code: The code.
-        encoder: Its encoder; not read with plans, which may change it.
+        encoder: Its encoder, prepared if None; not read with plans, each of which may change it.
         grouped: The inputs.
-        plans: Of all groups.
+        plans: The plans of all groups, from `make_plans`.
         one_pass: As for `decode`.
+
+    Raises:
+        ValueError: If a dtype cannot be mixed.
     """
     if plans is None:
         encoder = code.encoder_linop() if encoder is None else encoder
@@ -133,11 +146,14 @@ def decode(
     Args:
         code: The code.
         decoder: Its decoder for the workers that returned; if None, it is prepared from `returned`.
-        answers: What workers answered.
+        answers: The workers' answers.
         output: The space in which they are decoded.
         returned: Which workers returned; not read if there is a decoder and no plan.
-        plans: Of all groups.
+        plans: The plans of all groups, from `make_plans`.
         one_pass: Whether to multiply all data as one product; see `apply_to_tree`.
+
+    Raises:
+        ValueError: If a dtype cannot be mixed.
     """
     answers = output.of_answers(answers)
     if plans is None:
@@ -175,28 +191,28 @@ def predict_errors(
 
 
 def flatten_groups(tree: PyTree[Array | np.ndarray]) -> PyTree[Array | np.ndarray]:
-    """Makes one batch of all members of all groups, leaves (N, groups, ...) to (N groups, ...), as a model takes it."""
+    """Flattens members and groups to a model's batch, leaves (N, groups, ...) to (N groups, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:]), tree)
 
 
 def unflatten_groups(tree: PyTree[Array | np.ndarray], num_members: int) -> PyTree[Array | np.ndarray]:
-    """Takes a model's batch, leaves (N groups, ...), back to leaves (N, groups, ...)."""
+    """Reshapes a model's batch, leaves (N groups, ...), to leaves (N, groups, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(num_members, -1, *leaf.shape[1:]), tree)
 
 
 def pad(leaf: Array | np.ndarray, size: int) -> Array | np.ndarray:
-    """Pads a batch to a size with copies of its last input; in NumPy where it is there."""
-    missing = size - leaf.shape[0]
+    """Pads a batch to a size with copies of its last input; a NumPy array stays one."""
+    num_copies = size - leaf.shape[0]
     xp = np if isinstance(leaf, np.ndarray) else jnp
-    return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
+    return xp.concatenate([leaf, xp.repeat(leaf[-1:], num_copies, axis=0)]) if num_copies else leaf
 
 
 @final
 class StaticCode:
-    """A code that the host knows, equal to others by value, as a static argument of jitted functions.
+    """Wraps a static code so that it is hashable and compared by value, as a static argument of jitted functions is.
 
     Args:
-        code: Its leaves are static.
+        code: A code whose leaves are static.
     """
 
     def __init__(self, code: AbstractCode):
@@ -216,7 +232,7 @@ class StaticCode:
         return f"StaticCode({describe_code(self.code)})"
 
     def __reduce__(self):
-        # Without the hash, which is another one in other processes.
+        # Without the hash, which differs between processes.
         return StaticCode, (self.code,)
 
 
@@ -232,9 +248,9 @@ def describe_code(code: AbstractCode) -> str:
 
 @functools.lru_cache(maxsize=256)
 def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractLinop:
-    """Prepares the decoder of a static code for a static mask, as an argument of jitted functions; keeps the latest.
+    """Prepares the decoder of a static code and mask as an argument of jitted functions; the latest are cached.
 
-    With x64 off it is rounded to float32, which is all that `decode` reads of it.
+    With x64 off the decoder is rounded to float32, the precision in which `decode` applies it.
     """
     linop = prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool)))
     with jax.ensure_compile_time_eval(), transfers_allowed():
@@ -247,8 +263,8 @@ _on_device = jax.jit(lambda tree: tree)
 
 def _gather_index(grouping):
     """Returns which input is member k of group g, shape (K, groups)."""
-    place = np.arange(grouping.num_data)[:, None] + grouping.num_data * np.arange(grouping.num_groups)[None]
-    return grouping.permutation[np.minimum(place, grouping.size - 1)]
+    position = np.arange(grouping.num_data)[:, None] + grouping.num_data * np.arange(grouping.num_groups)[None]
+    return grouping.permutation[np.minimum(position, grouping.size - 1)]
 
 
 def _checked(order: Any, size: int) -> Array:

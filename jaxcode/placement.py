@@ -1,6 +1,7 @@
-"""On which devices workers compute inside one compiled program.
+"""Places workers on devices inside one compiled program.
 
-Stragglers are a mask here: such a program returns when its slowest device does. For early answers see `jaxcode.pools`.
+Stragglers are only a mask in such a program, which returns when its slowest device does. To decode before the slowest
+worker answers, see `jaxcode.pools`.
 """
 
 import abc
@@ -20,27 +21,27 @@ from .pipeline import flatten_groups, unflatten_groups
 
 __all__ = ["AbstractPlacement", "pmap", "shard_map", "vmap"]
 
-# Answers with so many numbers each are decoded in parts, one on each device; narrower ones are not worth spreading.
+# Answers of at least this many numbers are decoded in parts, one on each device; narrower ones are not worth spreading.
 _WIDE = 1024
 _NO_MESH = AbstractMesh((), ())
 
 
 class AbstractPlacement(abc.ABC):
-    """Says on which devices the batch lies and workers compute; for use inside of `jit`, hashable.
+    """Places the batch on devices and computes the workers' answers there; hashable, for use inside of `jit`.
 
     Attributes:
-        spread: Whether data lie on several devices, where operating on them part by part would move them.
+        spread: Whether data lie on several devices, so that products of a part of their features would move them.
     """
 
     spread: bool
 
     @abc.abstractmethod
     def place(self, x: PyTree[Array]) -> PyTree[Array]:
-        """Places the batch, leaves (B, ...), for being permuted and encoded."""
+        """Places the batch, leaves (B, ...), on the devices where it is permuted and encoded."""
 
     @abc.abstractmethod
     def answer(self, fn: PureFunction, params: PyTree[Any], coded: PyTree[Array]) -> PyTree[Array]:
-        """Has every worker compute.
+        """Computes every worker's answers.
 
         Args:
             fn: The model, of params and a batch.
@@ -56,21 +57,21 @@ class AbstractPlacement(abc.ABC):
 
 
 def vmap() -> AbstractPlacement:
-    """Has all workers compute on the device that runs the program, as one batch."""
+    """Computes all workers as one batch on the device that runs the program."""
     return _OneBatch()
 
 
 def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlacement:
     """Spreads workers over the devices of a mesh.
 
-    Any number of workers runs on any number of devices: each device has equally many, the last ones perhaps a copy of
-    another worker. While it is permuted and encoded the batch is spread over the devices by its features, where one of
-    its axes can be divided, so that each number is sent once: as part of a coded input, to the device that computes it.
+    Any number of workers runs on any number of devices: each device has equally many, padded with copies of another
+    worker. While it is permuted and encoded, the batch is spread over the devices by its features, where one of its
+    axes can be divided, so that each number is sent once: as part of a coded input, to the device that computes it.
     Wide answers are decoded in the same way and the results stay spread. Parameters may be placed in any way: those
     that are spread over other axes of the mesh stay so, others are gathered.
 
     Args:
-        mesh: Of any devices, of several hosts too.
+        mesh: A mesh of any devices, also of several hosts.
         axis: The axis, or axes, over which workers are spread.
 
     Raises:
@@ -84,7 +85,7 @@ def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlac
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     if not axes or any(name not in mesh.axis_names for name in axes):
         raise ValueError(f"axis is {axis!r}, but the mesh's axes are {mesh.axis_names}; expected some of them")
-    # The compiler decides where data lie, but for what is constrained here.
+    # The compiler places all data that are not constrained explicitly below.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return _OverMesh(mesh, axes)
 
@@ -93,7 +94,10 @@ def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
     """Spreads workers over devices by `jax.pmap`, the older form of `shard_map`; the results are the same.
 
     Args:
-        devices: Of this process; all that it has if not given.
+        devices: Devices of this process; all that it has if not given.
+
+    Raises:
+        ValueError: On use inside a mesh of another number of devices.
     """
     return _OverDevices(None if devices is None else tuple(devices))
 
@@ -128,7 +132,7 @@ class _OverMesh(AbstractPlacement):
 
         def compute(params, share):
             if num_workers % devices:
-                # Beyond the last worker a copy of one that is here: padding might not be in f's domain.
+                # Beyond the last worker, compute a copy of a worker on this device: padding might not be in f's domain.
                 worker = jax.lax.axis_index(self.axes) * per_device + np.arange(per_device, dtype=np.int32)
                 local = jnp.maximum(jnp.minimum(worker, num_workers - 1) - worker[0], 0)
                 share = jax.tree.map(lambda leaf: leaf[local], share)
@@ -181,7 +185,7 @@ class _OverDevices(AbstractPlacement):
         shares = jax.tree.map(
             lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _pad_workers(coded, len(devices))
         )
-        # pmap makes a mesh of its own.
+        # pmap sets a mesh of its own, which must not conflict with the caller's.
         with jax.sharding.use_abstract_mesh(_NO_MESH):
             answers = mapped(params, shares)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_workers], answers)
@@ -199,7 +203,9 @@ def _pad_workers(coded, devices):
     """Pads leaves (N, ...) with ones to a multiple of the devices."""
 
     def pad_leaf(leaf):
-        missing = -leaf.shape[0] % devices
-        return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), constant_values=1) if missing else leaf
+        num_padding = -leaf.shape[0] % devices
+        return (
+            jnp.pad(leaf, [(0, num_padding)] + [(0, 0)] * (leaf.ndim - 1), constant_values=1) if num_padding else leaf
+        )
 
     return jax.tree.map(pad_leaf, coded)

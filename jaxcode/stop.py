@@ -40,22 +40,22 @@ class AbstractStop(abc.ABC):
 
     @abc.abstractmethod
     def reached(self, progress: Progress) -> bool:
-        """Returns whether to stop waiting; called whenever an answer comes, and at `moments`."""
+        """Returns whether to stop waiting; called whenever an answer arrives, and at `moments`."""
 
     @abc.abstractmethod
     def moments(self) -> tuple[float, ...]:
-        """Returns the times, in seconds since the request, at which `reached` may change although no answer comes."""
+        """Returns the times, in seconds since the request, at which `reached` may change without an answer."""
 
     @abc.abstractmethod
     def check(self, num_workers: int, predicts_error: bool) -> None:
-        """Checks that the policy can be reached.
+        """Checks that the policy can ever stop a request.
 
         Args:
             num_workers: N, how many workers may answer.
             predicts_error: Whether the code predicts errors.
 
         Raises:
-            ValueError: If it can never be reached.
+            ValueError: If it never can.
         """
 
     def __or__(self, other: "AbstractStop") -> "AbstractStop":
@@ -68,7 +68,13 @@ class AbstractStop(abc.ABC):
 
 
 def answers(number: int) -> AbstractStop:
-    """Stops when a number of workers, usually N - S, have answered.
+    """Stops when a number of workers have answered.
+
+    Args:
+        number: How many, usually N - S with S stragglers.
+
+    Returns:
+        The policy.
 
     Raises:
         ValueError: If number is not a whole number of at least 1; on use, if there are fewer workers.
@@ -83,6 +89,12 @@ def answers(number: int) -> AbstractStop:
 def deadline(seconds: float) -> AbstractStop:
     """Stops a number of seconds after the request was made, or as soon after that as the answers can be decoded.
 
+    Args:
+        seconds: Seconds since the request was made.
+
+    Returns:
+        The policy.
+
     Raises:
         ValueError: If seconds is not a positive number.
     """
@@ -96,6 +108,9 @@ def error_below(tolerance: float, share: float = 1.0) -> AbstractStop:
     Args:
         tolerance: The largest predicted error, in the units of the answers.
         share: The share of the inputs that must be within the tolerance, in (0, 1].
+
+    Returns:
+        The policy.
 
     Raises:
         ValueError: If tolerance is not a positive number or share not in (0, 1]; on use, if the code predicts no error.

@@ -1,7 +1,8 @@
-"""Which pieces of work are sent to workers, and how their answers become results.
+"""Codes: how inputs become coded inputs for workers, and how their answers become results.
 
-A code takes K inputs to N coded inputs and decodes K results from the answers that came. `InterpolatingCode` is nodes
-x encoder x decoder; the named codes of the literature are constructors of it. `AbstractCode` says how to write another.
+A code encodes K inputs into N coded inputs and decodes K results from the answers that came. `InterpolatingCode` is
+nodes x encoder x decoder; the named codes of the literature are constructors of it. `AbstractCode` describes how to
+write another.
 """
 
 from .abstract import AbstractCode as AbstractCode

@@ -16,12 +16,12 @@ from .plan import Plan
 
 
 class AbstractCode(abc.ABC):
-    """Takes K inputs to N coded inputs, and the answers of the workers that returned to K results.
+    """Encodes K inputs into N coded inputs, and decodes the answers of the workers that returned to K results.
 
-    Both are linear: a code prepares two operators (`jaxcode.linops`), and everything else, `jaxcode.coded`, servers and
-    tuning, works with those. To write a code, make a class that is a frozen dataclass and a pytree, declare the
-    attributes below and implement the four methods. This one is complete: it fills a lost input with the answer to the
-    nearest input that was answered.
+    Both maps are linear: a code prepares two operators (`jaxcode.linops`), and everything else, `jaxcode.coded`,
+    servers and tuning, works with these operators. To write a code, make a class that is a frozen dataclass and a
+    pytree, declare the attributes below and implement the four methods. This one is complete: it gives a lost input the
+    answer of the nearest input that was answered.
 
     .. code-block:: python
 
@@ -64,7 +64,7 @@ class AbstractCode(abc.ABC):
     Attributes:
         num_data: K, how many inputs are encoded together.
         num_workers: N, how many coded inputs they become.
-        nodes: Where inputs and workers sit on a curve, for codes that draw one; None for others.
+        nodes: Where inputs and workers sit on a curve, for codes that interpolate; None for others.
         predicts_error: Whether there is a method `decode_with_error(y, returned, plan=None)` that gives results and
             their standard errors.
     """
@@ -80,27 +80,36 @@ class AbstractCode(abc.ABC):
 
         Args:
             plan: As for `encode`.
+
+        Returns:
+            The operator from K rows to N rows.
         """
 
     @abc.abstractmethod
     def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
         """Prepares the operator from answers to results.
 
-        With static nodes and a static mask it is prepared on the host, with nothing to compile.
+        With static nodes and a static mask it is prepared on the host, without compilation.
 
         Args:
             returned: As for `decode`.
             plan: As for `encode`.
+
+        Returns:
+            The operator from N rows to K rows.
+
+        Raises:
+            ValueError: If returned is not bool (N,).
         """
 
     @abc.abstractmethod
     def recovered(
         self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
     ) -> Bool[Array | np.ndarray, "data"]:
-        """Says which inputs have a result, given which workers returned.
+        """Returns which inputs have a result, given which workers returned.
 
         Args:
-            returned: bool, shape (N,).
+            returned: Which workers returned, bool, shape (N,).
             plan: As for `encode`.
 
         Returns:
@@ -112,18 +121,18 @@ class AbstractCode(abc.ABC):
 
     @abc.abstractmethod
     def exact(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> Bool[Array | np.ndarray, "data"]:
-        """Says which results are f's own, because the input itself was computed and its answer is passed on.
+        """Returns which results are f's answer to the input itself, without any error of coding.
 
-        Arguments, returns and errors as for `recovered`.
+        Arguments, return value and errors as for `recovered`.
         """
 
     def encode(self, x: PyTree[ArrayLike], plan: Plan | None = None) -> PyTree[Array]:
         """Encodes inputs.
 
         Args:
-            x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32): one
-                NaN makes that number of every coded input NaN. Of any dtype where it does not.
-            plan: What was decided about these inputs; None for nothing.
+            x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32): a
+                NaN makes that feature NaN in every coded input. Of any dtype where it does not.
+            plan: The plan of these inputs; None for codes and uses that need none.
 
         Returns:
             The coded inputs, leaves of shape (N, ...) in the dtype of the inputs.
@@ -149,8 +158,9 @@ class AbstractCode(abc.ABC):
             plan: The plan with which the inputs were encoded.
 
         Returns:
-            The results, leaves of shape (K, ...) in the dtype of the answers. An input that is not `recovered` is NaN
-            (False, the lowest number of an integer dtype, the highest of an unsigned one), or its prior mean.
+            The results, leaves of shape (K, ...) in the dtype of the answers. The result of an input that is not
+            `recovered` is its prior mean if there is a prior, else NaN (the lowest number of a signed integer dtype,
+            the highest of an unsigned one, False of bool).
 
         Raises:
             ValueError: If a leaf's leading axis is not N, its dtype cannot be mixed, or returned is not bool (N,).
@@ -183,14 +193,14 @@ class AbstractCode(abc.ABC):
         recovered = jnp.asarray(self.recovered(returned, plan))
 
         def add_mean(residual, mean):
-            known = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
-            return jnp.where(known, residual, jnp.zeros((), residual.dtype)) + mean
+            is_recovered = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
+            return jnp.where(is_recovered, residual, jnp.zeros((), residual.dtype)) + mean
 
         return jax.tree.map(add_mean, decoded, plan.prior.data)
 
 
 def _replicate_rows(specs):
-    """Has results sharded along their features as the data are, with every row on each device."""
+    """Returns specs that shard features as those of the data, with every row on each device."""
     return jax.tree.map(
         lambda spec: PartitionSpec(None, *spec[1:]), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
     )

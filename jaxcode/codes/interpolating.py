@@ -27,9 +27,9 @@ class InterpolatingCode(AbstractCode):
 
     .. math:: \tilde x_n = u_{\mathrm{enc}}(\beta_n), \qquad \hat y_k = u_{\mathrm{dec}}(\alpha_k)
 
-    The encoder draws the first curve and reads it at the worker nodes, the decoder draws the second through the answers
-    that came and reads it at the data nodes. Any layout goes with any interpolants: answers of workers at one node are
-    averaged. Two answers are enough to decode every input; with fewer all results are NaN.
+    The encoder draws the first curve and evaluates it at the worker nodes; the decoder draws the second through the
+    answers that came and evaluates it at the data nodes. Any layout goes with any interpolants. The answers of workers
+    at one node are averaged. Two answers are enough to decode every input; with fewer all results are NaN.
 
     Attributes:
         nodes: Where inputs and workers sit.
@@ -37,10 +37,10 @@ class InterpolatingCode(AbstractCode):
         decoder: Draws the curve through the answers.
 
     Raises:
-        ValueError: If an argument is no layout or no interpolant.
+        ValueError: If nodes is not a layout, or encoder or decoder not an interpolant.
 
     Note:
-        Layouts that the host knows keep their digits under jit where the code is closed over; see `Nodes`.
+        Static layouts keep float64 precision under jit where the code is closed over; see `Nodes`.
 
     References:
         arXiv 2406.00300, sections 3 and 5 (splines); 2009.08327 (rational); 1806.00939 (polynomials).
@@ -103,36 +103,38 @@ class InterpolatingCode(AbstractCode):
         alpha, beta = self.nodes.data, self.nodes.workers
         if not (self.encoder.interpolates and self.decoder.interpolates):
             return np.zeros(self.num_data, bool)
-        computed = abs(alpha[:, None] - beta[None]) <= SAME_SITE * (beta[-1] - beta[0])
-        return (computed & mask[None]).any(axis=1) & self.recovered(mask)
+        is_computed = abs(alpha[:, None] - beta[None]) <= SAME_SITE * (beta[-1] - beta[0])
+        return (is_computed & mask[None]).any(axis=1) & self.recovered(mask)
 
     def decode_with_error(
         self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
     ) -> tuple[PyTree[Array], PyTree[Array]]:
-        r"""Decodes the answers that came and predicts the error of each result, before any truth is known.
+        r"""Decodes the answers that came and predicts the error of each result.
 
         How fast errors fall with the distance between nodes, and where the curve bends, is estimated from the answers,
-        by predicting each from the others. The results :math:`\pm 1.645` errors hold nine truths of ten, whether f and
-        the curve are smooth on the scale of the nodes or not, with jumps in the third derivative at data nodes, which a
-        curve through the inputs has. A few more do where workers sit at data nodes and closely between them, a few less
-        where f has kinks. It is the error of coding only: what f would have answered to the input itself is the truth.
+        by predicting each from the others. The interval result :math:`\pm 1.645` errors holds the truth in nine cases
+        of ten, whether or not f and the curve are smooth on the scale of the nodes, and although a curve through the
+        inputs has jumps in its third derivative at data nodes. Coverage is slightly higher where workers sit at data
+        nodes and closely between them, slightly lower where f has kinks. Only the error of coding is predicted: the
+        truth is f's answer to the input itself.
 
         Args:
-            y: As for `decode`. Features of one leaf are judged together, so let one leaf hold numbers of one kind.
+            y: As for `decode`. Features of one leaf share one error model, so a leaf should hold quantities of one
+                kind.
             returned: As for `decode`.
             plan: As for `decode`.
 
         Returns:
-            The results of `decode`, and standard errors like them, not negative, in the same unit. Zero where a worker
-            at the input's own node returned and the decoder interpolates; infinite, unless so, with answers at fewer
-            than three nodes, which say nothing about how the curve bends. Derivatives with respect to answers, nodes
-            and smoothing are finite, at errors of zero too.
+            The results of `decode`, and their standard errors, of the same structure, shapes and unit, not negative. An
+            error is zero where a worker at the input's own node returned and the decoder interpolates. Others are
+            infinite with answers at fewer than three nodes, which do not determine the curvature. Derivatives with
+            respect to answers, nodes and smoothing are finite, also where the error is zero.
 
         Raises:
             ValueError: As for `decode`, or if the decoder predicts no errors.
 
         References:
-            `jaxcode.interpolants.spline.error` has the method and its sources.
+            `jaxcode.interpolants.spline.error` describes the method and cites its sources.
 
         >>> from jaxcode.codes import SplineCode
         >>> code = SplineCode.systematic(num_data=4, num_workers=9)

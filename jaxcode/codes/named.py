@@ -20,7 +20,10 @@ Settings = ParamSpec("Settings")
 
 @final
 class CodeConstructor(Generic[Settings]):
-    """Constructs a code of one family, from nodes of the user's own or with a named layout.
+    """Constructs codes of one family, from given nodes by a call or with a named layout by a method.
+
+    The methods take the sizes of the layout and the family's settings. They raise `ValueError` if a size is too small
+    or a setting is invalid.
 
     Args:
         build: From a layout and the family's settings to a code.
@@ -43,7 +46,7 @@ class CodeConstructor(Generic[Settings]):
         """Constructs the code for data nodes, strictly ascending (K,), and worker nodes, ascending (N,).
 
         Raises:
-            ValueError: If nodes are not ascending vectors of finite numbers, or a setting makes no sense.
+            ValueError: If nodes are not ascending vectors of finite numbers, or a setting is invalid.
         """
         return self._build(Nodes(data_nodes, worker_nodes), *args, **settings)
 
@@ -74,15 +77,16 @@ class CodeConstructor(Generic[Settings]):
 
 @CodeConstructor
 def SplineCode(nodes: Nodes, encoder_smoothing: ArrayLike = 0.0, decoder_smoothing: ArrayLike = 0.0):
-    r"""Constructs the code of learning-theoretic coded computing (LeTCC): smoothing splines both ways.
+    r"""Constructs the code of learning-theoretic coded computing (LeTCC): smoothing splines for encoding and decoding.
 
     Args:
-        nodes: The layout; of the constructor itself, data nodes and worker nodes.
-        encoder_smoothing: The encoder's :math:`\lambda \ge 0`; 0 draws the curve through the inputs themselves.
+        nodes: The layout. A call passes data nodes and worker nodes instead, a named layout its sizes; see
+            `CodeConstructor`.
+        encoder_smoothing: The encoder's :math:`\lambda \ge 0`; 0 interpolates the inputs.
         decoder_smoothing: The decoder's :math:`\lambda \ge 0`; above 0 helps where workers' answers are noisy.
 
     References:
-        arXiv 2406.00300, sections 3 and 5. arXiv 2402.04377 (NeRCC) tunes the two smoothings of the same pair.
+        arXiv 2406.00300, sections 3 and 5. arXiv 2402.04377 (NeRCC) tunes both smoothings of the same code.
 
     >>> import jax.numpy as jnp
     >>> code = SplineCode.chebyshev(num_data=3, num_workers=6)
@@ -97,10 +101,11 @@ def SplineCode(nodes: Nodes, encoder_smoothing: ArrayLike = 0.0, decoder_smoothi
 
 @CodeConstructor
 def BerrutCode(nodes: Nodes):
-    """Constructs Berrut approximated coded computing (BACC): Berrut's rational interpolant both ways.
+    """Constructs Berrut approximated coded computing (BACC): Berrut's rational interpolant for both.
 
     Args:
-        nodes: The layout; of the constructor itself, data nodes and worker nodes.
+        nodes: The layout. A call passes data nodes and worker nodes instead, a named layout its sizes; see
+            `CodeConstructor`.
 
     References:
         arXiv 2009.08327, section III.
@@ -115,10 +120,11 @@ def BerrutCode(nodes: Nodes):
 
 @CodeConstructor
 def FloaterHormannCode(nodes: Nodes, degree: int = 3):
-    """Constructs coded computing with Floater and Hormann's rational interpolants both ways.
+    """Constructs coded computing with Floater and Hormann's rational interpolants.
 
     Args:
-        nodes: The layout; of the constructor itself, data nodes and worker nodes.
+        nodes: The layout. A call passes data nodes and worker nodes instead, a named layout its sizes; see
+            `CodeConstructor`.
         degree: The blending degree, d >= 0; 0 is Berrut's.
 
     References:
@@ -137,12 +143,13 @@ def LagrangeCode(nodes: Nodes, degree: int = 1):
     r"""Constructs Lagrange coded computing (LCC), exact where f is a polynomial and enough workers answer.
 
     If f is a polynomial of degree deg f, the answers lie on one of degree :math:`D = (K-1) \deg f`, and any D+1 of them
-    determine it. The decoder fits that degree by least squares to all that came, or with fewer than D+1 answers the
-    degree that passes through them, which for a general f can be far from the truth: this is the baseline that splines
-    replace.
+    determine it. The decoder fits a polynomial of degree D by least squares to all answers that came; with fewer
+    than D+1 of them, the polynomial through them. For a general f the result can be far from the truth: this is the
+    baseline that splines replace.
 
     Args:
-        nodes: The layout; of the constructor itself, data nodes and worker nodes.
+        nodes: The layout. A call passes data nodes and worker nodes instead, a named layout its sizes; see
+            `CodeConstructor`.
         degree: deg f >= 1.
 
     References:
@@ -163,7 +170,8 @@ def BSplineCode(nodes: Nodes, encoder: AbstractInterpolant = Berrut()):  # noqa:
     """Constructs B-spline coded computing (BSCC): a cubic B-spline through the answers.
 
     Args:
-        nodes: The layout; of the constructor itself, data nodes and worker nodes.
+        nodes: The layout. A call passes data nodes and worker nodes instead, a named layout its sizes; see
+            `CodeConstructor`.
         encoder: Berrut's interpolant, or `Polynomial()`, Lagrange's.
 
     References:

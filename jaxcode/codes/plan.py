@@ -1,4 +1,4 @@
-"""What is decided about a group of inputs before it is encoded, and what its decoder needs of the inputs."""
+"""Plans: what is decided about a group of inputs before it is encoded, and what its decoder reads of the inputs."""
 
 from typing import final
 
@@ -11,7 +11,7 @@ from .._pytree import pytree
 @final
 @pytree(eq=False)
 class Prior:
-    """What is known of f's answers before any worker answers, such as a cheap model's predictions.
+    """Holds a prior on f's answers, such as a cheap model's predictions of them.
 
     Attributes:
         workers: Prior means of the workers' answers, leaves (N, ...) like the answers.
@@ -25,14 +25,15 @@ class Prior:
 @final
 @pytree(eq=False)
 class Plan:
-    """The context that goes from the encoder of a group of inputs to its decoder.
+    """Holds the context that a group's encoder and decoder share.
 
     Attributes:
         assignment: Which input each worker serves, int (N,), for codes that assign inputs to workers; the code's own
             assignment if None.
-        prior: What is known of the answers beforehand: answers are decoded relative to it, and results that cannot be
-            recovered are its means. None for nothing.
-        features: What else a code's operators read of the inputs, leaves (K, ...), such as the features of a kernel.
+        prior: A prior on the answers: they are decoded relative to its means, and results that cannot be recovered are
+            its means. None for no prior.
+        features: Anything else that a code's operators read of the inputs, leaves (K, ...), such as the features of a
+            kernel.
     """
 
     assignment: Int[Array | np.ndarray, "workers"] | None = None

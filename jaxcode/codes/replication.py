@@ -1,4 +1,4 @@
-"""Replication: every input is computed by some workers as it is."""
+"""Replication: some workers compute each input, unmixed."""
 
 from typing import final
 
@@ -51,7 +51,7 @@ class ReplicationCode(AbstractCode):
 
     def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
         first = self._first_copies(returned, plan)
-        # Out of range where no copy returned.
+        # `first` is out of range where no copy returned.
         index = first.clip(0, self.num_workers - 1)
         return Gather(index, self.num_workers, defined=first < self.num_workers)
 
@@ -71,15 +71,15 @@ class ReplicationCode(AbstractCode):
         """
         if plan is None or plan.assignment is None:
             return np.arange(self.num_workers, dtype=np.int32) % self.num_data
-        given = plan.assignment
-        if np.shape(given) != (self.num_workers,) or not jnp.issubdtype(given.dtype, jnp.integer):
+        assignment = plan.assignment
+        if np.shape(assignment) != (self.num_workers,) or not jnp.issubdtype(assignment.dtype, jnp.integer):
             raise ValueError(
-                f"plan.assignment has shape {np.shape(given)} and dtype {given.dtype}; expected the number of an input "
-                f"for each worker, whole numbers of shape ({self.num_workers},)"
+                f"plan.assignment has shape {np.shape(assignment)} and dtype {assignment.dtype}; expected the number "
+                f"of an input for each worker, whole numbers of shape ({self.num_workers},)"
             )
-        static = static_value(given)
+        static = static_value(assignment)
         if static is None:
-            return given.astype(jnp.int32)
+            return assignment.astype(jnp.int32)
         if static.min() < 0 or static.max() >= self.num_data:
             raise ValueError(f"plan.assignment is {static}; expected numbers of inputs, from 0 to {self.num_data - 1}")
         return static.astype(np.int32)
@@ -93,15 +93,18 @@ class ReplicationCode(AbstractCode):
             np.minimum.at(first, assignment[mask], np.flatnonzero(mask).astype(np.int32))
             return first
         worker = jnp.arange(self.num_workers, dtype=jnp.int32)
-        present = jnp.where(jnp.asarray(returned), worker, self.num_workers)
-        return jnp.full(self.num_data, self.num_workers, jnp.int32).at[jnp.asarray(assignment)].min(present)
+        returned_worker = jnp.where(jnp.asarray(returned), worker, self.num_workers)
+        return jnp.full(self.num_data, self.num_workers, jnp.int32).at[jnp.asarray(assignment)].min(returned_worker)
 
 
 def UncodedCode(num_data: int) -> ReplicationCode:
-    """Has one worker compute each input, so that every one of them is needed.
+    """Constructs the code with one worker for each input, all of which are needed.
 
     Args:
-        num_data: K >= 1, and N.
+        num_data: K >= 1; N is equal to it.
+
+    Returns:
+        The code.
 
     Raises:
         ValueError: If the number is not whole, or below 1.

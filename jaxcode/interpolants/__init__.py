@@ -1,4 +1,4 @@
-"""Curves through data at knots, as linear operators from data to values at points. Knows nothing of coding.
+"""Curves through data at knots, as linear operators from data to values at points, independent of coding.
 
 `Spline` is the natural cubic smoothing spline of learning-theoretic coded computing; `Berrut` and `FloaterHormann` are
 barycentric rational interpolants, `Polynomial` is the least-squares polynomial of a given degree, `NotAKnot` the cubic

@@ -1,4 +1,4 @@
-"""The interface of interpolants, and what those given as a matrix share."""
+"""The interface of interpolants, and the operator of those given as a matrix."""
 
 import abc
 import functools
@@ -26,13 +26,13 @@ MatrixFunction = Callable[[Array, Array, Array], Array]
 
 
 class AbstractInterpolant(abc.ABC):
-    """Draws a curve through data at knots and reads it at points: a linear map from data to values.
+    """Draws a curve through data at knots and evaluates it at points: a linear map from data to values.
 
-    Knots at one place count as one site, whose value is the mean of the data there.
+    Knots at one place form one site, whose value is the mean of their data.
 
     To write an interpolant, make a class that is a frozen dataclass and a pytree, declare the attributes below and
-    implement the method. `dense_linop` does it from a function that forms the matrix in JAX. This one is complete: it
-    works in every code, under every transformation, with knots known to the host or traced.
+    implement the method. `dense_linop` implements it from a function that forms the matrix in JAX. This one is
+    complete: it works in every code, under every transformation, with knots known to the host or traced.
 
     .. code-block:: python
 
@@ -78,7 +78,7 @@ class AbstractInterpolant(abc.ABC):
     ) -> AbstractLinop:
         """Prepares the operator from data at the knots to the curve's values at the points.
 
-        What the host knows is prepared there; what is traced or lies on an accelerator, by the program.
+        From static arguments it is prepared on the host; from others, traced or on an accelerator, by the program.
 
         Args:
             knots: Ascending, shape (n,); neighbours may be equal.
@@ -100,23 +100,23 @@ def dense_linop(
 
     Args:
         form_matrix: From (knots, points, live) to the matrix, shape (points, knots), in JAX. It is traced in float64
-            and compiled once for each function and size: give it the same function object each time. Places are
-            moved and scaled such that the knots' span is 1 and zero is no farther from them than that; the matrix must
-            not depend on it. `live` says, bool (knots,), which knots to use: those are distinct. Columns of other knots
+            and compiled once for each function and size: pass the same function object each time. Knots and points are
+            shifted and scaled together such that the knots have a span of 1 and lie within 1 of zero, which must not
+            change the matrix. `live`, bool (knots,), marks the knots to use, which are distinct; columns of other knots
             may hold any finite number. See `linops.in_float64` for what it may not call.
         knots: As for `AbstractInterpolant.linop`.
         points: As for `AbstractInterpolant.linop`.
         returned: As for `AbstractInterpolant.linop`.
 
     Returns:
-        The operator, to which data of knots at one place count as their mean.
+        The operator; the data of knots at one place are replaced by their mean.
     """
     live = np.ones(knots.shape[0], bool) if returned is None else returned
     static_knots = static_value(knots)
-    distinct = static_knots is not None and bool(
+    all_distinct = static_knots is not None and bool(
         (np.diff(static_knots) > SAME_SITE * (static_knots[-1] - static_knots[0])).all()
     )
-    entries = split(_compiled_matrix(form_matrix, distinct)(knots, points, live))
+    entries = split(_compiled_matrix(form_matrix, all_distinct)(knots, points, live))
     if returned is None:
         return Dense(entries)
     xp = np if isinstance(returned, np.ndarray) else jnp
@@ -136,9 +136,9 @@ def _compiled_matrix(form_matrix, distinct):
     form_merged = form_matrix if distinct else functools.partial(_merge_sites, form_matrix)
 
     def form(knots, points, live):
-        # Powers of places neither overflow nor lose digits to a large offset. Of the knots' interval the number nearest
-        # to zero is subtracted, so that a place is not rounded more coarsely than it was given; the matrix does not
-        # depend on it.
+        # Shifted and scaled so that powers of places neither overflow nor lose digits to a large offset. The offset is
+        # the number nearest to zero in the knots' interval, so that the subtraction loses no digits of a place. The
+        # matrix does not depend on it.
         offset = jax.lax.stop_gradient(jnp.clip(0.0, knots[0], knots[-1]))
         unit = span_of(knots)
         return form_merged((knots - offset) / unit, (points - offset) / unit, live)

@@ -15,9 +15,9 @@ from .abstract import AbstractInterpolant, Vector, dense_linop
 @final
 @pytree()
 class NotAKnot(AbstractInterpolant):
-    """Cubic interpolation in the usual basis of B-splines, without knots at the second and the last but one datum.
+    """Interpolates by the cubic B-spline without knots at the second and the last but one datum.
 
-    Beyond the outermost data its end pieces continue as cubics. Through three data it is the parabola, through two the
+    Beyond the outermost data the end pieces continue as cubics. Through three data it is a parabola, through two a
     line. `Spline` differs in its end conditions (natural) and in continuing as straight lines.
 
     References:
@@ -68,30 +68,32 @@ def _second_derivatives(gap, count):
     """Forms the matrix from values at the packed knots to second derivatives there, ends included."""
     n = gap.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)
-    inner = (index > 0) & (index < count - 1)
-    before, after = jnp.roll(gap, 1), gap
-    # The end's second derivative continues its neighbours' line: c_0 = (1 + r) c_1 - r c_2 with r = h_0 / h_1. Three
-    # knots have one inner second derivative, which is the ends' too.
-    three = count == 3
-    r_first = jnp.where(three, 0.0, before / after)
-    r_last = jnp.where(three, 0.0, after / before)
+    is_inner = (index > 0) & (index < count - 1)
+    gap_before, gap_after = jnp.roll(gap, 1), gap
+    # The end's second derivative continues its neighbours' line: c_0 = (1 + r) c_1 - r c_2 with r = h_0 / h_1. With
+    # three knots there is one inner second derivative, which the ends take.
+    has_three_knots = count == 3
+    r_first = jnp.where(has_three_knots, 0.0, gap_before / gap_after)
+    r_last = jnp.where(has_three_knots, 0.0, gap_after / gap_before)
     is_first, is_last = index == 1, index == count - 2
-    diagonal = (before + after) / 3 + jnp.where(is_first, before / 6 * (1 + r_first), 0.0)
-    diagonal = diagonal + jnp.where(is_last, after / 6 * (1 + r_last), 0.0)
-    below = jnp.where(is_first, 0.0, before / 6 - jnp.where(is_last, after / 6 * r_last, 0.0))
-    above = jnp.where(is_last, 0.0, after / 6 - jnp.where(is_first, before / 6 * r_first, 0.0))
+    diagonal = (gap_before + gap_after) / 3 + jnp.where(is_first, gap_before / 6 * (1 + r_first), 0.0)
+    diagonal = diagonal + jnp.where(is_last, gap_after / 6 * (1 + r_last), 0.0)
+    lower_diagonal = jnp.where(is_first, 0.0, gap_before / 6 - jnp.where(is_last, gap_after / 6 * r_last, 0.0))
+    upper_diagonal = jnp.where(is_last, 0.0, gap_after / 6 - jnp.where(is_first, gap_before / 6 * r_first, 0.0))
 
     def diagonal_matrix(offset, values):
         return jnp.where(index[None, :] == index[:, None] + offset, values[:, None], 0.0)
 
     second_difference = (
-        diagonal_matrix(-1, 1 / before) - diagonal_matrix(0, 1 / before + 1 / after) + diagonal_matrix(1, 1 / after)
+        diagonal_matrix(-1, 1 / gap_before)
+        - diagonal_matrix(0, 1 / gap_before + 1 / gap_after)
+        + diagonal_matrix(1, 1 / gap_after)
     )
     curvature = jax.lax.linalg.tridiagonal_solve(
-        jnp.where(inner, below, 0.0),
-        jnp.where(inner, diagonal, 1.0),
-        jnp.where(inner, above, 0.0),
-        jnp.where(inner[:, None], second_difference, 0.0),
+        jnp.where(is_inner, lower_diagonal, 0.0),
+        jnp.where(is_inner, diagonal, 1.0),
+        jnp.where(is_inner, upper_diagonal, 0.0),
+        jnp.where(is_inner[:, None], second_difference, 0.0),
     )
     return _with_ends(curvature, r_first, r_last, count)
 
@@ -108,5 +110,5 @@ def _with_ends(curvature, r_first, r_last, count):
 
     is_first, first = extrapolate(0, 1, 2, r_first)
     is_last, last = extrapolate(count - 1, count - 2, count - 3, r_last)
-    complete = jnp.where(is_first, first, jnp.where(is_last, last, curvature))
-    return jnp.where(count >= 3, complete, 0.0)
+    all_derivatives = jnp.where(is_first, first, jnp.where(is_last, last, curvature))
+    return jnp.where(count >= 3, all_derivatives, 0.0)

@@ -17,9 +17,9 @@ from .abstract import AbstractInterpolant, Vector, dense_linop
 @final
 @pytree("degree")
 class Polynomial(AbstractInterpolant):
-    r"""The polynomial of a given degree that fits the data best in least squares.
+    r"""Fits the polynomial of a given degree to the data by least squares.
 
-    With data at no more than degree + 1 knots it passes through them, with the degree that they allow.
+    With data at no more than degree + 1 knots, it is the interpolating polynomial of the degree that they determine.
 
     Attributes:
         degree: Static, >= 1; if None, the polynomial through all data.
@@ -51,8 +51,8 @@ class Polynomial(AbstractInterpolant):
     def linop(
         self, knots: Vector, points: Vector, returned: Bool[Array | np.ndarray, "knots"] | None = None
     ) -> AbstractLinop:
-        most = knots.shape[0] - 1
-        degree = most if self.degree is None else min(self.degree, most)
+        max_degree = knots.shape[0] - 1
+        degree = max_degree if self.degree is None else min(self.degree, max_degree)
         return dense_linop(_matrix_of_degree(degree), knots, points, returned)
 
 
@@ -70,24 +70,24 @@ def _polynomial_matrix(degree, knots, points, live):
         length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
         return at_knots / length, at_points / length
 
-    first = normalise(live.astype(knots.dtype), jnp.ones_like(points))
-    basis = tuple(jnp.zeros((degree + 1, v.shape[0]), v.dtype).at[0].set(v) for v in first)
+    first_member = normalise(live.astype(knots.dtype), jnp.ones_like(points))
+    basis = tuple(jnp.zeros((degree + 1, v.shape[0]), v.dtype).at[0].set(v) for v in first_member)
 
     def step(carry, k):
-        basis, latest, matrix = carry
-        at_knots, at_points = latest[0] * knots, latest[1] * points
-        # Orthogonalised twice: the second pass removes what rounding left in the first.
+        basis, newest_member, matrix = carry
+        at_knots, at_points = newest_member[0] * knots, newest_member[1] * points
+        # Orthogonalised twice: the second pass removes the rounding errors of the first.
         for _ in range(2):
             overlap = jnp.sum(basis[0] * at_knots[None], axis=1, keepdims=True)
             at_knots = at_knots - jnp.sum(overlap * basis[0], axis=0)
             at_points = at_points - jnp.sum(overlap * basis[1], axis=0)
-        used = k <= attained_degree
-        # Past the last degree nothing is left to normalise; ones stand in, so that no derivative divides by zero.
-        at_knots, at_points = jnp.where(used, at_knots, 1.0), jnp.where(used, at_points, 1.0)
-        latest = tuple(jnp.where(used, v, 0.0) for v in normalise(at_knots, at_points))
-        basis = tuple(b.at[k].set(v) for b, v in zip(basis, latest, strict=True))
-        return (basis, latest, matrix + latest[1][:, None] * latest[0][None]), None
+        is_attained = k <= attained_degree
+        # Beyond the attained degree the vectors are zero; ones replace them, so that no derivative divides by zero.
+        at_knots, at_points = jnp.where(is_attained, at_knots, 1.0), jnp.where(is_attained, at_points, 1.0)
+        newest_member = tuple(jnp.where(is_attained, v, 0.0) for v in normalise(at_knots, at_points))
+        basis = tuple(b.at[k].set(v) for b, v in zip(basis, newest_member, strict=True))
+        return (basis, newest_member, matrix + newest_member[1][:, None] * newest_member[0][None]), None
 
-    start = (basis, first, first[1][:, None] * first[0][None])
+    start = (basis, first_member, first_member[1][:, None] * first_member[0][None])
     (_, _, matrix), _ = jax.lax.scan(step, start, jnp.arange(1, degree + 1, dtype=jnp.int32))
     return matrix

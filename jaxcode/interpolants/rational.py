@@ -1,4 +1,4 @@
-"""Rational interpolation in barycentric form: Berrut's interpolant and the Floater-Hormann family that it begins."""
+"""Rational interpolation in barycentric form: Berrut's interpolant and the Floater-Hormann family."""
 
 import functools
 from typing import final
@@ -16,13 +16,13 @@ from .abstract import AbstractInterpolant, Vector, dense_linop
 @final
 @pytree()
 class Berrut(AbstractInterpolant):
-    r"""Berrut's rational interpolant, which has no poles on the real line.
+    r"""Interpolates by Berrut's rational function, which has no poles on the real line.
 
     .. math::
         u(z) = \sum_i \frac{s_i}{z - z_i} y_i \Big/ \sum_i \frac{s_i}{z - z_i}, \qquad s_i = (-1)^i,
 
-    where i counts the knots that have data, in order: signs kept from the full set would leave poles where data are
-    missing.
+    where i counts the knots that have data, in ascending order: the signs of the full set of knots would cause poles
+    where data are missing.
 
     References:
         Berrut, Computers and Mathematics with Applications 15 (1988). arXiv 2009.08327, section III.
@@ -46,13 +46,13 @@ class Berrut(AbstractInterpolant):
 @final
 @pytree("degree")
 class FloaterHormann(AbstractInterpolant):
-    r"""Barycentric rational interpolation of blending degree d, without poles whatever the knots.
+    r"""Interpolates by a barycentric rational function of blending degree d, without poles whatever the knots.
 
     The interpolant blends the polynomials through every d+1 neighbouring knots. Degree 0 is `Berrut`; a higher degree
     converges as :math:`h^{d+1}` on smooth curves and oscillates more where data are missing.
 
     Attributes:
-        degree: d >= 0, static. With data at d or fewer knots, the degree that they allow.
+        degree: d >= 0, static. With data at d or fewer knots, the highest degree that they determine.
 
     Raises:
         ValueError: If the degree is not a whole number >= 0.
@@ -83,7 +83,7 @@ def _rational_matrix(degree, knots, points, live):
     weights = _blending_weights(degree, knots, live)
     live = live[None]
     distance = points[:, None] - knots[None]
-    # Multiplied by the distance to the nearest knot, every term is finite, and smooth where the point meets the knot.
+    # Terms are multiplied by the distance to the nearest knot: so they are finite, and smooth where a point is a knot.
     magnitude = jnp.where(live, jnp.abs(distance), jnp.inf)
     minimal = (magnitude == jnp.min(magnitude, axis=1, keepdims=True)) & live
     nearest = minimal & (jnp.cumsum(minimal, axis=1, dtype=jnp.int32) == 1)
@@ -116,7 +116,7 @@ def _blending_weights(degree, knots, live):
     unit = jnp.max(jnp.where(pair, distance, 0.0), initial=0.0)
     factors = jnp.where(pair, unit / jnp.where(pair, distance, 1.0), 1.0)
     contribution = jnp.where(valid, jnp.prod(factors, axis=2), 0.0)
-    summed = jnp.zeros(n, knots.dtype).at[jnp.where(valid, member, n)].add(contribution, mode="drop")
-    largest = jnp.max(summed)
-    signed = jnp.where(index % 2 == 0, 1.0, -1.0) * summed / jnp.where(largest > 0, largest, 1.0)
-    return jnp.where(live, signed[jnp.maximum(rank, 0)], 0.0)
+    totals = jnp.zeros(n, knots.dtype).at[jnp.where(valid, member, n)].add(contribution, mode="drop")
+    largest = jnp.max(totals)
+    signed_weights = jnp.where(index % 2 == 0, 1.0, -1.0) * totals / jnp.where(largest > 0, largest, 1.0)
+    return jnp.where(live, signed_weights[jnp.maximum(rank, 0)], 0.0)

@@ -1,8 +1,8 @@
-"""Linear maps of a few rows applied to wide data: dense, gather and blocked operators, and the matmul policy.
+"""Linear operators from a few rows to a few rows of wide data: dense, gather and blocked, and the matmul policy.
 
-An operator takes n rows of data to p rows of results, the same for every feature. What a code or an interpolant
-prepares from nodes and a mask is small (n and p are numbers of inputs or workers); the data are wide. So operators are
-computed in float64 whatever the data's dtype is, and applied in the data's own.
+An operator maps n rows of data to p rows of results, in the same way for every feature. The operator that a code or an
+interpolant prepares from nodes and a mask is small (n and p are numbers of inputs or workers); the data are wide. So
+operators are computed in float64 whatever the data's dtype is, and applied in the data's dtype.
 """
 
 from .._float64 import in_float64 as in_float64

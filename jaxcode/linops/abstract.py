@@ -18,8 +18,8 @@ class AbstractLinop(abc.ABC):
     """Maps n rows of data to p rows of results, the same way for every feature.
 
     Attributes:
-        present: Which rows have data, bool (n,); what the others hold has no effect, NaN included. All of them if None.
-        defined: Which results exist, bool (p,); the others are NaN. All of them if None.
+        present: Which rows have data, bool (n,); the values of the others, NaN included, have no effect. All if None.
+        defined: Which results are defined, bool (p,); the others are NaN. All if None.
     """
 
     present: Mask
@@ -28,15 +28,15 @@ class AbstractLinop(abc.ABC):
     @property
     @abc.abstractmethod
     def mixes(self) -> bool:
-        """Whether a result is a sum over rows, so that data must be real numbers; False where rows are only moved."""
+        """Returns whether results are sums over rows, which need real numbers; False where rows are only moved."""
 
     @abc.abstractmethod
     def product(self, rows: Rows) -> Results:
-        """Computes the results in float64 or float32; those that are not defined are finite and mean nothing."""
+        """Computes the results in float64 or float32; undefined results are finite and arbitrary."""
 
     @abc.abstractmethod
     def unmasked_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
-        """Computes the product without hiding absent rows, and says whether these left it intact."""
+        """Computes the product without masking absent rows; returns it and whether their values left it unchanged."""
 
     @abc.abstractmethod
     def amplification(self) -> Float[Array, ""] | float:
@@ -52,20 +52,20 @@ class AbstractLinop(abc.ABC):
 
 
 def is_static(linop: AbstractLinop) -> bool:
-    """Whether NumPy holds all of an operator, so that it is known to the host whatever is being traced."""
+    """Returns whether all arrays of an operator are NumPy's, and so static even while a program is being traced."""
     return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linop))
 
 
 def transfers_allowed() -> AbstractContextManager[None]:
-    """Lets static operators be given to programs where the caller guards against transfers of data."""
+    """Allows implicit transfers of static operators where the caller's transfer guard disallows those of data."""
     return jax.transfer_guard_host_to_device("allow")
 
 
 def prepare_eagerly(prepare: Callable[[], AbstractLinop]) -> AbstractLinop:
-    """Prepares an operator from static values now, although a program may be being traced.
+    """Prepares an operator from static values eagerly, even while a program is being traced.
 
     Args:
-        prepare: Depends on nothing that is being traced.
+        prepare: A function that depends on no tracer.
 
     Returns:
         An operator without tracers.
@@ -76,7 +76,7 @@ def prepare_eagerly(prepare: Callable[[], AbstractLinop]) -> AbstractLinop:
             return linop
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
         pass
-    # It became part of the program that is being traced. Compile-time evaluation is not tried first, because inside it
-    # even the constants of what is compiled are compiled one by one.
+    # The operator was staged out to the program that is being traced. Compile-time evaluation is not tried first,
+    # because it compiles even the constants of a compiled function one by one.
     with jax.ensure_compile_time_eval():
         return prepare()

@@ -1,4 +1,4 @@
-"""How operators meet data: the matmul policy, masking, dtypes."""
+"""Applies operators to data: the matmul policy, masking, dtypes."""
 
 import functools
 import math
@@ -16,22 +16,22 @@ from .double_single import as_arguments
 # Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Where that exceeds this
 # bound the product is computed again in double precision.
 _MAX_AMPLIFICATION = 16.0
-# Masking absent rows copies the data, which costs nothing up to this many numbers.
+# Masking absent rows copies the data, whose cost is negligible up to this many numbers.
 _CHEAP_TO_MASK = 2**20
-# Numbers that one pass of a repeated product takes, so that it needs little memory.
+# How many numbers one pass of a repeated product reads, so that it needs little memory.
 _NUMBERS_IN_A_PASS = 2**18
 
 
 def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Results:
     """Computes the results in the data's dtype.
 
-    Wide data are multiplied once, as they are. Where an absent row has spoilt that by not being finite, or results are
-    undefined, the product is repeated with absent rows hidden, a few features at a time.
+    Wide data are multiplied once, unmasked. Where an absent row holds NaN or infinities, or results are undefined, the
+    product is repeated with absent rows masked, a few features at a time.
 
     Args:
         linop: The operator.
         rows: The data, shape (n, features), real; of any dtype where the operator only moves rows. Float32 stays
-            float32, narrower data are multiplied as they are and accumulated in float32.
+            float32, narrower data are multiplied in their own dtype and accumulated in float32.
         precisely: Whether float32 products that lose digits by cancellation, those of operators with large entries of
             both signs, are computed again in double precision.
 
@@ -45,9 +45,9 @@ def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Result
     if precisely and is_static(linop):
         precisely = bool(linop.amplification() > _MAX_AMPLIFICATION)
     linop = as_arguments(linop)
-    complete = linop.present is None and linop.defined is None
+    all_rows_and_results = linop.present is None and linop.defined is None
     with transfers_allowed():
-        if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or complete)):
+        if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or all_rows_and_results)):
             return apply_compiled(linop, rows)
         return _apply_and_check_compiled(precisely, linop, rows)
 
@@ -63,7 +63,7 @@ def _hide_undefined(linop, results):
 
 
 def undefined_value(dtype: jax.typing.DTypeLike) -> Array:
-    """Returns what stands for an undefined result: NaN; of integers the lowest number, of unsigned ones the highest."""
+    """Returns the value of undefined results: NaN, the lowest signed integer, the highest unsigned one, or False."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.asarray(jnp.nan, dtype)
     if jnp.issubdtype(dtype, jnp.integer):
@@ -97,14 +97,15 @@ def _apply_in_double(linop, rows):
 def _repeat_unless(accepted, product, rows, results):
     """Computes results again unless they are accepted, in passes over few features, which take little memory."""
     features = rows.shape[-1]
-    # Narrow data in a single pass: CPUs widen all of them to read a part.
+    # Narrow data take a single pass, because XLA on CPUs widens all of them to read a part.
     narrow = jnp.finfo(rows.dtype).bits < 32
     width = features if narrow else min(-(-_NUMBERS_IN_A_PASS * features // rows.size), features)
     passes = -(-features // width)
 
     def compute(i, results):
         start = jnp.minimum(i * width, features - width)
-        # Tied to i: a single pass that does not depend on it would be moved out of the loop and always computed.
+        # The barrier makes the block depend on i: XLA would move a single, independent pass out of the loop, where it
+        # would always be computed.
         block, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=-1), i))
         return jax.lax.dynamic_update_slice_in_dim(results, product(block), start, axis=-1)
 
@@ -116,7 +117,7 @@ def _apply_and_check_jvp(precisely, primals, tangents):
     return _apply_and_check(precisely, *primals), jax.jvp(apply_directly, primals, tangents)[1]
 
 
-# Compiled for callers outside of jit, where loops would be compiled at every call.
+# Compiled, because outside of jit loops would be compiled at every call.
 apply_compiled = jax.jit(apply_directly, inline=True)
 _apply_and_check_compiled = jax.jit(_apply_and_check, inline=True, static_argnums=0)
 
@@ -133,12 +134,12 @@ def apply_to_tree(
     """Applies an operator to every leaf of shape (n, ...), whose trailing axes are flattened for the product.
 
     Args:
-        name: What the tree is called in errors.
+        name: Name of the tree, for errors.
         linop: The operator.
         tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows.
         num_rows: n.
         precisely: As for `apply`.
-        one_pass: Whether to multiply without the checks of `apply`, as one product; for data spread over devices.
+        one_pass: Whether to compute one masked product, without the passes of `apply`; for data sharded over devices.
 
     Returns:
         Leaves (p, ...).
@@ -162,7 +163,7 @@ def apply_to_tree(
 
 
 def _apply_along_axes(linop, leaf):
-    """Applies an operator without flattening the trailing axes: data spread along one of them would be gathered."""
+    """Applies an operator without flattening the trailing axes: data sharded along one of them would be gathered."""
     product = functools.partial(apply_compiled, linop)
     for _ in range(leaf.ndim - 2):
         product = jax.vmap(product, in_axes=-1, out_axes=-1)

@@ -1,4 +1,4 @@
-"""Operators that two sweeps over blocks of rows apply, in time and memory proportional to the number of rows."""
+"""Operators applied by two sweeps over blocks of rows, in time and memory proportional to the number of rows."""
 
 from typing import final
 
@@ -17,7 +17,7 @@ from .double_single import DoubleSingle
 @final
 @pytree("num_rows", "num_results", "block_rows", eq=False)
 class Blocked(AbstractLinop):
-    """A state-space smoother cut into blocks: a sweep from the left, then one from the right that gives the results.
+    """Applies a state-space smoother in blocks: a sweep from the left, then one from the right that gives the results.
 
     Each block reads `block_rows` consecutive rows. With l and r the sizes of the left and the right state, the first
     sweep takes (rows, left state) to the left state after the block; the second takes (rows, right state, left state)
@@ -67,49 +67,53 @@ class Blocked(AbstractLinop):
                 block = jnp.where(block_of(jnp.asarray(self.present))[:, None], block, jnp.zeros((), block.dtype))
             return block.astype(dtype)
 
-        def sweep_right(left, block):
+        def sweep_right(left_state, block):
             start, matrix = block
-            return matmul(matrix, jnp.concatenate([read(start), left])), left
+            return matmul(matrix, jnp.concatenate([read(start), left_state])), left_state
 
         def sweep_left(carry, block):
-            right, results = carry
-            start, result_start, matrix, left = block
-            output = matmul(matrix, jnp.concatenate([read(start), right, left]))
-            # Blocks may overlap in results to which all but one of them contribute zeros.
-            summed = jax.lax.dynamic_slice_in_dim(results, result_start, results_size)
-            summed = summed + output[:results_size].astype(results.dtype)
-            results = jax.lax.dynamic_update_slice_in_dim(results, summed, result_start, axis=0)
+            right_state, results = carry
+            start, result_start, matrix, left_state = block
+            output = matmul(matrix, jnp.concatenate([read(start), right_state, left_state]))
+            # Blocks may overlap in results; all but one of them add zeros there.
+            totals = jax.lax.dynamic_slice_in_dim(results, result_start, results_size)
+            totals = totals + output[:results_size].astype(results.dtype)
+            results = jax.lax.dynamic_update_slice_in_dim(results, totals, result_start, axis=0)
             return (output[results_size:], results), None
 
-        _, left = jax.lax.scan(sweep_right, jnp.zeros((left_size, features), dtype), (first_row, forward))
+        _, left_state = jax.lax.scan(sweep_right, jnp.zeros((left_size, features), dtype), (first_row, forward))
         start = jnp.zeros((right_size, features), dtype), jnp.zeros((self.num_results, features), rows.dtype)
-        (_, results), _ = jax.lax.scan(sweep_left, start, (first_row, first_result, backward, left), reverse=True)
+        (_, results), _ = jax.lax.scan(sweep_left, start, (first_row, first_result, backward, left_state), reverse=True)
         return results
 
     def unmasked_product(self, rows: Rows) -> tuple[Results, bool]:
         return self.product(rows), True
 
     def amplification(self) -> Float[Array, ""]:
-        """Bounds it by the block's own rows and by states of the size that unit noise in all other rows gives them."""
+        """Bounds the amplification by a block's rows and states, with states as large as unit noise in all rows makes them.
+
+        Returns:
+            The largest bound over all results.
+        """
         forward, backward = jnp.asarray(self.forward.hi), jnp.asarray(self.backward.hi)
         _, right_size, results_size = self._sizes()
 
         def deviations(matrices, reverse):
-            """Standard deviations of the states with which a sweep enters each block."""
+            """Returns the standard deviations of the states with which a sweep enters each block."""
 
             def step(covariance, matrix):
-                by_rows, by_state = matrix[:, : self.block_rows], matrix[:, self.block_rows :]
-                advanced = by_state @ covariance @ by_state.T + by_rows @ by_rows.T
-                return advanced, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
+                row_matrix, state_matrix = matrix[:, : self.block_rows], matrix[:, self.block_rows :]
+                next_covariance = state_matrix @ covariance @ state_matrix.T + row_matrix @ row_matrix.T
+                return next_covariance, jnp.sqrt(jnp.maximum(jnp.diagonal(covariance), 0))
 
             start = jnp.zeros((matrices.shape[1], matrices.shape[1]), matrices.dtype)
             return jax.lax.scan(step, start, matrices, reverse=reverse)[1]
 
-        right = deviations(backward[:, results_size:, : self.block_rows + right_size], True)
-        states = jnp.concatenate([right, deviations(forward, False)], axis=-1)
+        right_deviations = deviations(backward[:, results_size:, : self.block_rows + right_size], True)
+        state_deviations = jnp.concatenate([right_deviations, deviations(forward, False)], axis=-1)
         magnitudes = jnp.abs(backward[:, :results_size])
-        by_states = (magnitudes[..., self.block_rows :] @ states[..., None])[..., 0]
-        return jnp.max(jnp.sum(magnitudes[..., : self.block_rows], axis=-1) + by_states)
+        state_part = (magnitudes[..., self.block_rows :] @ state_deviations[..., None])[..., 0]
+        return jnp.max(jnp.sum(magnitudes[..., : self.block_rows], axis=-1) + state_part)
 
     def matrix(self) -> Float[Array, "results rows"]:
         from .application import apply_directly
@@ -119,7 +123,7 @@ class Blocked(AbstractLinop):
         return entries.astype(jnp.result_type(float))
 
     def _sizes(self):
-        """The sizes of the left state, of the right state, and of a block's results."""
+        """Returns the sizes of the left state, of the right state, and of a block's results."""
         left_size = self.forward.hi.shape[1]
         right_size = self.backward.hi.shape[2] - self.block_rows - left_size
         return left_size, right_size, self.backward.hi.shape[1] - right_size

@@ -1,4 +1,4 @@
-"""Operators that are a matrix."""
+"""Operators given as a matrix."""
 
 from typing import final
 
@@ -15,7 +15,7 @@ from .double_single import DoubleSingle
 @final
 @pytree(eq=False)
 class Dense(AbstractLinop):
-    """A matrix of shape (p, n), n and p a few hundred at most.
+    """Multiplies by a matrix of shape (p, n), with n and p a few hundred at most.
 
     Attributes:
         entries: The matrix in float64, from `split`; NaN where results are not defined, else finite. Columns of absent
@@ -43,7 +43,7 @@ class Dense(AbstractLinop):
 
     def unmasked_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
         results = matmul(self._with_zero_columns(self._entries(rows.dtype)), rows)
-        # Finite values in absent rows are multiplied by zero; others make every result of their feature NaN.
+        # Finite values in absent rows are multiplied by zero; NaN and inf make every result of their feature NaN.
         return results, True if self.present is None else jnp.all(jnp.isfinite(results[0]))
 
     def amplification(self) -> Float[Array, ""] | float:
@@ -60,7 +60,7 @@ class Dense(AbstractLinop):
     def _entries(self, dtype):
         if dtype == jnp.float64:
             return self.entries.combine()
-        # Rounding the matrix to the dtype of narrow data errs no more than rounding the data did.
+        # Rounding the matrix to the dtype of narrow data adds no larger error than rounding the data did.
         return jnp.asarray(self.entries.hi).astype(dtype)
 
     def _with_zero_columns(self, entries):

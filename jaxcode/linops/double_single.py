@@ -11,7 +11,7 @@ from .._float64 import double_precision, x64_is_on
 
 
 class DoubleSingle(NamedTuple):
-    """Float64 numbers that stay so where JAX's x64 mode is off and jitted functions round their arguments.
+    """Holds float64 numbers as a pair that keeps their digits as an argument of jitted functions with x64 off.
 
     Attributes:
         hi: The numbers; with x64 off JAX holds them in float32.
@@ -29,7 +29,7 @@ class DoubleSingle(NamedTuple):
 
 
 def split(numbers: Array | np.ndarray) -> DoubleSingle:
-    """Splits float64 numbers where JAX would round them; NumPy arrays are kept whole.
+    """Splits float64 numbers where JAX would round them; NumPy arrays are not split.
 
     Args:
         numbers: Float64, of any shape.
@@ -47,14 +47,14 @@ def as_arguments(tree: PyTree[Any]) -> PyTree[Any]:
     """Prepares a tree of `DoubleSingle` as an argument of a jitted function: NumPy's float64 numbers are split."""
 
     def split_node(node):
-        whole = is_double_single(node) and node.lo is None and isinstance(node.hi, np.ndarray)
-        return _split(node.hi) if whole else node
+        is_unsplit = is_double_single(node) and node.lo is None and isinstance(node.hi, np.ndarray)
+        return _split(node.hi) if is_unsplit else node
 
     return tree if x64_is_on() else jax.tree.map(split_node, tree, is_leaf=is_double_single)
 
 
 def is_double_single(node: Any) -> bool:
-    """Tells a `DoubleSingle`, as `is_leaf` of functions that walk trees."""
+    """Returns whether a node is a `DoubleSingle`; the `is_leaf` of functions over trees."""
     return isinstance(node, DoubleSingle)
 
 

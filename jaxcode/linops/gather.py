@@ -13,7 +13,7 @@ from .abstract import AbstractLinop, Mask, Results, Rows, transfers_allowed
 @final
 @pytree("num_rows", eq=False)
 class Gather(AbstractLinop):
-    """A choice of rows: result k is row `index[k]`, in its own dtype, bit for bit.
+    """Selects rows: result k is row `index[k]`, in the data's dtype, bit for bit.
 
     Attributes:
         index: Which row each result is, shape (p,).

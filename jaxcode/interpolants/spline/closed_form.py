@@ -1,4 +1,4 @@
-"""The natural cubic smoothing spline in closed form: as a matrix, and applied straight to data."""
+"""The natural cubic smoothing spline in closed form: as a matrix, and applied to data without forming one."""
 
 import math
 
@@ -42,15 +42,16 @@ def spline_matrix(
     Computed in float64 whether or not JAX's x64 mode is on.
 
     Args:
-        knots: Positions t, shape (n,), ascending; knots at one place count as one whose value is their weighted mean.
-        points: Where to evaluate, shape (p,), any order.
+        knots: Positions t, shape (n,), ascending; knots at one place count as one, whose value is the weighted
+            mean of their data.
+        points: Where to evaluate, shape (p,), in any order.
         smoothing: :math:`\mu \ge 0`, SciPy's `lam`; 0 interpolates.
-        weights: w, shape (n,), not negative; ones if not given. A zero removes the knot exactly.
+        weights: w, shape (n,), not negative; ones if not given. A weight of zero is as if the knot did not exist.
         returned: Which knots have data, bool, shape (n,); all if not given.
 
     Returns:
         The matrix, shape (p, n), float64 where JAX's x64 mode is on, else float32. Columns of knots without data are
-        zero. With data at fewer than two knots all entries are NaN; with two or more, none.
+        zero. With data at fewer than two knots all entries are NaN; with two or more, none are.
 
     Raises:
         ValueError: If a concrete argument has the wrong shape, dtype or sign, or knots are not ascending.
@@ -73,7 +74,10 @@ def smoother_matrix(
     weights: ArrayLike | None = None,
     returned: ArrayLike | None = None,
 ) -> Float[Array, "knots knots"]:
-    """Forms the hat matrix, from values at the knots to the spline's values there. Arguments as for `spline_matrix`."""
+    """Forms the hat matrix, from values at the knots to the spline's values at the same knots.
+
+    Arguments, return value and errors as for `spline_matrix`.
+    """
     return spline_matrix(knots, knots, smoothing=smoothing, weights=weights, returned=returned)
 
 
@@ -88,8 +92,8 @@ def fit_and_evaluate(
 ) -> Shaped[Array, "points *features"]:
     r"""Fits one smoothing spline per feature and evaluates it, in O((n + p) d) time and memory.
 
-    The same as `spline_matrix(...) @ values`; from a few hundred knots on without forming the matrix. Values at knots
-    without data are not read: NaN there changes nothing.
+    Equal to `spline_matrix(...) @ values`; from a few hundred knots on, the matrix is not formed. Values at knots
+    without data are ignored, NaN included.
 
     Args:
         knots: As for `spline_matrix`.
@@ -103,7 +107,7 @@ def fit_and_evaluate(
         Shape (p, ...), in the dtype of the values (integers become float32).
 
     Raises:
-        ValueError: As for `spline_matrix`, or if the values' leading axis is not the knots'.
+        ValueError: As for `spline_matrix`, or if the leading axis of values is not n.
 
     References:
         As for `spline_matrix`.

@@ -2,31 +2,31 @@ r"""Standard errors of a smoothing spline, predicted from the data alone.
 
 The smoothing spline is the posterior mean of an integrated Wiener process, which has a posterior variance (Wahba 1978).
 That variance is far too large for smooth functions, whose interpolation error decreases faster with the distance
-between knots than the process's, and does not depend on where the curve bends. Here several hypotheses are weighed by
-the data:
+between knots than the process's, and it does not depend on the curvature. So several hypotheses are weighted by their
+evidence in the data:
 
 * The function is white noise integrated m times, observed at the knots without noise: m = 1, which is rough, or m = 4,
-  which is smooth, with uniform noise or with most of it at the points. There a curve that a cubic spline drew through
-  the points, as an encoder does, has jumps in its third derivative, and so has a function of it. Above a smoothing of
-  zero, the spline's own process is a hypothesis too: m = 2, with the observation noise that the smoothing stands for.
-  The spline's error at a place has a mean, the difference of two linear estimates, and a variance
-  :math:`b \, v^p c`, with v the posterior variance of the process of unit scale.
+  which is smooth. For m = 4 the noise is uniform, or most of it is at the points: a cubic spline through values at the
+  points, such as an encoder's, has jumps in its third derivative there, and so has a function of it. If the smoothing
+  is above zero, the spline's own process is a hypothesis too: m = 2, with the observation noise that corresponds to the
+  smoothing. Given a hypothesis, the spline's error at a place has a mean, the difference of the two posterior means,
+  and a variance :math:`b \, v^p c`, with v the posterior variance of the process of unit scale.
 * The exponent p lies between 1, the process's own, and :math:`4m / (2m - 1)`: on functions that are smooth on the scale
   of the knots, the error of splines of degree 2m - 1 is of the order of the 2m-th power of the distance.
-* The local scale c compares the curvature here with that elsewhere. It is estimated from nearby knots and shrunk
-  towards 1 as far as these are few.
+* The local scale c is the ratio of the squared residuals near a place to those of all knots. It is estimated from
+  nearby knots and shrunk towards 1, the more the fewer these are.
 
 The evidence for a hypothesis is the predictive likelihood of each knot's value given all others, in all features. The
-same leave-one-out residuals give the scale b of each feature. Finally all errors are multiplied by what makes nine of
-ten residuals lie within the interval predicted for them.
+same leave-one-out residuals give the scale b of each feature. Finally all errors are multiplied by the factor with
+which nine of ten residuals lie within the interval predicted for them.
 
-`wiener` has the processes.
+The module `wiener` computes the posteriors of the processes.
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Geisser and Eddy, Journal of the American Statistical
     Association 74 (1979), for predictive likelihood. Karvonen et al., SIAM/ASA Journal on Uncertainty Quantification 8
-    (2020), for how Gaussian processes misjudge functions smoother than they are. Barber et al., Annals of Statistics 49
-    (2021), for intervals from the quantiles of leave-one-out residuals.
+    (2020), for the miscalibration of Gaussian processes on functions smoother than they are. Barber et al., Annals of
+    Statistics 49 (2021), for intervals from the quantiles of leave-one-out residuals.
 """
 
 import jax
@@ -38,12 +38,12 @@ from jaxtyping import Array, Inexact
 from ..._float64 import in_float64
 from .wiener import find_sites, innovations, jump_noise, normalise, posteriors
 
-# For each process its m, the spline's own process first; the share of its noise at the points; and from how many sites
-# on it is considered. The rough process always is.
+# For each process its m, the spline's own process first; the share of its noise at the points; and the number of sites
+# with data from which on it is a hypothesis. The rough process always is.
 ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3.0, 0.0, 6.0, 6.0])
 # How many exponents are considered, from the process's own to the highest.
 NUM_EXPONENTS = 4
-# How many residuals the prior weighs as much as: that local scales are 1, and that the correction is.
+# The weights, in numbers of residuals, of the priors that local scales are 1 and that the correction is 1.
 PRIOR_FOR_SCALE, PRIOR_FOR_CORRECTION = 1, 20
 # Quantiles of the standard normal distribution.
 NORMAL_95, NORMAL_90 = 1.6448536269514722, 1.2815515655446004
@@ -58,12 +58,11 @@ def predicted_errors(
 ) -> Inexact[Array, "points features"]:
     r"""Predicts standard errors of the smoothing spline through the data, at the points.
 
-    The spline's value :math:`\pm 1.645` standard errors holds the truth in nine cases of ten. Where the spline is
-    expected to err by a known amount rather than in either direction, this is less than the root of the expected
-    square of its error.
+    The spline's value :math:`\pm 1.645` standard errors holds the truth in nine cases of ten. Where its error has a
+    known mean, rather than mean zero, a standard error is less than the root of the expected squared error.
 
     Args:
-        knots: Shape (n,), ascending; neighbours may be equal, and count as one whose value is their weighted mean.
+        knots: Shape (n,), ascending; equal neighbours count as one, whose value is the weighted mean of their data.
         values: Data, shape (n, d), real.
         points: Shape (p,), in any order. The truth may have jumps in its third derivative there.
         weights: Shape (n,), not negative, or bool; values of weight zero are not read.
@@ -72,16 +71,16 @@ def predicted_errors(
     Returns:
         Shape (p, d), in the data's unit and dtype, not negative. Zero at knots that are interpolated and for data on a
         straight line; infinite elsewhere with data at two places only, and everywhere with fewer than two data. With
-        data at few places they are larger by the ratio of Student's t to the normal distribution. Computed in float64,
-        in O((n + p)^3) time and products of n-sized matrices with the data.
+        data at few places they are larger by the ratio of quantiles of Student's t to those of the normal distribution.
+        Computed in float64, in O((n + p)^3) time and products of n-sized matrices with the data.
 
     References:
-        Those of the module.
+        As for the module.
     """
     rounding = float(jnp.finfo(values.dtype).eps)
-    known = _prepare(knots, points, weights, smoothing)
-    # Two programs: derivatives with respect to values compile without the first, which is large.
-    return _standard_errors(*known, values, points, weights, smoothing, rounding).astype(values.dtype)
+    posterior = _prepare(knots, points, weights, smoothing)
+    # Two programs, so that derivatives with respect to values do not compile the first, which is large.
+    return _standard_errors(*posterior, values, points, weights, smoothing, rounding).astype(values.dtype)
 
 
 @in_float64
@@ -89,11 +88,11 @@ def predicted_errors(
 def _prepare(knots, points, weights, smoothing):
     knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
-    # What is exact for the highest order serves all.
+    # A quadrature rule that is exact for the highest order is exact for all.
     noise = jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
     data_variances = jnp.where(ORDERS == 2, smoothing / span / span / span, 0)
-    found = posteriors(sites, innovations(sites, points, ORDERS, noise), data_variances, int(max(ORDERS)))
-    return sites, _neighbour_weights(sites, points), found.means, found.variances
+    posterior = posteriors(sites, innovations(sites, points, ORDERS, noise), data_variances, int(max(ORDERS)))
+    return sites, _neighbour_weights(sites, points), posterior.means, posterior.variances
 
 
 @in_float64
@@ -112,20 +111,21 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     mean = jnp.einsum("hkn,nd->hkd", means, data)
     residual = data[None] - mean[:, p:]
     orders = ORDERS.astype(float)
-    enough = sites.num_present > orders[:, None]
-    is_residual, number = present[None] & enough, jnp.where(enough, sites.num_present, 1)
+    has_residuals = sites.num_present > orders[:, None]
+    is_residual, number = present[None] & has_residuals, jnp.where(has_residuals, sites.num_present, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
 
     # The variances to the power of each exponent, relative to their geometric mean at the sites.
-    uncertain = variances > 0
-    log_variance = jnp.log(jnp.where(uncertain, variances, 1))
+    is_uncertain = variances > 0
+    log_variance = jnp.log(jnp.where(is_uncertain, variances, 1))
     log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
     exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
-    power = jnp.exp(exponent * jnp.where(uncertain, log_variance - log_mean, -jnp.inf)[..., None])
+    power = jnp.exp(exponent * jnp.where(is_uncertain, log_variance - log_mean, -jnp.inf)[..., None])
     power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
 
     scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / number[..., None]
-    # What rounding the data alone leaves. Features that are straight lines have no weight in the evidence.
+    # The squared residual that rounding of the data causes. Features that are straight lines have no weight in the
+    # evidence.
     floor = rounding**2
     feature_weight = scale[0, 0] / (scale[0, 0] + floor) + floor
     feature_weight = feature_weight / jnp.sum(feature_weight)
@@ -143,8 +143,8 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     deviance = jnp.log(power_at_sites * local_at_sites) + normalised_square / local_at_sites
     deviance = jnp.einsum("hne,n->he", deviance, present.astype(float))
     log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
-    possible = (sites.num_present >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
-    log_likelihood = jnp.where(possible[:, None], -0.5 * (deviance + number * log_scale), -jnp.inf)
+    is_possible = (sites.num_present >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
+    log_likelihood = jnp.where(is_possible[:, None], -0.5 * (deviance + number * log_scale), -jnp.inf)
     probability = jax.nn.softmax(log_likelihood, axis=(0, 1))
 
     variance = jnp.einsum("he,hke,hed->kd", probability, power * local_scale, scale)
@@ -153,20 +153,20 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     error = _half_width(variance[:p] * inflation, squared_bias[:p]) / NORMAL_95
     half_width = _half_width(variance[p:], squared_bias[p:])
     error = size * error * _correction(present, sites.num_present, residual[0], half_width)[None]
-    # Data at two places say nothing about how a curve bends.
-    error = jnp.where(sites.num_present >= 3, error, jnp.where(uncertain[0, :p, None], jnp.inf, 0))
+    # Data at two places do not determine the curvature.
+    error = jnp.where(sites.num_present >= 3, error, jnp.where(is_uncertain[0, :p, None], jnp.inf, 0))
     return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
 
 
 def _neighbour_weights(sites, points):
-    """Weighs for each place, points and then sites, the two or three sites nearest to it, itself left out."""
+    """Returns weights of the two or three sites nearest to each place, points and then sites, other than the place."""
     n = len(sites.place)
     rank = np.arange(n, dtype=float)
-    before, after = sites.place[None, :-1], sites.place[None, 1:]
-    passed = jnp.clip((points[:, None] - before) / (after - before), 0, 1)
-    position = jnp.concatenate([passed @ sites.present[1:].astype(float), rank])
-    is_other = np.concatenate([np.ones((len(points), n), bool), ~np.eye(n, dtype=bool)])
-    weight = jnp.exp(-((position[:, None] - rank[None]) ** 2)) * (sites.present[None] & is_other).astype(float)
+    previous_site, next_site = sites.place[None, :-1], sites.place[None, 1:]
+    fraction = jnp.clip((points[:, None] - previous_site) / (next_site - previous_site), 0, 1)
+    position = jnp.concatenate([fraction @ sites.present[1:].astype(float), rank])
+    is_other_site = np.concatenate([np.ones((len(points), n), bool), ~np.eye(n, dtype=bool)])
+    weight = jnp.exp(-((position[:, None] - rank[None]) ** 2)) * (sites.present[None] & is_other_site).astype(float)
     total = jnp.sum(weight, axis=1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1)
 
@@ -185,7 +185,7 @@ def _student_inflation(inverse_freedom):
     """Computes the squared ratio of the 95 % quantiles of Student's t and the normal distribution, to 3 per cent.
 
     Args:
-        inverse_freedom: One over the degrees of freedom, of which one is the least.
+        inverse_freedom: One over the degrees of freedom, of which there is at least one.
     """
     inverse_freedom = jnp.minimum(inverse_freedom, 1)
     return jnp.exp(inverse_freedom * (1.853 + 0.86 * inverse_freedom))
@@ -193,8 +193,8 @@ def _student_inflation(inverse_freedom):
 
 def _correction(present, count, residual, half_width):
     """Computes, for each feature, the 90 % quantile of residuals over half widths, shrunk towards 1."""
-    known = half_width > 0
-    ratio = jnp.where(known, jnp.abs(residual) / jnp.where(known, half_width, 1), 1)
+    is_positive = half_width > 0
+    ratio = jnp.where(is_positive, jnp.abs(residual) / jnp.where(is_positive, half_width, 1), 1)
     ratio = jnp.sort(jnp.where(present[:, None], ratio, jnp.inf), axis=0)
     quantile = ratio[jnp.maximum(jnp.ceil(0.9 * count) - 1, 0).astype(jnp.int32)]
     weight = count / (count + PRIOR_FOR_CORRECTION)

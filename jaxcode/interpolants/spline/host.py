@@ -1,4 +1,4 @@
-r"""The smoothing spline's matrix on the host, where all arguments are static: nothing to compile.
+r"""Forms the smoothing spline's matrix on the host from static arguments, without compilation.
 
 With values :math:`g_j` and second derivatives :math:`\gamma_j` at the m sites that have data, a distance :math:`h_j`
 apart, the minimiser satisfies (Green and Silverman 1994, section 2.1)
@@ -43,8 +43,8 @@ def banded_matrix(
     if len(live) < 2:
         matrix[:] = np.nan
         return matrix
-    # In a unit in which LAPACK's choice of pivots keeps its digits. Differences are taken before, because places far
-    # from zero would be rounded.
+    # Gaps are scaled to a sum of about 1, for which LAPACK's choice of pivots loses no digits. Differences are taken
+    # before scaling, because scaling would round places far from zero.
     unit = float(span_of(knots))
     smoothing = smoothing / unit / unit / unit
     t, w = knots[live], weights[live]
@@ -75,10 +75,13 @@ def fit_matrix(
     r"""Forms the matrix from values at sites to combinations of the fit's unknowns :math:`g_1, \gamma_1, g_2, \ldots`.
 
     Args:
-        gap: Distances between neighbouring sites, positive, one or more, of a sum of about one.
+        gap: Distances between neighbouring sites, positive, one or more, with a sum of about 1.
         reading: Coefficients of the unknowns, two for each site, in each combination; see `reading_matrix`.
         weights: Positive.
         smoothing: :math:`\mu \ge 0`.
+
+    Returns:
+        The matrix, float64.
 
     Raises:
         ArithmeticError: If the equations are singular.

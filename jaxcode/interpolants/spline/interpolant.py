@@ -19,9 +19,9 @@ from .linop import spline_linop
 @final
 @pytree(eq=False)
 class Spline(AbstractInterpolant):
-    r"""The natural cubic smoothing spline, whose smoothing does not depend on how many data there are.
+    r"""Draws the natural cubic smoothing spline, with a smoothing that is independent of the number of data.
 
-    It minimises :math:`\frac1n \sum_i (u(t_i) - y_i)^2 + \lambda \int u''^2` over the n data that there are.
+    It minimises :math:`\frac1n \sum_i (u(t_i) - y_i)^2 + \lambda \int u''^2` over the n knots that have data.
 
     Attributes:
         smoothing: :math:`\lambda \ge 0`, in the knots' unit cubed; 0 interpolates.
@@ -63,23 +63,23 @@ class Spline(AbstractInterpolant):
         points: Vector,
         returned: Bool[Array | np.ndarray, "knots"],
     ) -> Inexact[Array, "points features"]:
-        r"""Predicts how far the curve is from the truth; `interpolants.spline.error` says how.
+        r"""Predicts standard errors of the curve by the method of `interpolants.spline.error`.
 
         Args:
             knots: As for `linop`.
-            values: Data at the knots, shape (n, features); features are judged together.
+            values: Data at the knots, shape (n, features); features share one error model.
             points: As for `linop`.
             returned: As for `linop`.
 
         Returns:
-            Shape (p, features), in the unit of the data: the curve's value :math:`\pm 1.645` of them holds nine truths
-            of ten.
+            Shape (p, features), in the unit of the data: the curve's value :math:`\pm 1.645` standard errors holds the
+            truth in nine cases of ten.
         """
         smoothing = 0.0 if self.interpolates else self._total_smoothing(knots, returned)
         return predicted_errors(knots, values, points, returned, smoothing)
 
     def _total_smoothing(self, knots, returned):
-        """Returns the smoothing beside a sum of squares, where lambda stands beside their mean."""
+        """Converts lambda, for the mean of squares, to mu = n lambda, for their sum over the n knots with data."""
         if returned is None:
             return self.smoothing * float(knots.shape[0])
         if isinstance(returned, np.ndarray):

@@ -1,14 +1,13 @@
 r"""The natural cubic smoothing spline as the smoothed state of an integrated Wiener process.
 
-The minimiser of :math:`\sum_i w_i (g(t_i) - y_i)^2 + \mu \int g''^2` is the posterior mean of a process with
-:math:`g'' =` white noise, seen through noise of variance :math:`\mu / w_i`, when nothing is known of its value and
-slope beforehand (Wahba 1978). One Kalman filter runs over the sequence of knots and points from the left, one from the
-right, and at a point their two estimates of (value, slope) are combined, each with its covariance (Fraser and Potter
-1969).
+The minimiser of :math:`\sum_i w_i (g(t_i) - y_i)^2 + \mu \int g''^2` is the posterior mean of a process with :math:`g''
+=` white noise, observed with noise of variance :math:`\mu / w_i`, with a flat prior on its value and slope (Wahba
+1978). One Kalman filter runs over the sequence of knots and points from the left, one from the right, and at a point
+their two estimates of (value, slope) are combined, each with its covariance (Fraser and Potter 1969).
 
-A filter carries the covariance P of its estimate x as :math:`(p_{11}, p_{12}, p_{22}, \delta, q)` with
-:math:`P = p / q` and :math:`\det P = \delta / q`, up to a common factor: so infinite variances, of which there are two
-before the first site and one before the second, are q = 0 instead of a limit. Both steps of the filter are linear in
+A filter carries the covariance P of its estimate x as :math:`(p_{11}, p_{12}, p_{22}, \delta, q)` with :math:`P = p /
+q` and :math:`\det P = \delta / q`, up to a common factor. So infinite variances, of which there are two before the
+first site and one before the second, are represented by q = 0 without a limit. Both steps of the filter are linear in
 them, and no coefficient is below zero. Over a gap h
 
 .. math::
@@ -20,9 +19,9 @@ and through an observation of weight w
 .. math::
     \mu p_{11}, \quad \mu p_{12}, \quad w \delta + \mu p_{22}, \quad \mu \delta, \quad w p_{11} + \mu q.
 
-The estimate is carried, with the same factor, as :math:`a = q x` for what is certain and as
-:math:`b = (p_{22} x_1 - p_{12} x_2, \; p_{12} x_1 - p_{11} x_2)` for what is not: two sites close together leave a
-slope that is large and means nothing, and in b it has no part. Over a gap
+The estimate is carried, with the same factor, as :math:`a = q x` for what is certain and as :math:`b = (p_{22} x_1 -
+p_{12} x_2, \; p_{12} x_1 - p_{11} x_2)` for what is not: two sites close together determine a slope that is large and
+uncertain, on which b does not depend. Over a gap
 
 .. math::
     a_1 + h a_2, \quad a_2, \quad b_1 + h a_1 + \tfrac{h^2}{2} a_2, \quad
@@ -41,9 +40,9 @@ variance, in units of the process, are
     v = \frac{\delta p_{11}' + \delta' p_{11}}{D}, \quad
     D = \delta q' + \delta' q + p_{11} p_{22}' + p_{22} p_{11}' + 2 p_{12} p_{12}'.
 
-Sums of positive terms lose nothing, however close the knots and whatever the smoothing, zero included: where the usual
-equations for the second derivatives (Reinsch 1967), whose condition number is that of a fourth difference, are wrong in
-every digit, these hold ten and more (`tests/benchmarks/accuracy.py`).
+Sums of positive terms lose no digits, however close the knots and whatever the smoothing, zero included: where the
+usual equations for the second derivatives (Reinsch 1967), whose condition number is that of a fourth difference, are
+wrong in every digit, these hold ten and more (`tests/benchmarks/accuracy.py`).
 
 References:
     Wahba, Journal of the Royal Statistical Society B 40 (1978). Fraser and Potter, IEEE Transactions on Automatic
@@ -61,7 +60,7 @@ from .sequence import Sequence
 
 
 class Transitions(NamedTuple):
-    """How both filters cross the gaps; the last axis is the filter: from the left, from the right.
+    """Holds the transitions of both filters over the gaps; the last axis is the filter: from the left, from the right.
 
     Attributes:
         covariance: Matrices that take (p11, p12, p22, delta, q) over the gap before each entry.
@@ -73,9 +72,9 @@ class Transitions(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """How an observation y changes both filters: p and a are multiplied by `keep`, and `weight` multiplies y.
+    """Holds the gain of both filters at an observation y: `keep` multiplies p and a, `weight` multiplies y.
 
-    These are the smoothing and the weight, divided by the factor that keeps q = 1.
+    These are the smoothing and the weight, divided by the factor that makes q = 1.
     """
 
     keep: Float[Array, "entries 2"]
@@ -83,10 +82,10 @@ class Gain(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The matrices from data to the curve's values at points, for each block of the sequence.
+    """Holds the matrices from data to the curve's values at points, for each block of the sequence.
 
     A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b). The left
-    state has a fifth number: the sum of the data, so far, of a site that has knots on both sides of the edge.
+    state has a fifth number: for a site with knots on both sides of the edge, the weighted sum of its data so far.
 
     Attributes:
         forward: From the block's data and the left state before it, to the left state after it.
@@ -104,7 +103,17 @@ def find_transitions(
     points: Float[Array | np.ndarray, "points"],
     unit: Float[Array | np.ndarray, ""],
 ) -> Transitions:
-    """Forms the transitions over the gaps, in a unit, between knots and points, both ascending and in float64."""
+    """Forms the transitions over the gaps between entries of the sequence.
+
+    Args:
+        sequence: How knots and points interleave.
+        knots: Ascending, float64.
+        points: Ascending, float64.
+        unit: The unit of length of the gaps.
+
+    Returns:
+        The transitions; NumPy arrays for NumPy arrays.
+    """
     xp = np if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray) else jnp
     gaps = xp.diff(xp.concatenate([points, knots])[sequence.order]) / unit
     next_gap = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
@@ -146,12 +155,12 @@ def matrix_by_filters(
 def blocks_by_filters(
     sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Blocks:
-    """Forms the same matrix in blocks. Arguments as for `matrix_by_filters`, with any number of blocks."""
+    """Forms the matrix of `matrix_by_filters` in blocks, from the same arguments and any number of blocks."""
     return _assemble_blocks(sequence, *_run_filters(sequence, transitions, weights, smoothing))
 
 
 def _run_filters(sequence, transitions, weights, smoothing):
-    """Returns what `_adjoint` does, and each knot's share of its site."""
+    """Runs both filters and their adjoint; returns the results of `_adjoint`, and each knot's share of its site."""
     observed, share = _observed_weights(sequence, weights)
     covariance = _predicted_covariances(transitions.covariance, observed, smoothing)
     gain = _gain(covariance, observed, smoothing)
@@ -177,7 +186,7 @@ def _predicted_covariances(
     weight: Float[Array, "entries 2"],
     smoothing: Float[Array, ""],
 ) -> tuple[Float[Array, "entries 2"], ...]:
-    """Runs both filters' covariances (p11, p12, p22, delta, q): at every entry, before its observation."""
+    """Computes both filters' predicted covariances (p11, p12, p22, delta, q), those before each entry's observation."""
 
     def step(p, entry):
         transition, w = entry
@@ -209,13 +218,13 @@ def _gain(covariance, weight, smoothing) -> Gain:
 def _readings(sequence, covariance):
     """Returns each filter's coefficients of a_1, b_1 and b_2 in the value g at every point; zero at other entries."""
     p11, p12, p22, det, q = covariance
-    # The other filter's, at the same entry.
+    # The covariance of the other filter at the same entry.
     other_p11, other_p12, other_p22, other_det, other_q = (part[::-1, ::-1] for part in covariance)
     total = det * other_q + other_det * q + p11 * other_p22 + p22 * other_p11 + 2 * p12 * other_p12
     is_point = _for_both_filters(sequence, sequence.order < sequence.num_points, False)
     determined = total > 0
     inverse = jnp.where(is_point & determined, 1 / jnp.where(determined, total, 1), 0)
-    # With a single site the curve is its value, which the filter that has seen it carries in b_1.
+    # With a single site the curve is its value, which is in b_1 of the filter whose data include it.
     single = is_point & ~determined & (p22 > 0)
     single_reading = jnp.where(single, 1 / jnp.where(p22 > 0, p22, 1), 0)
     return other_det * inverse, other_p11 * inverse + single_reading, other_p12 * inverse
@@ -223,15 +232,15 @@ def _readings(sequence, covariance):
 
 def _for_both_filters(sequence, values, padding):
     """Pads values of the sequence's entries to whole blocks and stacks them in the order of either filter."""
-    padded = jnp.full(sequence.length - sequence.order.shape[0], padding, values.dtype)
-    values = jnp.concatenate([values, padded])
+    padding_values = jnp.full(sequence.length - sequence.order.shape[0], padding, values.dtype)
+    values = jnp.concatenate([values, padding_values])
     return jnp.stack([values, values[::-1]], axis=1)
 
 
 def _adjoint(sequence, gain, next_gap, covariance, readings):
     """Runs the adjoint of both filters from every point back over the data, which gives the rows of their matrices.
 
-    Rows are the block's points, and after them the four parts of the state with which the filter leaves the block.
+    Rows are the block's points, followed by the four numbers of the state with which the filter leaves the block.
 
     Returns:
         The coefficients of each entry's data, shape (steps, 2, blocks, rows), and those of the state with which the
@@ -289,12 +298,12 @@ def _assemble_blocks(sequence, of_data, of_state, share):
         both = jnp.stack([of_data[step, 0, block_index], of_data[steps - 1 - step, 1, block_index]])
         return jnp.where(selected[..., None], both, 0)
 
-    # Data are summed over their site, which is observed where it closes: in their own block or a later one.
+    # Data are summed over their site, which is observed where it closes: in the same block or a later one.
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
     in_block = entry[row] // steps == block[:, None]
     closing_entry = entry[closing[row]]
     closes_in_block = in_block & (closing_entry // steps == block[:, None])
-    carried = jnp.where(in_block & ~closes_in_block, share[row], 0)
+    carried_share = jnp.where(in_block & ~closes_in_block, share[row], 0)
     data = jnp.swapaxes(coefficients(closing_entry, closes_in_block) * share[row][..., None], -1, -2)
 
     # The sum that earlier blocks carry of an open site is observed in the block where it closes.
@@ -306,7 +315,7 @@ def _assemble_blocks(sequence, of_data, of_state, share):
     stays_open = jnp.where(is_open & ~closes, 1, 0).astype(share.dtype)
 
     point_rows, state_rows = slice(None, sequence.points), slice(sequence.points, None)
-    left, right = 0, 1
+    left_filter, right_filter = 0, 1
 
     def columns(*parts):
         return jnp.concatenate(parts, axis=-1)
@@ -315,8 +324,12 @@ def _assemble_blocks(sequence, of_data, of_state, share):
     return Blocks(
         forward=jnp.concatenate(
             [
-                columns(data[left, :, state_rows], of_state[left, :, state_rows], carried_sum[left, :, state_rows]),
-                columns(carried[:, None], zeros, stays_open[:, None, None]),
+                columns(
+                    data[left_filter, :, state_rows],
+                    of_state[left_filter, :, state_rows],
+                    carried_sum[left_filter, :, state_rows],
+                ),
+                columns(carried_share[:, None], zeros, stays_open[:, None, None]),
             ],
             axis=1,
         ),
@@ -324,10 +337,10 @@ def _assemble_blocks(sequence, of_data, of_state, share):
             [
                 columns(data.sum(0)[:, point_rows], *of_state[::-1, :, point_rows], carried_sum.sum(0)[:, point_rows]),
                 columns(
-                    data[right, :, state_rows],
-                    of_state[right, :, state_rows],
+                    data[right_filter, :, state_rows],
+                    of_state[right_filter, :, state_rows],
                     jnp.broadcast_to(zeros, (knots_before.shape[0], 4, 4)),
-                    carried_sum[right, :, state_rows],
+                    carried_sum[right_filter, :, state_rows],
                 ),
             ],
             axis=1,

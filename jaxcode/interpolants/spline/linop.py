@@ -26,14 +26,14 @@ def spline_linop(
     smoothing: ArrayLike,
     weights: Shaped[Array | np.ndarray, "knots"] | None = None,
 ) -> AbstractLinop:
-    r"""Prepares the smoothing spline through data at knots, read at points.
+    r"""Prepares the smoothing spline through data at knots, evaluated at points.
 
-    What the host knows is prepared there, which compiles nothing; what it does not, by the program.
+    From static arguments it is prepared on the host, without compilation; from others, by the program.
 
     Args:
         knots: Shape (n,), ascending; neighbours may be equal.
         points: Shape (p,), ascending.
-        smoothing: :math:`\mu \ge 0`, beside the sum of weighted squares.
+        smoothing: :math:`\mu \ge 0`, relative to the sum, not the mean, of weighted squares.
         weights: Shape (n,), not negative, or bool; rows of weight zero are not read. Ones if not given.
 
     Returns:
@@ -81,7 +81,7 @@ def _program_linop(knots, points, smoothing, weights):
 
 
 def _solver(by_filters):
-    """Has filters compute in float64, from (transitions, unit) or, where places are traced, from (knots, points)."""
+    """Wraps filters to compute in float64 from (transitions, unit) or, where places are traced, (knots, points)."""
 
     def solve(sequence, places, smoothing, weights):
         if isinstance(places[0], Transitions):

@@ -1,4 +1,4 @@
-"""The order of knots and points in one ascending sequence, and its blocks. Indices only: nothing to differentiate."""
+"""The order of knots and points in one ascending sequence, and its blocks; indices only, without derivatives."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +12,17 @@ Indices = Int[np.ndarray | Array, "..."]
 
 @pytree("block", "rows", "points", "distinct", eq=False)
 class Sequence:
-    """How n knots and p points interleave in one sequence of n + p entries, which is divided into blocks.
+    """Describes how n knots and p points interleave in one sequence of n + p entries, which is divided into blocks.
 
     Knots at one place form a site. A site is observed at the entry of its last knot, which closes it.
 
     Attributes:
-        order: Entry to index into points followed by knots, shape (n + p,).
-        entry: Index into points followed by knots to entry, shape (p + n,).
-        closing: Knot to the last knot of its site, shape (n,).
-        knots_before: Block to the number of knots before it, shape (blocks,).
+        order: For each entry, its index in points followed by knots, shape (n + p,).
+        entry: The inverse: the entry of each point, then of each knot, shape (p + n,).
+        closing: For each knot, the last knot of its site, shape (n,).
+        knots_before: For each block, the number of knots before it, shape (blocks,).
         block: Entries in a block; the last block is padded with empty ones. Static.
-        rows: The largest number of knots in a block, whose data it reads. Static.
+        rows: How many rows of data each block reads: the largest number of knots in a block. Static.
         points: The largest number of points in a block. Static.
         distinct: Whether all knots are known to be distinct sites. Static.
     """
@@ -48,12 +48,12 @@ class Sequence:
 
     @property
     def first_row(self) -> Indices:
-        """Block to the first of the `rows` rows of data that it reads; its knots are among them."""
+        """The first of the `rows` rows of data that each block reads, those of its knots among them."""
         return _xp(self.knots_before).minimum(self.knots_before, self.closing.shape[0] - self.rows)
 
     @property
     def first_point(self) -> Indices:
-        """Block to the first of the `points` results that it adds to; its points are among them."""
+        """The first of the `points` results that each block adds to, those of its points among them."""
         start = np.arange(0, self.length, self.block, dtype=np.int32)
         return _xp(self.knots_before).minimum(start - self.knots_before, self.num_points - self.points)
 
@@ -63,13 +63,16 @@ def arrange(
 ) -> Sequence:
     """Interleaves ascending knots with ascending points and cuts the sequence into blocks.
 
-    For NumPy arrays all is NumPy, and `rows` and `points` are as small as their order allows; for traced arrays they
-    are large enough for any order.
+    From NumPy arrays all indices are NumPy arrays, and `rows` and `points` are as small as the order allows; from
+    traced arrays they are large enough for any order.
 
     Args:
         knots: Ascending; neighbours may be equal.
         points: Ascending.
         block: Entries in a block; one block if not given.
+
+    Returns:
+        The sequence.
     """
     static = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
     xp = np if static else jnp

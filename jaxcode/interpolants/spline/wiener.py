@@ -1,4 +1,4 @@
-r"""Posteriors of an m-times integrated Wiener process, given noisy data: means, which are splines, and variances.
+r"""Computes posteriors of an m-times integrated Wiener process given noisy data: means (splines) and variances.
 
 The process u has white noise as its m-th derivative and a flat prior on polynomials of degree m - 1; for m = 2 the
 posterior mean is the cubic smoothing spline. Each site t is predicted from the m sites before it by the polynomial
@@ -39,7 +39,7 @@ from ..abstract import SAME_SITE
 def unit_variances(
     knots: ArrayLike, points: ArrayLike, weights: ArrayLike, smoothing: ArrayLike = 0.0
 ) -> Float[Array, "points"]:
-    r"""Computes posterior variances of the integrated Wiener process of unit scale whose mean the smoothing spline is.
+    r"""Computes posterior variances of the integrated Wiener process of unit scale, whose mean is the smoothing spline.
 
     With :math:`\kappa(s, t) = |s - t|^3 / 12`, d the spline's row for a point, K the kernel among knots and c from
     knots to the point, each is :math:`d^T K d - 2 d^T c + \mu \sum_i d_i^2 / w_i`.
@@ -64,7 +64,7 @@ def unit_variances(
 
 
 class Sites(NamedTuple):
-    """Places that have data, in ascending order, followed by places that have none.
+    """Holds the places that have data, in ascending order, followed by places that have none.
 
     Attributes:
         place: Strictly ascending, shape (n,), where n is at least the number of knots.
@@ -85,7 +85,7 @@ class Sites(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """White noise that drives processes, as a quadrature rule for integrals over its intensity.
+    """Holds the white noise that drives processes, as a quadrature rule for integrals over its intensity.
 
     Attributes:
         abscissa: Shape (q,).
@@ -97,13 +97,15 @@ class Noise(NamedTuple):
 
 
 class Innovations(NamedTuple):
-    """Predictions of sites and points from sites nearby, and what they miss. Places are the sites, then the points.
+    """Holds predictions of sites and points from nearby sites, and the innovations.
+
+    Places are the sites, then the points.
 
     Attributes:
         prediction: The matrix from data to predictions, shape (orders, sites + points, sites).
-        contrasts: The matrix C from data to innovations; at points, which have no data, less their predictions.
-        covariance: Of the innovations, with exact data, shape (orders, sites + points, sites + points).
-        is_defined: Which sites have an innovation: those with data but for the first m, shape (orders, sites).
+        contrasts: The matrix C from data to innovations; for points, which have no data, minus their predictions.
+        covariance: The innovations' covariance with exact data, shape (orders, sites + points, sites + points).
+        is_defined: Which sites have an innovation: those with data except the first m, shape (orders, sites).
     """
 
     prediction: Float[Array, "orders places sites"]
@@ -113,12 +115,14 @@ class Innovations(NamedTuple):
 
 
 class Posteriors(NamedTuple):
-    """What several processes make of data at sites. Places are the points, then each site when its datum is left out.
+    """Holds the posteriors of several processes given data at sites.
+
+    Places are the points, then each site with its own datum left out.
 
     Attributes:
         means: The matrices from data to posterior means, shape (orders, points + sites, sites).
-        variances: Posterior variances, shape (orders, points + sites): of u at points, of a left out datum at sites.
-            Without meaning at sites that have no data, and where there are no more sites than m.
+        variances: Posterior variances, shape (orders, points + sites): of u at points, of the left-out datum at sites.
+            Arbitrary at sites that have no data, and where at most m sites have data.
         precision: The data's precision, with polynomials projected out, shape (orders, sites, sites).
     """
 
@@ -130,7 +134,7 @@ class Posteriors(NamedTuple):
 def normalise(
     knots: Float[Array, "knots"], points: Float[Array, "points"]
 ) -> tuple[Float[Array, "knots"], Float[Array, "points"], Float[Array, ""]]:
-    """Maps knots to [0, 1] and points along with them, so that powers of distances stay in range.
+    """Maps knots to [0, 1], and points by the same map, so that powers of distances stay in range.
 
     Returns:
         The knots, the points, and the span: the length that became 1.
@@ -141,28 +145,31 @@ def normalise(
 
 
 def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
-    """Finds the places of knots whose weight is not zero, taking equal knots together.
+    """Finds the places of knots whose weight is not zero, merging equal knots.
 
     Args:
         knots: Ascending, shape (k,).
         weights: Not negative, or bool, shape (k,).
+
+    Returns:
+        The sites.
     """
     num_knots = knots.shape[0]
-    # At least one more than the m sites that the highest order, 4, predicts from.
+    # At least one more than the number of sites, m, from which the highest order, 4, predicts.
     size = max(num_knots, 5)
     rank = _indices(size)
     weights = weights.astype(knots.dtype)
     live, span = weights > 0, knots[-1] - knots[0]
-    earlier = live[None] & np.tri(num_knots, k=-1, dtype=bool)
-    gap = knots - jnp.max(jnp.where(earlier, knots[None], -jnp.inf), axis=1)
-    opens = live & (gap > SAME_SITE * span)
-    # Sums are written as products, here and below: they compile in a third of the time.
-    site = np.tri(num_knots) @ opens.astype(knots.dtype)
+    is_earlier = live[None] & np.tri(num_knots, k=-1, dtype=bool)
+    gap = knots - jnp.max(jnp.where(is_earlier, knots[None], -jnp.inf), axis=1)
+    begins_site = live & (gap > SAME_SITE * span)
+    # In this module sums are written as matrix products, which compile in a third of the time.
+    site = np.tri(num_knots) @ begins_site.astype(knots.dtype)
     is_member = live[None] & (site[None] == 1 + rank[:, None])
     num_present = site[-1]
     place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
-    empty = rank >= num_present
-    place = jnp.where(empty, jax.lax.stop_gradient(jnp.max(place) + (rank - num_present + 1) * (span / size)), place)
+    is_empty = rank >= num_present
+    place = jnp.where(is_empty, jax.lax.stop_gradient(jnp.max(place) + (rank - num_present + 1) * (span / size)), place)
     return _weighted(place, num_present, is_member, weights)
 
 
@@ -186,10 +193,10 @@ def uniform_noise(places: Float[Array, "places"], exact: int) -> Noise:
 
 
 def jump_noise(places: Float[Array, "places"], points: Float[Array, "points"], exact: int, shares: np.ndarray) -> Noise:
-    """Makes noise of which a share stands at points, where the process's derivative of order m - 1 jumps.
+    """Makes noise of which a share is concentrated at points, where the process's derivative of order m - 1 jumps.
 
     Args:
-        places: As for `uniform_noise`, which the rest of the noise is. The points should be among them.
+        places: As for `uniform_noise`, which makes the rest of the noise. The points should be among them.
         points: Where jumps are, with a variance in proportion to the gaps around each.
         exact: As for `uniform_noise`.
         shares: The share of each process, from 0 to 1, static.
@@ -206,9 +213,12 @@ def innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray
 
     Args:
         sites: Where there are data.
-        points: Where to read.
+        points: Where to predict.
         orders: Each process's m, from 1 to 4, static.
-        noise: What drives each process. Its abscissae integrate products of the B-splines above.
+        noise: The noise that drives each process. Its quadrature must be exact for products of the kernels M.
+
+    Returns:
+        The innovations of all processes.
     """
     highest, n = int(max(orders)), sites.place.shape[0]
     target = jnp.concatenate([sites.place, points])
@@ -220,8 +230,8 @@ def innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray
 
     def of_process(m, response, variance):
         stencil, is_defined = _stencils(sites, points, m, highest)
-        used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
-        prediction = _lagrange_rows(sites.place, target, stencil, used)
+        is_used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
+        prediction = _lagrange_rows(sites.place, target, stencil, is_used)
         # A point's own value is no datum.
         data = is_defined & (np.arange(target.shape[0]) < n)
         contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & data[:, None], 1, 0) - prediction
@@ -237,9 +247,12 @@ def posteriors(sites: Sites, found: Innovations, data_variances: Float[Array, "o
 
     Args:
         sites: Where there are data.
-        found: The processes' innovations.
+        found: The innovations of the processes.
         data_variances: The variance of a datum of weight one, for each process; zero where data are exact.
         bandwidth: The highest m, static.
+
+    Returns:
+        The posteriors of all processes.
     """
     return jax.vmap(functools.partial(_condition, sites, bandwidth))(found, data_variances)
 
@@ -250,11 +263,11 @@ def data_precision(
     """Computes the precision of data at knots from that of their means at sites.
 
     Args:
-        sites: Found with `weights`.
-        precision: That of the weighted means at sites, whose data have variance one over weight.
+        sites: From `find_sites` with `weights`.
+        precision: The precision of the weighted means at sites, whose noise has variance one over weight.
         weights: One over the variance of each datum's noise; zero for knots left out.
     """
-    # Deviations from a site's mean are noise alone: diag(w) - A^T diag(W) A is their precision.
+    # Deviations from a site's mean consist of noise only: diag(w) - A^T diag(W) A is their precision.
     return jnp.diag(weights) + sites.average.T @ (precision - jnp.diag(sites.weight)) @ sites.average
 
 
@@ -265,8 +278,8 @@ def _unit_variances(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
     noise = uniform_noise(jnp.concatenate([sites.place, points]), 2)
     smoothing = jnp.reshape(smoothing, 1) / span / span / span
-    found = posteriors(sites, innovations(sites, points, np.array([2]), noise), smoothing, 2)
-    variances = found.variances[0, : points.shape[0]]
+    posterior = posteriors(sites, innovations(sites, points, np.array([2]), noise), smoothing, 2)
+    variances = posterior.variances[0, : points.shape[0]]
     return jnp.where(sites.num_present >= 2, variances * span * span * span, jnp.inf)
 
 
@@ -287,7 +300,7 @@ def _stencils(sites, points, m, highest):
 
     Returns:
         Indices of sites, shape (n + p, highest), of which the first m count; and which targets have a prediction: all
-        points, and the sites with data but for the first m.
+        points, and the sites with data except the first m.
     """
     n = sites.place.shape[0]
     rank = np.arange(n, dtype=np.int32)
@@ -313,7 +326,7 @@ def _lagrange_rows(place, target, stencil, used):
 
 
 def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
-    """Evaluates the innovations' kernels M at the abscissae; outside their support only rounding would be left."""
+    """Evaluates the innovations' kernels M at the abscissae; outside their support rounding errors are set to zero."""
     n = place.shape[0]
     kernel = contrasts @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
     low = jnp.minimum(place[stencil[:, 0]], target)[:, None]
@@ -333,8 +346,8 @@ def _condition(sites, bandwidth, found, data_variance):
     scaled = scale[:, None] * covariance[:n] * jnp.concatenate([scale, np.ones(num_points)])[None]
     column = np.arange(n)[:, None] + np.arange(-bandwidth, 1)[None]
     bands = jnp.where(column >= 0, scaled[np.arange(n)[:, None], column], 0).at[:, bandwidth].set(1)
-    white = _whiten(bands, jnp.concatenate([scale[:, None] * contrasts[:n], scaled[:, n:]], axis=1))
-    contrasts, cross = white[:, :n], white[:, n:]
+    whitened = _whiten(bands, jnp.concatenate([scale[:, None] * contrasts[:n], scaled[:, n:]], axis=1))
+    contrasts, cross = whitened[:, :n], whitened[:, n:]
 
     precision = contrasts.T @ contrasts
     diagonal = jnp.diagonal(precision)
@@ -347,22 +360,25 @@ def _condition(sites, bandwidth, found, data_variance):
 def _whiten(bands, columns):
     """Multiplies columns by the inverse of the Cholesky factor of a banded matrix, eliminated row by row.
 
-    Batched factorizations of LAPACK's that run side by side can wait for each other forever on a CPU of few cores.
+    LAPACK is not used: its batched factorizations that run concurrently can deadlock on a CPU of few cores.
     """
     m = bands.shape[1] - 1
 
     def step(carry, row):
-        # The Schur complement of the rows eliminated so far, in the m rows before this one.
-        block, rest = carry
+        # The Schur complement after the rows eliminated so far, in the m rows before this one.
+        block, block_columns = carry
         band, column = row
         block = jnp.concatenate([jnp.concatenate([block, band[:m, None]], axis=1), band[None]])
-        rest = jnp.concatenate([rest, column[None]])
-        pivot, first = block[0, 0], rest[0]
+        block_columns = jnp.concatenate([block_columns, column[None]])
+        pivot, first_row = block[0, 0], block_columns[0]
         factor = block[1:, :1] / pivot
-        return (block[1:, 1:] - factor * block[:1, 1:], rest[1:] - factor * first[None]), first / jnp.sqrt(pivot)
+        return (
+            block[1:, 1:] - factor * block[:1, 1:],
+            block_columns[1:] - factor * first_row[None],
+        ), first_row / jnp.sqrt(pivot)
 
     # A row is eliminated m steps after it is read.
-    last = jnp.zeros((m, m + 1), bands.dtype).at[:, m].set(1)
-    none = jnp.zeros((m, columns.shape[1]), columns.dtype)
-    rows = jnp.concatenate([bands, last]), jnp.concatenate([columns, none])
-    return jax.lax.scan(step, (jnp.eye(m, dtype=bands.dtype), none), rows)[1][m:]
+    padding_bands = jnp.zeros((m, m + 1), bands.dtype).at[:, m].set(1)
+    padding_columns = jnp.zeros((m, columns.shape[1]), columns.dtype)
+    rows = jnp.concatenate([bands, padding_bands]), jnp.concatenate([columns, padding_columns])
+    return jax.lax.scan(step, (jnp.eye(m, dtype=bands.dtype), padding_columns), rows)[1][m:]
