@@ -1,4 +1,4 @@
-# `make demo` and `make test` each do everything on a machine that has only Python >= 3.11 and make.
+# Every target installs what it needs: a machine needs only Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,13 +17,14 @@ serve: $(VENV)/.demo,models,serve
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The other tests run at XLA's lowest optimisation level, which compiles faster. These are about numbers, and run at the
-# default level, as users' programs do.
+# `make test` runs at XLA's lowest optimisation level, which compiles faster. These tests are about accuracy, and run at
+# the default level, as users' programs do.
 test-optimised: $(VENV)/.test
 	JAXCODE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/codes tests/interpolants $(ARGS)
 	$(BIN)/python -m tests.benchmarks.accuracy
 
-# Tests that `make test` leaves out because they take long: recorded figures with many trials, five hundred requests while workers are killed.
+# Tests that `make test` leaves out because they take long: recorded figures with many trials, five hundred requests
+# while workers are killed.
 long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long $(ARGS)
 
@@ -34,14 +35,15 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The error of each spline against its oracle, and the published experiments with our figures.
+# The error of each spline against its oracle.
 accuracy: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
 
+# The published experiments with our figures.
 experiments: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.experiments $(ARGS)
 
-# Time and memory, each figure with its bar.
+# Time and memory, each figure with the bound that it must meet.
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
@@ -53,7 +55,7 @@ $(VENV)/bin/python:
 	  || { echo "jaxcode needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each set of extras, so that nothing is installed twice.
+# Installs a set of extras, which the target names, and leaves a stamp so that it is not installed twice.
 $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	@echo "Installing jaxcode[$*] into $(VENV) ..."
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'

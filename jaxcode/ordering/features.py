@@ -1,4 +1,4 @@
-"""Features of inputs whose distances are changes of a model's answers."""
+"""Computes features of inputs whose distances are changes of a model's answers."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from ..functions import as_pure_function
 
 __all__ = ["LinearFeatures", "sensitivity"]
 
-# Most numbers in all derivatives of a model that are kept (256 MB).
+# How many numbers all derivatives of a model have at most (256 MB).
 _MOST_NUMBERS = 2**26
 
 
@@ -46,10 +46,10 @@ def sensitivity(
     Args:
         f: A differentiable model, as `jaxcode.coded` takes it.
         x_sample: Inputs, leaves (B, ...) of real numbers.
-        num_probes: n, how many derivatives are taken, each at the cost of two to three runs of the model; fewer for
-            inputs so large that they would be more than 2^26 numbers. More resolve more directions.
+        num_probes: n, how many derivatives are computed, each at the cost of two to three runs of the model; reduced
+            for large inputs, so that the derivatives have at most 2^26 numbers. More of them resolve more directions.
         model_batch: How many inputs the model is differentiated on at a time.
-        key: Random key of the directions.
+        key: Random key of the directions; that of seed 0 if not given.
 
     Returns:
         A function from a batch to its features, (B, n) in float32: `Greedy(key=sensitivity(...))`.
@@ -77,7 +77,7 @@ def sensitivity(
     numbers_per_input = sum(leaf.size for leaf in jax.tree.leaves(x)) // size
     num_probes = max(1, min(num_probes, _MOST_NUMBERS // max(1, numbers_per_input)))
 
-    # Runs of one size, compiled once, which repeat the sample as often as needed.
+    # All runs have one size, so that they compile once, and repeat the sample as often as needed.
     x, model_batch = unsharded(x), min(model_batch, size)
     key = jax.random.key(jax.device_put(np.uint32(0))) if key is None else key
     keys = jax.random.split(key, -(-num_probes // model_batch))
@@ -106,7 +106,7 @@ class LinearFeatures:
         """Computes the features of a batch, leaves (B, ...), in float32.
 
         Raises:
-            ValueError: If x has not the structure and the shapes of the directions.
+            ValueError: If the structure or the shapes of x differ from those of the directions.
         """
         batch_size("x", x)
         x = as_arrays("x", x)

@@ -1,4 +1,4 @@
-"""Short paths through a batch, by nearest neighbour and 2-opt."""
+"""Finds short paths through a batch, by nearest neighbour and 2-opt."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from ..checks import batch_size, check_count
 
 __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
 
-# From a batch, leaves (B, ...), and K to a permutation of the batch: entry i is the index of the input in place i.
+# Maps a batch, leaves (B, ...), and K to a permutation of the batch: entry i is the index of the input in place i.
 Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
 Metric = Callable[[Any, Any], Float[Array, ""]]
 
-# A longer batch is split into parts, whose distances fit in memory one part at a time (16 MB).
+# Longer batches are split into parts, so that only one part's distances are in memory at a time (16 MB).
 MOST_IN_ONE_PATH = 2048
-# Each pass tries the moves of every input; a tour stops getting shorter after five to ten passes.
+# Each pass tries the moves of every input; tours stop getting shorter after five to ten passes.
 MOST_PASSES = 16
 
 
@@ -51,10 +51,10 @@ def greedy(
     Args:
         x: The batch, leaves (B, ...), real or bool.
         num_data: K, inputs in a group.
-        key: From the batch to the features whose distances count, leaves (B, ...): the model's first layer, a random
-            projection. The inputs themselves if not given.
+        key: Maps the batch to the features whose distances count, leaves (B, ...), such as the model's first layer or
+            a random projection. The inputs themselves if not given.
         metric: The distance between the features of two inputs, each without batch axis, a number >= 0. Euclidean over
-            all leaves if not given, as one matrix product. As an `order=` with these settings give `Greedy`.
+            all leaves if not given, as one matrix product. To pass such settings as `order=`, use `Greedy`.
 
     Returns:
         int32, shape (B,): a permutation of the batch; groups are num_data consecutive entries, the last may be shorter.
@@ -112,10 +112,10 @@ def greedy(
 @final
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Orders a batch by `greedy` with settings of its own: an `Ordering`, equal to others by its settings.
+    """Orders a batch by `greedy` with fixed settings: an `Ordering` that compares equal and hashes by its settings.
 
     Attributes:
-        key: From the batch to the features whose distances count, as in `greedy`; hashable.
+        key: Maps the batch to the features whose distances count, as in `greedy`; hashable.
         metric: The distance between the features of two inputs, as in `greedy`; hashable.
 
     >>> from jaxcode.ordering import sensitivity
@@ -132,7 +132,7 @@ class Greedy:
         _check_function("metric", self.metric, "a function of the features of two inputs")
 
     def __call__(self, x: PyTree[ArrayLike], num_data: int) -> Int[Array, "batch"]:
-        """Finds a permutation of the batch, shape (B,)."""
+        """Finds a permutation of the batch, int32, shape (B,); arguments and errors as for `greedy`."""
         return greedy(x, num_data, key=self.key, metric=self.metric)
 
 
@@ -143,14 +143,14 @@ def _greedy(features, size, num_data, metric):
         features, metric = vectors, _euclidean
     # The number of parts is a power of two; copies of the last input pad them to equal sizes.
     levels = max(0, math.ceil(math.log2(size / MOST_IN_ONE_PATH)))
-    parts = 2**levels
-    members = jnp.minimum(jnp.arange(-(-size // parts) * parts, dtype=jnp.int32), size - 1).reshape(1, -1)
+    num_parts = 2**levels
+    members = jnp.minimum(jnp.arange(-(-size // num_parts) * num_parts, dtype=jnp.int32), size - 1).reshape(1, -1)
     for _ in range(levels):
         members = jax.vmap(lambda part: _bisected(part, vectors[part]))(members).reshape(2 * len(members), -1)
 
     def path_of(part):
         distances = _distances(jax.tree.map(lambda leaf: leaf[part], features), metric)
-        # The path starts, and the tour is closed, at an added place at distance 0 from all inputs.
+        # The tour starts and ends at an added place, at distance 0 from all inputs, so that the path between is free.
         distances = jnp.pad(distances, (0, 1))
         return part[_shortened(_nearest_neighbours(distances), distances)[1:]]
 
@@ -161,7 +161,7 @@ def _greedy(features, size, num_data, metric):
 
 
 def _as_vectors(features, size):
-    """Concatenates all leaves, shape (B, D), about their mean: in float32, or wider where they are."""
+    """Concatenates all leaves, shape (B, D), and subtracts the mean; in float32, or in the leaves' dtype if wider."""
     leaves = [leaf.reshape(size, -1) for leaf in jax.tree.leaves(features)]
     vectors = jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
     mean = jnp.mean(vectors, axis=0, where=jnp.isfinite(vectors), keepdims=True)
@@ -175,16 +175,16 @@ def _euclidean(a, b):
 def _distances(features, metric):
     """Computes the distance of every row to every row."""
     if metric is _euclidean:
-        inner = jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
+        products = jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
         squares = jnp.sum(features**2, axis=1)
-        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares[None] - 2 * inner, 0)))
+        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares[None] - 2 * products, 0)))
     return _finite(jax.vmap(lambda a: jax.vmap(lambda b: metric(a, b))(features))(features))
 
 
 def _finite(distances):
     """Replaces NaN and infinity by twice the largest finite distance."""
-    known = jnp.isfinite(distances)
-    return jnp.where(known, distances, 2 * jnp.max(distances, where=known, initial=0.5))
+    is_finite = jnp.isfinite(distances)
+    return jnp.where(is_finite, distances, 2 * jnp.max(distances, where=is_finite, initial=0.5))
 
 
 def _bisected(part, vectors):
@@ -199,14 +199,14 @@ def _bisected(part, vectors):
 
 
 def _nearest_neighbours(distances):
-    """Finds a tour that starts at the last place and always goes to the nearest place not visited."""
+    """Finds a tour that starts at the last place and always goes on to the nearest place not visited."""
 
     def step(carry, _):
         current, visited = carry
         visited = visited.at[current].set(jnp.inf)
         return (jnp.argmin(distances[current] + visited).astype(jnp.int32), visited), current
 
-    # Made from the distances, so that in `shard_map` the loop starts with values of one shard, as it goes on.
+    # Made from the distances, so that in `shard_map` the initial values vary over shards as those of later steps do.
     start = jnp.full_like(distances[0, 0], len(distances) - 1, dtype=jnp.int32), jnp.zeros_like(distances[0])
     return jax.lax.scan(step, start, length=len(distances))[1]
 
@@ -240,14 +240,14 @@ def _shortened(tour, distances):
         return jax.lax.cond(jnp.max(saving) > tolerance, reverse, lambda: carry)
 
     def one_pass(carry):
-        tour, steps, changed, passes = carry
-        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.zeros_like(changed))), passes + 1
+        tour, steps, changed, num_passes = carry
+        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.zeros_like(changed))), num_passes + 1
 
-    def unfinished(carry):
+    def can_shorten(carry):
         return carry[2] & (carry[3] < MOST_PASSES)
 
     start = tour, lengths(tour), jnp.ones_like(tour[0], dtype=bool), jnp.int32(0)
-    return jax.lax.while_loop(unfinished, one_pass, start)[0]
+    return jax.lax.while_loop(can_shorten, one_pass, start)[0]
 
 
 def _without_copies(path, size):
@@ -260,11 +260,13 @@ def _without_copies(path, size):
 def _rotated(path, features, num_data, metric):
     """Rotates the closed path so that its steps between groups are the longest."""
     size = len(path)
-    ordered = jax.tree.map(lambda leaf: leaf[path], features)
-    steps = _finite(jax.vmap(metric)(ordered, jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), ordered)))
+    path_features = jax.tree.map(lambda leaf: leaf[path], features)
+    steps = _finite(
+        jax.vmap(metric)(path_features, jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), path_features))
+    )
     starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)[None]
-    between = jnp.sum(steps[(starts - 1) % size], axis=1)
-    return jnp.roll(path, -jnp.argmax(between))
+    gap_lengths = jnp.sum(steps[(starts - 1) % size], axis=1)
+    return jnp.roll(path, -jnp.argmax(gap_lengths))
 
 
 def _check_function(name, value, expected):

@@ -1,4 +1,4 @@
-"""Workers whose early answers are used: threads of this process, and Ray actors."""
+"""Runs workers whose early answers are used: threads of this process, and Ray actors."""
 
 from .pool import AbstractPool as AbstractPool
 from .pool import WorkerPool as WorkerPool

@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 
 from ..functions import PureFunction, check_answers
 
-# Replaces the computation of a worker: called with the worker's number, the compiled model and a batch.
+# Replaces the computation of a worker: called with the worker's number, the compiled model and a batch, it returns the
+# answer.
 Around = Callable[[int, Callable[[Any], Any], Any], Any]
 
 
@@ -24,7 +25,7 @@ class Compute:
         fn: The model, a pure function of params and a batch.
         params: Its parameters, as they are or packed.
         worker: Index of the worker.
-        around: Called with the worker's number, the compiled model and a batch in place of the model; None for none.
+        around: Called in place of the model, with the worker's number, the compiled model and a batch; None for none.
         device: Where to compute; JAX's default if None.
     """
 
@@ -50,14 +51,14 @@ class Compute:
         return self._run(batch)
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
-        """Compiles for such batches."""
+        """Compiles for batches of these shapes and dtypes."""
         for shapes in examples:
             self._compute(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 @final
 class _PackedKey:
-    """A typed random key as NumPy arrays, which cannot hold it itself."""
+    """Holds a typed random key, which is no NumPy array, as the name of its algorithm and its data."""
 
     def __init__(self, key):
         self.impl, self.data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
@@ -92,7 +93,9 @@ def shapes_of(batch: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Signature:
-    """Shapes and dtypes of the batches of a kind and of the model's answers to them; a pool has one object of each.
+    """Holds the shapes and dtypes of a batch and of the model's answers to it.
+
+    A pool makes one object for each, so that signatures are equal only if they are the same object.
 
     Attributes:
         batch: Leaves (batch, ...).
@@ -106,7 +109,7 @@ class Signature:
 def answer_shapes(
     fn: PureFunction, params: PyTree, batch: PyTree[jax.ShapeDtypeStruct]
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of f's answers to a batch.
+    """Returns the shapes and dtypes of f's answers to a batch, leaves (batch, ...).
 
     Raises:
         ValueError: If f does not return numbers with its batch as leading axis.
@@ -125,11 +128,11 @@ def refusal(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
     """
     if jax.tree.structure(answer) != jax.tree.structure(expected):
         return f"its answer is {jax.tree.structure(answer)}; expected {jax.tree.structure(expected)}"
-    for leaf, like in zip(jax.tree.leaves(answer), jax.tree.leaves(expected), strict=True):
+    for leaf, spec in zip(jax.tree.leaves(answer), jax.tree.leaves(expected), strict=True):
         if not isinstance(leaf, np.ndarray):
-            return f"its answer is a {type(leaf).__name__}; expected a NumPy array, {like.dtype} of shape {like.shape}"
-        if leaf.shape != like.shape or leaf.dtype != like.dtype:
-            return f"its answer is {leaf.dtype} of shape {leaf.shape}; expected {like.dtype} of shape {like.shape}"
+            return f"its answer is a {type(leaf).__name__}; expected a NumPy array, {spec.dtype} of shape {spec.shape}"
+        if leaf.shape != spec.shape or leaf.dtype != spec.dtype:
+            return f"its answer is {leaf.dtype} of shape {leaf.shape}; expected {spec.dtype} of shape {spec.shape}"
         if not np.isfinite(leaf).all():
             return "its answer has NaN or infinite numbers"
     return None

@@ -1,4 +1,4 @@
-"""A thread that handles events one after the other, so that the state they change needs no locks."""
+"""Handles events one after the other on one thread, so that the state they change needs no locks."""
 
 import functools
 import heapq
@@ -44,7 +44,7 @@ class EventLoop:
 
     @property
     def closed(self) -> bool:
-        """Whether the loop has been closed."""
+        """Returns whether the loop has been closed."""
         return self._closed
 
     def post(self, event: Event) -> bool:
@@ -53,7 +53,7 @@ class EventLoop:
         Returns:
             Whether the event will be handled: False once the loop is closed.
         """
-        # Under the lock every event that is accepted precedes the one that ends the loop.
+        # The lock makes sure that no event is queued behind the one that ends the loop.
         with self._lock:
             if self._closed:
                 return False
@@ -61,23 +61,23 @@ class EventLoop:
             return True
 
     def ask(self, event: Callable[[], Result]) -> Result:
-        """Runs an event on the loop's thread and returns what it returns; for other threads.
+        """Runs an event on the loop's thread and returns its result; to be called on other threads.
 
         Raises:
             PoolClosed: If the loop is closed.
             Exception: What the event raises.
         """
-        answer: Future[Any] = Future()
+        outcome: Future[Any] = Future()
 
         def run():
             try:
-                answer.set_result(event())
+                outcome.set_result(event())
             except Exception as failure:
-                answer.set_exception(failure)
+                outcome.set_exception(failure)
 
         if not self.post(run):
             raise PoolClosed("the pool is closed")
-        return answer.result()
+        return outcome.result()
 
     def call_later(self, seconds: float, event: Event) -> None:
         """Runs an event after so many seconds; to be called on the loop's thread only."""
@@ -126,12 +126,12 @@ def _handle(event):
 
 
 def failed(failure: Exception) -> Future:
-    """A future that has failed."""
+    """Returns a future that has failed with this exception."""
     future: Future[Any] = Future()
     future.set_exception(failure)
     return future
 
 
 def when_done(future: Future, loop: EventLoop, event: Callable[[Future], object]) -> None:
-    """Posts an event with the future once it is done."""
-    future.add_done_callback(lambda done: loop.post(functools.partial(event, done)))
+    """Posts an event, called with the future, when the future is done."""
+    future.add_done_callback(lambda outcome: loop.post(functools.partial(event, outcome)))

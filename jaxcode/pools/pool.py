@@ -1,4 +1,4 @@
-"""A pool: workers that compute a model on the shares of requests, whose answers are used as they come."""
+"""Runs the shares of requests on a pool of workers, whose answers are used as they come."""
 
 import abc
 import sys
@@ -22,18 +22,18 @@ from .worker import AbstractWorker
 
 
 class AbstractPool(abc.ABC):
-    """Workers that compute f on shares of requests, and may be late, wrong or dead: what a server asks of them.
+    """Computes f on the shares of requests by workers that may be late, wrong or dead: the interface for servers.
 
-    A context manager: leaving it closes the pool. Requests may be made from several threads at the same time. A share
-    is assigned to whichever worker is free: none waits behind a worker that is busy, and one that is fast computes
-    several. Workers that die are started again in the background; those that keep dying, or keep failing at what others
-    can do, are quarantined, for twice as long each time, and then started again.
+    A context manager: leaving it closes the pool. Several threads may make requests concurrently. A share is
+    assigned to whichever worker is idle: none is queued behind a busy worker, and a fast worker computes several.
+    Workers that die are restarted in the background. Those that keep dying, or keep failing at shares that others can
+    compute, are quarantined, for twice as long each time, and then restarted.
     """
 
     @property
     @abc.abstractmethod
     def num_workers(self) -> int:
-        """How many workers there are."""
+        """Returns the number of workers."""
 
     @abc.abstractmethod
     def run(
@@ -48,38 +48,38 @@ class AbstractPool(abc.ABC):
         again_after: float | None = None,
         began: float | None = None,
     ) -> Responses:
-        """Has every share computed and gathers answers until the policy says stop.
+        """Assigns every share to a worker and gathers answers until the stop policy is met.
 
         Args:
-            coded: Leaves (N, batch, ...), N shares, of any number: f is computed on each one's batch, leaves
-                (batch, ...).
-            stop: When to stop waiting. Waiting also ends where no worker is left that could answer soon.
+            coded: Leaves (N, batch, ...), N shares, which need not be the number of workers: f is computed on the batch
+                of each share, leaves (batch, ...).
+            stop: When to stop waiting. Waiting also ends, with what came, when no running worker could still answer.
             time_limit: Seconds after which waiting ends in any case.
-            enough: Whether the answers of those that returned can be decoded; before that, the policy is not asked.
+            enough: Whether the answers in a mask over shares can be decoded; before that, the policy is not asked.
             error: The predicted error from values and mask, for policies that ask for it.
-            order: In which order shares are assigned, where fewer workers are free than there are shares; as they are
-                numbered if not given.
-            again_after: Seconds after which a share that has no answer is assigned to another worker too, if one has
-                nothing else to do; the first answer counts. Never if not given. A share that went wrong, or whose
-                worker died, is assigned to another in any case, once.
-            began: When the request was made, as `time.monotonic` tells it, in seconds: the limit, the policy's
-                deadlines and latencies count from then. Now if not given.
+            order: The order in which shares are assigned, which matters where fewer workers are idle than there are
+                shares; that of their numbers if not given.
+            again_after: Seconds after which a share without an answer is assigned to a second worker too (hedging), if
+                one is idle; the first answer counts. Never if not given. A share that failed, or whose worker died, is
+                assigned once more in any case.
+            began: When the request was made, a reading of `time.monotonic` in seconds, from which the limit, the
+                policy's deadlines and latencies count. The time of the call if not given.
 
         Returns:
-            What came.
+            The answers that came, and the faults.
 
         Raises:
-            NotEnoughAnswers: If what came within the time limit is not enough, or as soon as no worker is left that
-                could compute what is missing.
+            NotEnoughAnswers: If the answers that came within the time limit are not enough, or as soon as no worker is
+                left that could compute the missing ones.
             PoolClosed: If the pool is or was closed.
             ValueError: If leading axes differ, order is not a permutation, stop can never be reached, f does not return
-                real numbers with its batch as leading axis, or f's results under `jax_enable_x64` as it is set now
-                would differ from those under the setting at which the pool was made.
+                real numbers with its batch as leading axis, or f's dtypes at the current setting of
+                `jax_enable_x64` differ from those at the setting with which the pool was made.
         """
 
     @abc.abstractmethod
     def warm_up(self, example: PyTree[Any]) -> None:
-        """Has every worker compile f for batches like the example, and those that are started later too.
+        """Compiles f on every worker for batches like the example, also on workers that are started later.
 
         Args:
             example: A batch for one worker, leaves (batch, ...), arrays or `jax.ShapeDtypeStruct`s; only its shapes and
@@ -93,19 +93,19 @@ class AbstractPool(abc.ABC):
 
     @abc.abstractmethod
     def states(self) -> list[str]:
-        """Returns what every worker is doing: 'idle', 'busy', 'starting' or 'quarantined'."""
+        """Returns the state of every worker: 'idle', 'busy', 'starting' or 'quarantined'."""
 
     @abc.abstractmethod
     def counters(self) -> dict[str, int]:
-        """Returns how often what happened since the pool was made.
+        """Returns the number of events of each kind since the pool was made.
 
-        Accepted "answers"; "late" ones, for which nobody waited any more; "raised" exceptions; "refused" answers;
-        "deaths", "restarts" and "quarantines" of workers.
+        Accepted "answers"; "late" ones, which no request waited for any more; "raised" exceptions; "refused" answers
+        (of another shape or dtype than the model's, or not finite); "deaths", "restarts" and "quarantines" of workers.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Ends all workers; requests under way raise `PoolClosed`. Closing twice does nothing more."""
+        """Ends all workers; requests in flight raise `PoolClosed`. Closing twice does nothing more."""
 
     def __enter__(self):
         return self
@@ -116,14 +116,14 @@ class AbstractPool(abc.ABC):
 
 @final
 class WorkerPool(AbstractPool):
-    """A pool over workers of any kind: implement `AbstractWorker` for a new one.
+    """Runs a pool of workers of any kind: implement `AbstractWorker` for a new kind.
 
-    The setting of `jax_enable_x64` at which the pool is made is the one at which its workers compute.
+    Its workers compute with the setting of `jax_enable_x64` with which the pool is made.
 
     Args:
         fn: The model, a pure function of params and a batch.
         params: Its parameters.
-        workers: One object for each worker, not started yet.
+        workers: One object for each worker, not started.
         example: A batch for one worker that all compile for before they are ready, as for `warm_up`; none if None.
         stuck_after: Seconds after which a worker that has not answered is replaced; None for never.
         start_limit: Seconds that workers may take to start and to compile. Those that take longer join later.
@@ -206,7 +206,7 @@ class WorkerPool(AbstractPool):
         on_close()
 
     def _signature(self, batch):
-        """Shapes and dtypes of a batch and of f's answers at the workers; checks that the caller expects the same."""
+        """Returns the signature of a batch at the workers; checks that the caller's dtypes are the same."""
         x64 = x64_is_on()
         if x64 == self._x64:
             return self._find_signature(batch, x64)
@@ -222,12 +222,12 @@ class WorkerPool(AbstractPool):
         return signature
 
     def _find_signature(self, batch, x64):
-        """The signature at this setting of jax_enable_x64, which is that of now."""
+        """Returns the signature of a batch, stored by `x64`, which is the current setting of jax_enable_x64."""
         shapes = shapes_of(batch)
         leaves, structure = jax.tree.flatten(shapes)
         key = structure, tuple(leaves), x64
         if key not in self._signatures:
-            # Of threads that find it missing at the same time, all take the one that is entered first.
+            # Threads that compute the same signature concurrently all use the object that is stored first.
             self._signatures.setdefault(key, Signature(shapes, answer_shapes(self._fn, self._params, shapes)))
         return self._signatures[key]
 

@@ -1,7 +1,7 @@
-"""Ray in this process, shared by all that use it, and actors as processes that a `Supervisor` starts again.
+"""Shares Ray among its users in this process, and runs actors that a `Supervisor` restarts.
 
-The cluster that is started here is ended when the last of its users closes its reference. Where Ray has been ended or
-initialised by others since, nothing is asked of it: Ray would start a cluster by itself, which listens on all
+A cluster that this module starts is ended when its last user closes the reference. If other code has shut Ray down or
+initialised it again, no function of Ray is called, because Ray would start a cluster by itself that listens on all
 interfaces.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, final
 
 from .supervisor import AbstractProcess, WorkerDied
 
-# Bytes of a local cluster's object store: requests and answers pass through it.
+# Bytes of a local cluster's object store, which holds requests and answers.
 _LOCAL_STORE = 2**29
 # Ray replaces a loopback address of a node by one that other machines can reach, unless clusters are switched off. It
 # reads this when it is imported.
@@ -29,13 +29,13 @@ _QUIET = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 @dataclasses.dataclass
 class _Session:
-    """A connection of this process to a cluster.
+    """Describes the connection of this process to a cluster.
 
     Attributes:
-        identity: Tells it from later connections.
-        owned: Whether it was made here, and is to be ended with its last user.
-        address: As given.
-        users: How many references there are.
+        identity: The job and the node, by which it differs from later connections.
+        owned: Whether this module made it, and ends it with its last user.
+        address: As `connect` took it.
+        users: How many references are open.
     """
 
     identity: tuple[str, str]
@@ -49,14 +49,14 @@ _session: _Session | None = None
 
 
 def connect(address: str | None = None) -> "RayCluster":
-    """Connects this process to a cluster, or starts one of this machine alone.
+    """Connects this process to a cluster, or starts a cluster of this machine alone.
 
     Args:
         address: Of a running cluster, as `ray.init` takes it. If None, Ray is used as this process has initialised it,
             else a cluster is started that listens on the loopback interface only and reports no usage statistics.
 
     Returns:
-        A reference, to be closed. What was connected or started here is ended with the last of them.
+        A reference, to be closed. A connection or cluster that this module made is ended with the last reference.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -81,10 +81,10 @@ def connect(address: str | None = None) -> "RayCluster":
 
 @final
 class RayCluster:
-    """A reference to Ray in this process, made by `connect`.
+    """Holds a reference to Ray in this process, made by `connect`.
 
     Attributes:
-        ray: The module.
+        ray: The module `ray`.
     """
 
     def __init__(self, ray: Any, session: _Session):
@@ -92,29 +92,40 @@ class RayCluster:
         self._closed = False
 
     def check(self) -> None:
-        """Checks that Ray is still initialised as it was.
+        """Checks that Ray is initialised as it was when the reference was made.
 
         Raises:
-            WorkerDied: If it is not.
+            WorkerDied: If it is not, or the reference is closed.
         """
         if self._closed or not _is_current(self.ray, self._session):
             raise WorkerDied("Ray has been shut down in this process")
 
     def put(self, value: Any) -> Any:
-        """Puts a value in the object store and returns its reference, which can be an argument of actors."""
+        """Puts a value in the object store and returns its reference, which can be an argument of actors.
+
+        Raises:
+            WorkerDied: As `check`.
+        """
         self.check()
         return self.ray.put(value)
 
     def actor_class(
         self, cls: type, *, num_cpus: float = 0.0, num_gpus: float = 0.0, resources: Mapping[str, float] | None = None
     ) -> Any:
-        """Makes a class one of actors that Ray does not restart by itself, with what is reserved for each."""
+        """Makes a class of actors, which Ray does not restart by itself.
+
+        Args:
+            cls: The class that actors are instances of.
+            num_cpus: Processors that Ray reserves for each actor.
+            num_gpus: GPUs that Ray reserves for each actor.
+            resources: Other resources that Ray reserves for each actor.
+        """
         return self.ray.remote(cls).options(
             num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_restarts=0, max_task_retries=0
         )
 
     def close(self) -> None:
-        """Releases the reference. The last one ends what was connected or started here. Closing twice does no harm."""
+        """Releases the reference; the last one ends what `connect` has made. Closing twice does no harm."""
         global _session
         with _lock:
             if self._closed:
@@ -130,10 +141,10 @@ class RayCluster:
 
 @final
 class RayActor(AbstractProcess):
-    """An actor that can be started again, on the host's side.
+    """Starts, calls and ends a Ray actor from the host.
 
     Args:
-        cluster: Where it runs.
+        cluster: The cluster that it runs on.
         actor_class: As `RayCluster.actor_class` returns it.
         arguments: Called at every start, on the supervisor's thread; returns the arguments of the constructor.
     """
@@ -151,8 +162,8 @@ class RayActor(AbstractProcess):
         """Calls a method of the actor.
 
         Returns:
-            A future of what it returns. It raises what the method raised, or `WorkerDied` where the process is dead or
-            could not be started.
+            A future of the method's result. It raises what the method raised, or `WorkerDied` where the process is dead
+            or could not be started.
 
         Raises:
             WorkerDied: If the actor has not been started, or Ray has been shut down.
@@ -160,19 +171,19 @@ class RayActor(AbstractProcess):
         if self._actor is None:
             raise WorkerDied("its process was ended")
         self._cluster.check()
-        answer: Future[Any] = Future()
+        outcome: Future[Any] = Future()
 
         def transfer(future):
             failure = future.exception()
             if failure is None:
-                answer.set_result(future.result())
+                outcome.set_result(future.result())
             elif isinstance(failure, self._cluster.ray.exceptions.RayTaskError):
-                answer.set_exception(failure.cause or failure)
+                outcome.set_exception(failure.cause or failure)
             else:
-                answer.set_exception(WorkerDied(_reason(failure)))
+                outcome.set_exception(WorkerDied(_reason(failure)))
 
         getattr(self._actor, method).remote(*args).future().add_done_callback(transfer)
-        return answer
+        return outcome
 
     def close(self) -> None:
         actor, self._actor = self._actor, None
@@ -182,7 +193,7 @@ class RayActor(AbstractProcess):
                 self._cluster.ray.kill(actor)
 
     def join(self, seconds: float) -> None:
-        pass  # it has been killed
+        pass  # `close` has killed it
 
 
 def _import_ray(loopback):
@@ -196,12 +207,12 @@ def _import_ray(loopback):
 
 def _initialise(ray, address):
     with _environment(_NO_STATISTICS), warnings.catch_warnings():
-        # Ray starts its processes by fork and exec: of the threads of this process none is needed in between.
+        # The warning does not apply: Ray calls exec right after the fork and needs no thread of this process.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         if address is not None:
             ray.init(address=address, **_QUIET)
             return
-        # What Ray makes of a loopback address.
+        # The address that Ray uses in place of a loopback address.
         host = ray.util.get_node_ip_address()
         if not ipaddress.ip_address(host).is_loopback:
             name, value = _LOOPBACK
@@ -226,13 +237,13 @@ def _identity(ray):
 
 
 def _is_current(ray, session):
-    """Whether Ray is initialised as it was at the session's begin. Nothing else is asked of Ray where it is not."""
+    """Returns whether Ray is initialised as it was when the session began; if not, Ray must not be used."""
     return ray.is_initialized() and _identity(ray) == session.identity
 
 
 @contextlib.contextmanager
 def _environment(*settings):
-    """Sets what Ray reads when it is imported and when it starts processes; replaces nothing that the user has set."""
+    """Sets environment variables that Ray reads, while the context is open, except those that the user has set."""
     variables = {name: value for name, value in settings if name not in os.environ}
     os.environ.update(variables)
     try:
@@ -243,6 +254,6 @@ def _environment(*settings):
 
 
 def _reason(failure):
-    """The line of Ray's message that says most: what a constructor raised comes last."""
+    """Returns the most informative line of Ray's message: the last one where a constructor raised, else the first."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [""]
     return f"{type(failure).__name__}: {lines[-1] if 'creation task' in lines[0] else lines[0]}"

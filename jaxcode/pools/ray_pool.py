@@ -1,4 +1,4 @@
-"""Workers that are Ray actors: processes on this machine or on those of a cluster."""
+"""Runs workers as Ray actors: processes on this machine or on those of a cluster."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -35,7 +35,7 @@ def RayPool(
     """Makes a pool of workers that are Ray actors, each a process of its own with its own device.
 
     The model and its parameters are sent to a worker when it is started; requests carry coded inputs only, and answers
-    come back through shared memory. A worker that dies, or has not answered for long, is replaced in the background.
+    come back through shared memory. A worker that dies, or is stuck, is replaced in the background.
 
     Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
     listens on the loopback interface only and reports no usage statistics. It is ended with the last pool that uses it.
@@ -44,9 +44,10 @@ def RayPool(
         f: The model, as `jaxcode.coded` takes it. It is sent to other processes: modules it is imported from must be
             there too.
         num_workers: N.
-        address: Of a running cluster, as `ray.init` takes it: "auto", "host:6379" or "ray://host:10001".
-        num_cpus: Processors that Ray reserves for a worker; none by default, so that workers may be more.
-        num_gpus: GPUs that Ray reserves for a worker, parts of one too, and shows to it alone.
+        address: That of a running cluster, as `ray.init` takes it: "auto", "host:6379" or "ray://host:10001".
+        num_cpus: Processors that Ray reserves for a worker; none by default, so that there may be more workers than
+            processors.
+        num_gpus: GPUs, or a fraction of one, that Ray reserves for a worker, which sees no others.
         resources: Other resources that Ray reserves for a worker, such as {"TPU": 4}.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
         around: As for `ThreadPool`; runs in the worker's process.
@@ -59,7 +60,8 @@ def RayPool(
 
     Raises:
         ImportError: If Ray is not installed.
-        ValueError: If f is no model or num_workers no whole number of at least 1.
+        ValueError: If f is no model, num_workers is not a whole number of at least 1, or this process is connected to
+            another cluster already.
         RuntimeError: If no worker could be started, or Ray would listen on more than the loopback interface.
     """
     num_workers = check_count("num_workers", num_workers)
@@ -89,7 +91,7 @@ def RayPool(
 
 @final
 class _Actor:
-    """The worker's side: computes in its own process."""
+    """Computes the model in the worker's process."""
 
     def __init__(self, number: int, model):
         fn, params, around, x64 = model
@@ -105,7 +107,7 @@ class _Actor:
 
 @final
 class _RayWorker(AbstractWorker):
-    """The host's side."""
+    """Calls the worker's actor from the host."""
 
     def __init__(self, actor: RayActor):
         self._actor = actor

@@ -1,4 +1,4 @@
-"""One request to a pool: its shares, the answers that came, and when waiting ends."""
+"""Tracks one request to a pool: its shares, the answers that came, and when waiting ends."""
 
 import collections
 import functools
@@ -15,33 +15,33 @@ from ..stop import AbstractStop, Progress
 from .compute import Signature
 from .responses import Enough, Fault, NotEnoughAnswers, PredictedError, Responses
 
-# Whether a request can make progress: work is under way or can be assigned; a worker must be started before; or nobody
-# is left who could answer.
+# When a request can make progress: "soon", as shares are computed or can be assigned; "later", as a worker must be
+# restarted first; "never", as no worker is left that could answer.
 Outlook = Literal["soon", "later", "never"]
 
-# A share that went wrong, or whose answer is overdue, is assigned once more, not for ever.
+# A share that failed, or whose answer is overdue, is assigned once more, and no further.
 _MAX_ATTEMPTS = 2
 
 
 @final
 class Request:
-    """Shares of coded inputs, each to be computed by some worker.
+    """Tracks shares of coded inputs, each to be computed by some worker.
 
     Shares are assigned and answers accepted on the scheduler's thread, while another thread waits in `gather`.
 
     Args:
         shares: Leaves (shares, batch, ...).
         signature: Shapes and dtypes of one share's batch and of its answer.
-        order: In which order shares are assigned.
+        order: The numbers of the shares, in the order in which they are assigned.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
-        began: Monotonic time at which the request was made, in seconds; now if None.
+        began: Monotonic time at which the request was made, in seconds; that of the call if None.
 
     Attributes:
-        returned: To which shares answers came, bool, shape (shares,).
-        faults: What went wrong.
+        returned: Shares whose answers were accepted, bool, shape (shares,).
+        faults: The faults of workers, in the order in which they happened.
         compiling: Workers that compile for this request.
         in_flight: How many workers compute a share of it.
-        finished: Whether nobody waits for it any more.
+        finished: Whether no thread waits for it any more.
     """
 
     def __init__(
@@ -52,28 +52,28 @@ class Request:
         again_after: float | None = None,
         began: float | None = None,
     ):
-        number = len(order)
+        num_shares = len(order)
         self._shares, self.signature = shares, signature
         self.again_after = again_after
-        self.returned = np.zeros(number, bool)
+        self.returned = np.zeros(num_shares, bool)
         self.faults: list[Fault] = []
         self.compiling: set[int] = set()
         self.in_flight = 0
         self.finished = False
-        self._values = jax.tree.map(lambda leaf: np.zeros((number, *leaf.shape), leaf.dtype), signature.answers)
-        self._latency = np.full(number, np.inf)
+        self._values = jax.tree.map(lambda leaf: np.zeros((num_shares, *leaf.shape), leaf.dtype), signature.answers)
+        self._latency = np.full(num_shares, np.inf)
         self._queued = collections.deque(int(share) for share in order)
-        self._attempts = np.zeros(number, int)
-        self._assigned_at = np.full(number, np.inf)
-        # A worker that failed at a share is assigned no other, or one broken worker would fail at all shares.
+        self._attempts = np.zeros(num_shares, int)
+        self._assigned_at = np.full(num_shares, np.inf)
+        # A worker that failed at a share is assigned no other share, or one broken worker would fail at all of them.
         self._failed: set[int] = set()
-        # Who failed at which share, and who answered it.
+        # Pairs (worker, share) of failures, and the worker that answered each share.
         self._failures: list[tuple[int, int]] = []
-        self._answered_by = np.full(number, -1)
+        self._answered_by = np.full(num_shares, -1)
         self._began = time.monotonic() if began is None else began
         self._failure: Exception | None = None
         self._outlook: Outlook = "soon"
-        # Counts what `gather` has to look at.
+        # Incremented whenever `gather` must evaluate the stop policy again.
         self._version = 0
         self._changed = threading.Condition()
 
@@ -81,19 +81,19 @@ class Request:
 
     @property
     def has_queued(self) -> bool:
-        """Whether there are shares to be assigned."""
+        """Returns whether there are shares to be assigned."""
         return bool(self._queued)
 
     def may_ask(self, worker: int) -> bool:
-        """Whether shares may be assigned to this worker."""
+        """Returns whether shares may be assigned to this worker."""
         return worker not in self._failed
 
     def allow(self, worker: int) -> None:
-        """Shares may be assigned to this worker again, as its process is a new one."""
+        """Allows shares to be assigned to this worker again, as its process is a new one."""
         self._failed.discard(worker)
 
     def take(self, worker: int) -> int | None:
-        """Takes the next share for this worker from the queue, if there is one that it may have."""
+        """Takes the next share for this worker from the queue; None if there is none that it may have."""
         if self.finished or not self._queued or worker in self._failed:
             return None
         while self._queued:
@@ -104,31 +104,31 @@ class Request:
         return None
 
     def overdue(self) -> list[int]:
-        """Shares that have waited too long for their answer, those that have waited longest first."""
+        """Returns the shares whose answers are overdue, those assigned longest ago first."""
         if self.finished or self.again_after is None:
             return []
-        assigned_before = time.monotonic() - self.again_after
-        overdue = ~self.returned & (self._attempts < _MAX_ATTEMPTS) & (self._assigned_at <= assigned_before)
-        overdue[list(self._queued)] = False
-        shares = np.flatnonzero(overdue)
+        latest_assignment = time.monotonic() - self.again_after
+        is_overdue = ~self.returned & (self._attempts < _MAX_ATTEMPTS) & (self._assigned_at <= latest_assignment)
+        is_overdue[list(self._queued)] = False
+        shares = np.flatnonzero(is_overdue)
         return shares[np.argsort(self._assigned_at[shares], kind="stable")].tolist()
 
     def note_assigned(self, share: int) -> None:
-        """Notes that the share has been assigned to a worker."""
+        """Records that a share has been assigned to a worker."""
         self._attempts[share] += 1
         self._assigned_at[share] = time.monotonic()
         self.in_flight += 1
 
     def batch(self, share: int) -> PyTree[np.ndarray]:
-        """The coded inputs of a share."""
+        """Returns the coded inputs of a share."""
         return jax.tree.map(lambda leaf: leaf[share], self._shares)
 
     def is_answered(self, share: int) -> bool:
-        """Whether nobody waits for this share any more."""
+        """Returns whether no thread waits for this share any more."""
         return self.finished or bool(self.returned[share])
 
     def accept(self, share: int, worker: int, answer: PyTree[np.ndarray]) -> None:
-        """Keeps an answer, unless it is late."""
+        """Stores an answer, unless it is late."""
         self.in_flight -= 1
         with self._changed:
             if self.is_answered(share):
@@ -141,31 +141,31 @@ class Request:
             self._notify()
 
     def reject(self, share: int, fault: Fault) -> None:
-        """Notes that the share went wrong with a worker; another may have it."""
+        """Records a fault and queues the share for another worker, unless all attempts are used."""
         self.in_flight -= 1
         self.faults.append(fault)
         if fault.kind != "died":
-            # A worker that died will be another process, which may compute what is left.
+            # A dead worker is replaced by a new process, which may compute other shares.
             self._failed.add(fault.worker)
             self._failures.append((fault.worker, share))
         if not self.returned[share] and self._attempts[share] < _MAX_ATTEMPTS:
             self._queued.appendleft(share)
 
     def blamed(self) -> set[int]:
-        """Workers that failed at what others can do.
+        """Returns the workers to blame for their failures: those that failed at what others can do.
 
-        A share that was answered by another worker, or that nobody else tried while other shares were answered, is the
-        worker's failure. A share at which every worker failed that tried it is the request's own.
+        A worker is to blame if another answered the share, or if no other worker failed at it and other shares were
+        answered. If several workers failed at a share and none answered it, the request is to blame.
         """
-        failures = {share: {w for w, s in self._failures if s == share} for _, share in self._failures}
+        workers_by_share = {share: {w for w, s in self._failures if s == share} for _, share in self._failures}
         return {
             worker
             for worker, share in self._failures
-            if self.returned[share] or (len(failures[share]) == 1 and self.returned.any())
+            if self.returned[share] or (len(workers_by_share[share]) == 1 and self.returned.any())
         }
 
     def set_progress(self, outlook: Outlook) -> None:
-        """Notifies the thread that waits whether somebody may answer."""
+        """Notifies the thread that waits when the request can make progress."""
         if outlook != self._outlook:
             with self._changed:
                 self._outlook = outlook
@@ -178,7 +178,7 @@ class Request:
             self._notify()
 
     def finish(self) -> None:
-        """Nobody waits any more: answers that come are late."""
+        """Marks the request as finished: answers that come afterwards are late."""
         with self._changed:
             self.finished = True
 
@@ -195,9 +195,9 @@ class Request:
         while True:
             with self._changed:
                 elapsed = time.monotonic() - self._began
-                pending = [moment - elapsed for moment in moments if moment > elapsed]
-                if self._version == version and pending:
-                    self._changed.wait(min(pending))
+                waits = [moment - elapsed for moment in moments if moment > elapsed]
+                if self._version == version and waits:
+                    self._changed.wait(min(waits))
                 version, outlook, failure = self._version, self._outlook, self._failure
                 returned = self.returned.copy()
             if failure is not None:
@@ -205,8 +205,10 @@ class Request:
             elapsed = time.monotonic() - self._began
             out_of_time = elapsed >= time_limit
             if enough(returned):
-                predicted = None if error is None else functools.cache(functools.partial(error, self._values, returned))
-                progress = Progress(returned, elapsed, predicted)
+                predicted_error = (
+                    None if error is None else functools.cache(functools.partial(error, self._values, returned))
+                )
+                progress = Progress(returned, elapsed, predicted_error)
                 if out_of_time or outlook != "soon" or stop.reached(progress):
                     return self._responses(returned, elapsed)
             elif out_of_time or outlook == "never":
@@ -215,7 +217,7 @@ class Request:
 
     def _responses(self, returned, elapsed):
         self.finish()
-        # Answers that came since `returned` was read are not part of what is returned.
+        # Answers that came after `returned` was read are not part of the responses.
         for share in np.flatnonzero(self.returned & ~returned):
             for rows in jax.tree.leaves(self._values):
                 rows[share] = 0
@@ -231,9 +233,9 @@ class Request:
         returned = responses.returned
         reason = f"within {time_limit:.3g} s" if out_of_time else "and no worker is left that could compute the others"
         parts = [f"{returned.sum()} of {len(returned)} answers came {reason}, too few to decode"]
-        if compiling := len(self.compiling):
+        if num_compiling := len(self.compiling):
             parts.append(
-                f"{compiling} workers were still compiling for batches of this shape: call warm_up beforehand, or "
+                f"{num_compiling} workers were still compiling for batches of this shape: call warm_up beforehand, or "
                 "allow more time"
             )
         parts += [f"worker {fault.worker} {fault.kind}: {fault.message}" for fault in responses.faults[:3]]

@@ -1,4 +1,4 @@
-"""What a pool returns, and what can go wrong."""
+"""Defines the responses, faults and exceptions of pools."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float, PyTree
 
 
 class PoolClosed(RuntimeError):
-    """The pool was closed before or during the request."""
+    """Raised when the pool was closed before or during the request."""
 
 
 class NotEnoughAnswers(RuntimeError):
-    """Too few workers answered to decode anything, within the time limit or until nobody was left who could.
+    """Raised when too few answers to decode came within the time limit, or no worker is left that could answer.
 
     Attributes:
-        responses: What had come until then.
+        responses: The answers that came until then, and the faults.
     """
 
     def __init__(self, message: str, responses: "Responses"):
@@ -25,13 +25,13 @@ class NotEnoughAnswers(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """Something that went wrong during a request.
+    """Describes one failure of a worker during a request.
 
     Attributes:
         worker: Index of the worker.
         kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "refused": its answer
             had another structure, shape or dtype than the model's, or was not finite.
-        message: The reason.
+        message: The reason, in words.
     """
 
     worker: int
@@ -41,13 +41,13 @@ class Fault(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Responses:
-    """The answers of workers, by share.
+    """Holds the answers of workers, by share.
 
     Attributes:
         values: Answers, NumPy arrays, leaves (N, batch, ...); zeros where none came.
-        returned: To which shares answers came and were accepted, bool, shape (N,).
+        returned: Shares whose answers were accepted, bool, shape (N,).
         latency: Seconds from the request to each answer, shape (N,); infinite where none came.
-        faults: What went wrong.
+        faults: The failures of workers.
         seconds: Seconds from the request to the decision to stop waiting.
     """
 

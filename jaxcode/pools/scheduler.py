@@ -1,7 +1,7 @@
 """Assigns the shares of requests to workers, and has workers compile for batches beforehand.
 
-All decisions are made on one thread, which handles events one after the other: a request, an answer, a death, a timer.
-What takes long happens elsewhere: in workers, and in the threads that wait for their requests.
+One thread makes all decisions and handles events one after the other: a request, an answer, a death, a timer. Slow work
+is done on other threads: in workers, and in the threads that wait for their requests.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ log = logging.getLogger("jaxcode.pools")
 
 @final
 class Scheduler:
-    """Keeps workers running and has them work on requests.
+    """Assigns shares of requests to the workers that a `Supervisor` keeps running.
 
     Args:
-        workers: Not started yet.
-        examples: Batches that all compile for when they are started.
+        workers: One object for each worker, not started.
+        examples: Signatures that all workers compile for when they are started.
         stuck_after: Seconds after which a worker that has not answered a call is replaced; None for never.
         start_limit: Seconds that a worker may take to start, and to compile.
     """
@@ -60,16 +60,16 @@ class Scheduler:
         self._hedging = False
         self._startup = _Milestone("be started")
         self._milestones = [self._startup]
-        # What restarted workers compile for, and what is still to be compiled by those that run.
+        # What workers compile for when they are restarted.
         self._examples = list(examples)
-        # Per worker, what its process has compiled for; and what was logged.
+        # What the process of each worker has compiled for, and the signatures whose compilation was logged.
         self._compiled: list[set[Signature]] = [set() for _ in workers]
         self._logged: set[Signature] = set()
 
     # ---- called from any thread ----------------------------------------------------------------------------
 
     def start(self, on_ready: Callable[[], object]) -> None:
-        """Starts all workers and waits for them; those that take too long go on starting in the background.
+        """Starts all workers and waits for them; those that take too long join later.
 
         Args:
             on_ready: Called for each worker that is ready.
@@ -83,17 +83,18 @@ class Scheduler:
         self._wait(self._startup)
 
     def warm_up(self, example: Signature) -> None:
-        """Has all workers compile for such batches and waits for those that run; others do when they are started.
+        """Compiles for such batches on all workers and waits for those that run; others do so when started.
 
         Raises:
-            RuntimeError: If no worker can compute such a batch within the limit, which is forgotten then.
+            RuntimeError: If no worker can compute such a batch within the limit. Restarted workers do not compile for
+                it then.
             PoolClosed: If the pool is closed before.
         """
         self._wait(self._loop.ask(functools.partial(self._add_example, example)))
 
     @contextlib.contextmanager
     def working_on(self, request: Request) -> Iterator[None]:
-        """Has workers work on a request inside of the context.
+        """Assigns the shares of a request while the context is open.
 
         Raises:
             PoolClosed: If the pool is closed.
@@ -107,15 +108,15 @@ class Scheduler:
             self._loop.post(functools.partial(self._on_finished, request))
 
     def states(self) -> list[str]:
-        """What every worker is doing."""
+        """Returns the state of every worker."""
         return self._supervisor.states()
 
     def counters(self) -> dict[str, int]:
-        """How often what happened."""
+        """Returns the number of events of each kind."""
         return {**self._counters, **self._supervisor.counters()}
 
     def close(self) -> None:
-        """Ends all workers, requests and waits."""
+        """Ends all workers; requests in flight and calls that wait for workers raise `PoolClosed`."""
         self._loop.close()
 
     def _wait(self, milestone):
@@ -142,7 +143,7 @@ class Scheduler:
             self._supervisor.record_failure(self._supervisor.slots[number])
 
     def _assign(self):
-        """Assigns something to do to all workers that are idle."""
+        """Assigns work to idle workers: examples to compile for first, then shares, of the oldest request first."""
         if not self._requests and not self._milestones:
             return
         for slot in self._supervisor.idle():
@@ -155,8 +156,8 @@ class Scheduler:
                     break
 
     def _compute(self, slot, request, share):
-        compiled = self._compiled[slot.number]
-        if request.signature not in compiled:
+        signatures = self._compiled[slot.number]
+        if request.signature not in signatures:
             request.compiling.add(slot.number)
             self._log_compilation(request.signature)
         submit = functools.partial(self._workers[slot.number].call, request.batch(share))
@@ -164,18 +165,18 @@ class Scheduler:
         self._update_progress([request])
 
     def _hedge(self):
-        """Assigns shares whose answers are overdue to workers that are idle too; one timer for all requests."""
-        # Each with the seconds after which its shares are overdue.
+        """Assigns shares whose answers are overdue to idle workers as well; one timer serves all requests."""
+        # Pairs of the seconds after which shares are overdue and the request.
         requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
-        idle = self._supervisor.idle()
+        idle_slots = self._supervisor.idle()
         for _, request in requests:
-            if not idle:
+            if not idle_slots:
                 break
             for share in request.overdue():
-                slot = next((slot for slot in idle if request.may_ask(slot.number)), None)
+                slot = next((slot for slot in idle_slots if request.may_ask(slot.number)), None)
                 if slot is None:
                     break
-                idle.remove(slot)
+                idle_slots.remove(slot)
                 request.note_assigned(share)
                 self._compute(slot, request, share)
         self._hedging = bool(requests)
@@ -185,7 +186,7 @@ class Scheduler:
     def _on_answer(self, request, share, slot, future):
         failure = future.exception()
         request.compiling.discard(slot.number)
-        late = request.is_answered(share)
+        is_late = request.is_answered(share)
         if isinstance(failure, WorkerDied):
             fault = Fault(slot.number, "died", str(failure))
         elif failure is not None:
@@ -196,15 +197,15 @@ class Scheduler:
             fault = None if problem is None else Fault(slot.number, "refused", problem)
         if fault is None:
             request.accept(share, slot.number, future.result())
-            self._counters["late" if late else "answers"] += 1
+            self._counters["late" if is_late else "answers"] += 1
             self._supervisor.record_success(slot)
             self._update_progress([request])
             return
         if fault.kind != "died":
             self._count_fault(fault)
-        finished = request.finished
+        was_finished = request.finished
         request.reject(share, fault)
-        if finished and fault.kind != "died" and slot.number in request.blamed():
+        if was_finished and fault.kind != "died" and slot.number in request.blamed():
             self._supervisor.record_failure(slot)
 
     def _count_fault(self, fault):
@@ -221,7 +222,7 @@ class Scheduler:
             request.set_progress(self._progress_of(request))
 
     def _progress_of(self, request):
-        """Whether the request can make progress soon, later, when a worker has been started again, or never."""
+        """Returns when the request can make progress: soon; later, when a worker has been restarted; or never."""
         if request.in_flight:
             return "soon"
         if not request.has_queued:
@@ -237,7 +238,7 @@ class Scheduler:
     # ---- on the loop's thread: workers ---------------------------------------------------------------------
 
     def _prepare(self, slot):
-        """Has a worker that has just been started compile for the examples that have been computed before."""
+        """Compiles on a worker that has just been started for the examples that restarted workers compile for."""
         for request in self._requests:
             request.allow(slot.number)
         self._compiled[slot.number] = set()
@@ -261,7 +262,7 @@ class Scheduler:
         milestone = next((milestone for milestone in self._milestones if milestone.example is example), None)
         if milestone is None:
             milestone = _Milestone("compute such a batch", example)
-            milestone.ready.update(n for n, compiled in enumerate(self._compiled) if example in compiled)
+            milestone.ready.update(number for number, signatures in enumerate(self._compiled) if example in signatures)
             self._milestones.append(milestone)
             if milestone.ready and example not in self._examples:
                 self._examples.append(example)
@@ -269,7 +270,7 @@ class Scheduler:
         return milestone
 
     def _compile_next(self, slot):
-        """Has an idle worker compile for an example that it has not tried yet, if there is one."""
+        """Compiles on an idle worker for an example that it has not tried; returns whether there is one."""
         for milestone in self._milestones:
             if milestone.example is not None and not milestone.tried_by(slot.number):
                 submit = functools.partial(self._workers[slot.number].warm_up, [milestone.example.batch])
@@ -285,16 +286,16 @@ class Scheduler:
             if milestone.example not in self._examples:
                 self._examples.append(milestone.example)
         elif not isinstance(failure, WorkerDied):
-            # Nothing is wrong with a worker whose batch cannot be computed.
+            # The example may be at fault, not the worker: this does not count among the worker's failures.
             self._count_fault(Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}"))
             milestone.record_failure(slot.number, failure)
         self._conclude_reached()
 
     def _conclude_reached(self):
-        """Concludes milestones that every worker but quarantined ones has reached or failed at."""
+        """Concludes the milestones that every worker, quarantined ones aside, has reached or failed at."""
         for milestone in list(self._milestones):
-            running = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
-            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running):
+            running_slots = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
+            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running_slots):
                 self._conclude(milestone)
 
     def _conclude(self, milestone):
@@ -305,19 +306,19 @@ class Scheduler:
     def _log_compilation(self, signature):
         if signature not in self._logged:
             self._logged.add(signature)
-            waiting = sum(signature not in compiled for compiled in self._compiled)
+            num_workers = sum(signature not in signatures for signatures in self._compiled)
             shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(signature.batch))
             log.warning(
                 "compiling for batches of %s on up to %d workers during a request; warm_up does so beforehand",
                 shapes,
-                waiting,
+                num_workers,
                 extra={"kind": "compiling"},
             )
 
     def _shut_down(self):
-        closed = PoolClosed("the pool was closed during the request")
+        failure = PoolClosed("the pool was closed during the request")
         for request in self._requests:
-            request.fail(closed)
+            request.fail(failure)
         for milestone in self._milestones:
             milestone.done.set_exception(PoolClosed("the pool was closed before its workers were ready"))
         self._supervisor.close()
@@ -325,15 +326,15 @@ class Scheduler:
 
 @final
 class _Milestone:
-    """Something that every worker does once: to start, or to compile for an example.
+    """Tracks a step that every worker takes once: starting, or compiling for an example.
 
     Attributes:
-        name: The infinitive of it, for errors.
-        example: What is compiled for; None for the start.
-        ready: Workers that have done it.
+        name: A verb that completes "no worker could ..." in errors.
+        example: The signature that is compiled for; None for starting.
+        ready: Workers that have taken the step.
         failures: Exceptions of the workers that failed at it.
-        done: Set when all that run have tried.
-        on_ready: Called for each worker that has done it.
+        done: A future that is done when all running workers have tried.
+        on_ready: Called for each worker that has taken the step.
     """
 
     def __init__(self, name: str, example: Signature | None = None):
@@ -345,26 +346,26 @@ class _Milestone:
 
     @property
     def attempted(self) -> bool:
-        """Whether any worker has tried."""
+        """Returns whether any worker has tried."""
         return bool(self.ready or self.failures)
 
     def tried_by(self, number: int) -> bool:
-        """Whether this worker has tried."""
+        """Returns whether this worker has tried."""
         return number in self.ready or number in self.failures
 
     def record_ready(self, number: int) -> None:
-        """The worker has done it."""
+        """Records that a worker has taken the step."""
         if number not in self.ready:
             self.ready.add(number)
             self.on_ready()
 
     def record_failure(self, number: int, failure: Exception) -> None:
-        """The worker has failed at it."""
+        """Records that a worker has failed at the step, unless it has taken it before."""
         if number not in self.ready:
             self.failures[number] = failure
 
     def conclude(self, limit: float) -> None:
-        """Sets the outcome: an error if no worker has done it."""
+        """Completes `done`: with an error if no worker has taken the step within the limit in seconds."""
         if self.ready:
             self.done.set_result(None)
             return
@@ -375,11 +376,11 @@ class _Milestone:
 
 
 def _mapped(future, value):
-    """A future with this value once another is done."""
+    """Returns a future of this value, which waits for another future and fails where that fails."""
     mapped: Future[Any] = Future()
 
-    def transfer(done):
-        failure = done.exception()
+    def transfer(source):
+        failure = source.exception()
         if failure is None:
             mapped.set_result(value)
         else:

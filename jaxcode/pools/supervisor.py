@@ -1,4 +1,4 @@
-"""Starts workers, notices those that died or are stuck, and starts them again: for threads and for Ray actors alike."""
+"""Starts workers, detects those that died or are stuck, and restarts them: for threads and for Ray actors alike."""
 
 import abc
 import functools
@@ -15,25 +15,25 @@ log = logging.getLogger("jaxcode.pools")
 State = Literal["starting", "idle", "busy", "quarantined"]
 STATES: tuple[State, ...] = ("idle", "busy", "starting", "quarantined")
 
-# Failures in a row after which a worker is quarantined, and for how many seconds: doubled from one time to the next.
+# Failures in a row after which a worker is quarantined, and the backoff in seconds, which doubles with each further.
 _MAX_FAILURES = 3
 _MIN_BACKOFF, _MAX_BACKOFF = 0.5, 60.0
-# Seconds between two searches for workers that are stuck.
+# Seconds between two checks for workers that are stuck.
 _CHECK_INTERVAL = 0.5
 # Seconds that workers have to end when the pool is closed.
 _CLOSE_LIMIT = 2.0
 
 
 class WorkerDied(Exception):
-    """The worker cannot answer any more."""
+    """Raised when a worker cannot answer any more."""
 
 
 class AbstractProcess(abc.ABC):
-    """Something that can be started, ended and started again. No method blocks but `join`."""
+    """Runs a process, a thread or an actor that can be ended and restarted. No method blocks but `join`."""
 
     @abc.abstractmethod
     def start(self) -> None:
-        """Starts a new incarnation and ends the one before, if there is one.
+        """Starts a new process and ends the previous one, if there is one.
 
         Raises:
             WorkerDied: If it cannot be started.
@@ -45,17 +45,17 @@ class AbstractProcess(abc.ABC):
 
     @abc.abstractmethod
     def join(self, seconds: float) -> None:
-        """Waits for its end, so many seconds at most."""
+        """Waits for its end, at most the given number of seconds."""
 
 
 @final
 class Slot:
-    """A worker's place in the pool, which outlives its processes.
+    """Holds the state of one worker, over all processes that run it in turn.
 
     Attributes:
         number: Index of the worker.
-        process: What runs there.
-        state: What it is doing.
+        process: The process, thread or actor that runs the worker.
+        state: One of `STATES`.
         failures: How often it has failed since it last succeeded.
     """
 
@@ -64,24 +64,25 @@ class Slot:
         self.state: State = "starting"
         self.failures = 0
         self._since = time.monotonic()
-        # The outcome of a call that was given up carries another number, and is ignored.
+        # Number of the current call: the outcome of an earlier one, which was given up, is ignored.
         self._call_number = 0
         self._on_outcome: Callable[[Slot, Future], object] | None = None
 
 
 @final
 class Supervisor:
-    """Keeps workers running.
+    """Starts workers, restarts those that died or are stuck, and quarantines those that keep failing.
 
     All methods but `states` and `counters` are to be called on the loop's thread, and all callbacks run there.
 
     Args:
-        loop: Whose thread makes all decisions.
-        processes: One for each worker, not started yet.
-        prepare: Called with a slot whose process has just been started: has it get ready and returns a future of that.
-        on_ready: Called with the slot and that future's result; the slot is idle then.
+        loop: The event loop on whose thread all decisions are made.
+        processes: One for each worker, not started.
+        prepare: Called with a slot whose process has just been started; returns a future that is done when the worker
+            is ready.
+        on_ready: Called with the slot, then idle, and that future's result.
         on_death: Called with the slot and the reason when a worker has died, is stuck or could not get ready.
-        on_change: Called after the states of slots have changed: idle ones may be called.
+        on_change: Called after the states of slots have changed: idle ones may be called then.
         stuck_after: Seconds after which a worker that has not answered a call is replaced; None for never.
         start_limit: Seconds that a worker may take to start and get ready.
     """
@@ -105,15 +106,15 @@ class Supervisor:
         self._counters = {"deaths": 0, "restarts": 0, "quarantines": 0}
 
     def states(self) -> list[str]:
-        """What every worker is doing; may be called from any thread."""
+        """Returns the state of every worker; may be called from any thread."""
         return [slot.state for slot in self.slots]
 
     def counters(self) -> dict[str, int]:
-        """How often workers died, were started again and were quarantined; may be called from any thread."""
+        """Returns how often workers died, were restarted and were quarantined; may be called from any thread."""
         return dict(self._counters)
 
     def idle(self) -> list[Slot]:
-        """Slots that may be called."""
+        """Returns the slots that may be called."""
         return [slot for slot in self.slots if slot.state == "idle"]
 
     def start(self) -> None:
@@ -123,28 +124,29 @@ class Supervisor:
         self._check_stuck()
 
     def call(self, slot: Slot, submit: Callable[[], Future], on_outcome: Callable[[Slot, Future], object]) -> None:
-        """Has an idle worker do something.
+        """Starts a call on an idle worker.
 
         Args:
-            slot: The worker's.
+            slot: The slot of the worker.
             submit: Starts the work and returns its future, which raises `WorkerDied` where the worker is dead.
-            on_outcome: Called with the slot and a future that is done, also where the worker died or is stuck.
+            on_outcome: Called with the slot and the future when it is done; where the worker died or is stuck, with a
+                future that raises `WorkerDied`.
         """
         assert slot.state == "idle", slot.state
         self._begin(slot, "busy", submit, on_outcome)
 
     def record_success(self, slot: Slot) -> None:
-        """The worker has done what it should: earlier failures are forgotten."""
+        """Resets the worker's count of failures, after a success."""
         slot.failures = 0
 
     def record_failure(self, slot: Slot) -> None:
-        """The worker has failed at what others can do: after several times it is quarantined and replaced."""
+        """Counts a failure at what others can do: after several in a row the worker is quarantined and restarted."""
         slot.failures += 1
         if slot.state == "idle":
             self._release(slot)
 
     def close(self) -> None:
-        """Ends all workers; nothing is to be called afterwards."""
+        """Ends all workers; no method may be called afterwards."""
         for slot in self.slots:
             slot._call_number += 1
             self._end_process(slot)
@@ -198,7 +200,7 @@ class Supervisor:
             self._replace_dead(slot, WorkerDied(f"it could not get ready: {type(failure).__name__}: {failure}"))
 
     def _replace_dead(self, slot, failure):
-        """Ends what may be left of a worker that died, and starts it again: immediately, or later if it keeps dying."""
+        """Ends what may be left of a dead worker, and restarts it: at once, or after a backoff if it keeps dying."""
         self._counters["deaths"] += 1
         log.warning("worker %d died: %s", slot.number, failure, extra={"worker": slot.number, "kind": "died"})
         self._end_process(slot)
@@ -223,7 +225,7 @@ class Supervisor:
         self._loop.call_later(seconds, functools.partial(self._restart, slot))
 
     def _restart(self, slot):
-        # A worker that raises although others can do the same work may run in a broken process: only a new one helps.
+        # A worker that raises where others do not may run in a broken process, so it gets a new one.
         self._counters["restarts"] += 1
         self._start(slot)
         self._on_change()

@@ -1,4 +1,4 @@
-"""Workers on the devices of this process, a thread each."""
+"""Runs workers as threads of this process, on its devices."""
 
 import functools
 import queue
@@ -31,16 +31,16 @@ def ThreadPool(
 ) -> WorkerPool:
     """Makes a pool of workers that are threads of this process, one for each device or several.
 
-    Answers come one by one, as devices finish, where one program over all devices returns with the slowest. A thread
-    cannot be ended from outside: one that never returns keeps its device until the process ends.
+    Each answer comes as soon as its device finishes, whereas one program over all devices returns with the slowest. A
+    thread cannot be ended from outside: one that never returns keeps its device until the process ends.
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
-        num_workers: N; as many as devices if not given.
+        num_workers: N; the number of devices if not given.
         devices: Worker n computes on device n modulo their number; `jax.local_devices()` if not given.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
         around: Replaces the computation of workers: called with the worker's number, the compiled model and a batch, it
-            returns what the worker answers. To measure, to trace, or to rehearse delays and faults.
+            returns what the worker answers. For measuring, tracing and injecting delays and faults.
 
     Returns:
         The pool, started.
@@ -71,7 +71,7 @@ def ThreadPool(
 
 @final
 class _ThreadWorker(AbstractWorker):
-    """Computes on a thread of its own. Started again, it is another thread with another copy of the parameters."""
+    """Computes on one thread. A restart makes another thread with another copy of the parameters."""
 
     def __init__(self, number: int, make: Callable[[], Compute], x64: bool):
         self._number, self._make, self._x64 = number, make, x64
@@ -110,7 +110,7 @@ class _ThreadWorker(AbstractWorker):
 
 
 def _work(tasks, make, x64):
-    """Runs tasks until there is None, all at the setting of jax_enable_x64 of the thread that made the pool."""
+    """Runs tasks until None is queued, with the setting of jax_enable_x64 of the thread that made the pool."""
     compute = None
     with jax.enable_x64(x64):
         while (item := tasks.get()) is not None:
@@ -120,5 +120,5 @@ def _work(tasks, make, x64):
                 future.set_result(task(compute))
             except BaseException as failure:  # whatever a model raises is the outcome of its call
                 future.set_exception(failure)
-            # The next task may be long in coming: until then the answer is not kept.
+            # While the thread waits for its next task, it must not keep the last answer alive.
             del item, future, task

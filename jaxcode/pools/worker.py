@@ -1,4 +1,4 @@
-"""What a pool asks of a worker: the interface to implement for a new kind of worker."""
+"""Defines the interface of workers, to be implemented for a new kind."""
 
 import abc
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from .supervisor import AbstractProcess
 
 
 class AbstractWorker(AbstractProcess):
-    """Computes the model on batches, seen from the host. No method blocks but `join`."""
+    """Computes the model on batches; called on the host. No method blocks but `join`."""
 
     @abc.abstractmethod
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
         """Compiles for batches of these shapes.
 
         Returns:
-            A future that is done when all are compiled; with no examples, when the worker runs. It raises `WorkerDied`
-            where the worker is dead, else what compiling or running the model raised.
+            A future that is done when all are compiled; with no examples, when the worker is running. It raises
+            `WorkerDied` where the worker is dead, else what compiling or running the model raised.
         """
 
     @abc.abstractmethod

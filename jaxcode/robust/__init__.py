@@ -1,4 +1,4 @@
-"""Which workers to trust: detection of answers that are no numbers, and of answers that are wrong.
+"""Detects faulty workers: those whose answers are not finite, and those whose answers are wrong.
 
 A defence is a function `(code, answers, returned) -> Detection` that can be traced. `coded(f, code, defence=...)`
 decodes from the workers that it trusts, as if the flagged ones were stragglers.

@@ -2,9 +2,8 @@ r"""Defences: functions that detect faulty workers by their answers.
 
 A worker answers every group of a batch, and a faulty one is assumed to be faulty in all of them. So evidence is pooled
 by worker, over groups and outputs, and a worker is trusted or flagged for the whole batch. One group is little evidence
-where workers are sparse. `leave_one_out` compares each answer with the curve through the others, on which codes
-rely anyway. `error_locator` is that of ApproxIFER for Berrut's
-code, for comparison.
+where workers are sparse. `leave_one_out` compares each answer with the curve through the others, as decoders fit it.
+`error_locator` is that of ApproxIFER for Berrut's code, for comparison.
 """
 
 import functools
@@ -23,18 +22,18 @@ from ..checks import check_count, check_mask
 from ..codes import AbstractCode
 from .search import find_outliers
 
-# Outputs, of all groups together, that are examined, spread evenly over all; more would add no evidence.
+# How many outputs, of all groups together, are examined, evenly spaced among all; more would add no evidence.
 MOST_OUTPUTS = 256
 
 
 class Detection(NamedTuple):
-    """What a defence has found.
+    """Holds the workers that a defence trusts and flags, and their scores.
 
     Attributes:
         trusted: Which workers returned and are trusted, bool, shape (N,): a mask for `code.decode`.
         flagged: Which workers returned and are not trusted, bool, shape (N,).
-        score: How far a worker's answers are from what is expected of a correct one, float32, shape (N,), in a unit of
-            the defence's own. Infinite for answers that are not finite, zero for workers that did not return.
+        score: How far a worker's answers are from what is expected of a correct one, float32, shape (N,), in units
+            that depend on the defence. Infinite for answers that are not finite, zero for workers that did not return.
     """
 
     trusted: Bool[Array, "workers"]
@@ -42,7 +41,7 @@ class Detection(NamedTuple):
     score: Float[Array, "workers"]
 
 
-# From a code, answers as leaves (N, groups, ...), and the workers that returned.
+# Maps a code, answers as leaves (N, groups, ...) and the mask of the workers that returned to a detection.
 Defence = Callable[[AbstractCode, PyTree[Array], Bool[ArrayLike, "workers"]], Detection]
 
 
@@ -69,7 +68,7 @@ def finite(answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Bool
 
 
 def only_finite(code: AbstractCode, answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Detection:
-    """Flags the workers of which any answer, in any group, is not finite. For every code.
+    """Flags the workers of which any answer, in any group, is not finite; for every code.
 
     Args:
         code: Any code; only its number of workers is read.
@@ -134,7 +133,8 @@ def leave_one_out(
         answers: Leaves of shape (N, groups, ...), real, in any units. More groups and outputs are more evidence. At
             most 256 outputs of all groups together are examined, evenly spaced among them.
         returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
-        most: The largest part of the workers that returned finite answers, less two, that may be flagged; from 0 to 1.
+        most: The largest fraction, from 0 to 1, of the workers that returned finite answers, less two, that may be
+            flagged.
 
     Returns:
         The detection; a worker is flagged from a score of 1 on.
@@ -196,7 +196,7 @@ def error_locator(
             N >= 2K + 2E + S - 1.
 
     Returns:
-        The detection; the score is the part of the outputs that voted for the worker.
+        The detection; the score is the fraction of the outputs that voted for the worker.
 
     Raises:
         ValueError: As for `leave_one_out`, or if num_faulty is not a whole number of at least 1.
@@ -247,22 +247,22 @@ def _per_worker(answers, returned):
 
 
 def _outputs(answers, present):
-    """Chooses outputs (N, outputs), zero where not present; returns the number of groups and the rounding too."""
+    """Selects outputs (N, outputs), zero where not present; returns the number of groups and the rounding too."""
     leaves = [jax.lax.stop_gradient(leaf) for leaf in _per_worker(answers, present)]
     leaves = [leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32) for leaf in leaves]
-    most = max(1, MOST_OUTPUTS // max(1, len(leaves)))
-    chosen = []
+    max_outputs = max(1, MOST_OUTPUTS // max(1, len(leaves)))
+    samples = []
     for leaf in leaves:
         rows = leaf.reshape(leaf.shape[0], -1)
-        if rows.shape[1] > most:
-            rows = rows[:, np.linspace(0, rows.shape[1] - 1, most).round().astype(np.int32)]
-        chosen.append(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
-    dtype = jnp.result_type(*[rows.dtype for rows in chosen], jnp.float32)
-    rows = [rows.astype(dtype) for rows in chosen]
+        if rows.shape[1] > max_outputs:
+            rows = rows[:, np.linspace(0, rows.shape[1] - 1, max_outputs).round().astype(np.int32)]
+        samples.append(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
+    dtype = jnp.result_type(*[rows.dtype for rows in samples], jnp.float32)
+    rows = [rows.astype(dtype) for rows in samples]
     outputs = jnp.concatenate(rows, axis=1) if rows else jnp.zeros((*np.shape(present), 0))
     groups = max((leaf.shape[1] for leaf in leaves), default=1)
-    precision = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0)
-    return jnp.where(present[:, None], outputs, 0), groups, precision
+    rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0)
+    return jnp.where(present[:, None], outputs, 0), groups, rounding
 
 
 @jax.jit
@@ -284,7 +284,7 @@ def _locate(nodes, outputs, live, num_data, num_faulty):
     def vote(y):
         size = jnp.max(jnp.abs(y))
         product = (y / jnp.where(size > 0, size, 1))[:, None] * denominators
-        # The part of Q times the answers that is orthogonal to all numerators.
+        # The component of Q times the answers that is orthogonal to all numerators.
         product = product - numerators @ (numerators.T @ product)
         product = jnp.where(live[:, None], product, 0)
         q = jnp.linalg.eigh(product.T @ product)[1][:, 0]

@@ -1,4 +1,4 @@
-"""The search for outliers among workers by leave-one-out residuals; `jaxcode.robust.leave_one_out` has the criterion.
+"""Searches for outliers among workers by leave-one-out residuals; `jaxcode.robust.leave_one_out` has the criterion.
 
 The process, its precision matrices and leave-one-out variances are `jaxcode.interpolants.spline.wiener`'s. All in
 float64. Arrays have axes n, workers; c, outputs; r, runs of neighbouring workers.
@@ -21,9 +21,9 @@ from ..interpolants.spline.wiener import (
     uniform_noise,
 )
 
-# At most so many neighbouring workers become outliers in one step: faulty neighbours support each other.
+# How many neighbouring workers become outliers in one step at most: faulty neighbours support each other.
 LONGEST_RUN = 3
-# The description length of one more outlier, where that of an inlier's answers is about 1 for each output.
+# The description length that one more outlier adds, where that of an inlier's answers is about 1 for each output.
 PRICE = 4.0
 # The noise variance of each of two workers at one node, and of any other worker, in units of the median leave-one-out
 # variance of a site. With less at shared nodes, the correct worker of a pair is as likely to be flagged as the faulty
@@ -54,15 +54,18 @@ def find_outliers(
         outputs: Answers, float64; zero where not live.
         live: Which workers returned finite answers.
         rounding: The relative precision of the answers as they came.
-        most: The largest part of the live workers, less two, that may be outliers.
+        most: The largest fraction of the live workers, less two, that may be outliers.
         threshold: Outliers' pooled residuals exceed this multiple of an inlier's.
+
+    Returns:
+        Which workers are outliers, and the score of each, at least 1 for outliers.
     """
     problem = _prepare(worker_nodes, data_nodes, outputs, live, rounding, most)
     return _clear(problem, _search(problem), threshold)
 
 
 class _Problem(NamedTuple):
-    """What is fixed during the search; precision and outputs are scaled to a unit diagonal of the precision.
+    """Holds what is fixed during the search; precision and outputs are scaled to a unit diagonal of the precision.
 
     Attributes:
         precision: Of all live workers' answers, straight lines projected out, shape (n, n).
@@ -84,13 +87,13 @@ class _Problem(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """The curve through the inliers.
+    """Holds the fit of the curve through the inliers.
 
     Attributes:
         inliers: Shape (n,).
         precision: Of the inliers' answers, zero elsewhere, shape (n, n).
         residuals: The precision times the outputs, shape (n, c).
-        num_inliers: A number.
+        num_inliers: Shape ().
         energy: The sum of the inliers' squared normalised residuals, shape (c,).
         distance: Of outliers from the curve, shape (n, c); zero for inliers.
         variance: Of the distances, for b = 1, shape (n,).
@@ -108,20 +111,22 @@ class _Fit(NamedTuple):
 def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     worker_nodes, data_nodes, _ = normalise(worker_nodes, data_nodes)
     sites = find_sites(worker_nodes, live)
-    found = _innovations(sites, data_nodes)
-    exact = posteriors(sites, found, jnp.zeros(1), 2)
+    site_innovations = _innovations(sites, data_nodes)
+    noiseless_posteriors = posteriors(sites, site_innovations, jnp.zeros(1), 2)
     is_at = (sites.average > 0).astype(float)
-    # The median leave-one-out variance, in which noise is given; without answers there is none.
-    unit = _quantile(is_at.T @ jnp.where(sites.present, exact.variances[0], 0), live, 0.5)
+    # The median leave-one-out variance, the unit of the noise; 1 if there are no answers.
+    unit = _quantile(is_at.T @ jnp.where(sites.present, noiseless_posteriors.variances[0], 0), live, 0.5)
     unit = jnp.where(unit > 0, unit, 1)
 
     outputs, floor = _normalised(outputs, live, rounding)
     floor = floor / unit
     same_node = (is_at.T @ is_at) > 0
-    noise = unit * _noise_variances(sites, is_at, same_node, exact.means[0], exact.variances[0], outputs, floor, unit)
+    noise = unit * _noise_variances(
+        sites, is_at, same_node, noiseless_posteriors.means[0], noiseless_posteriors.variances[0], outputs, floor, unit
+    )
     weights = jnp.where(live, 1 / noise, 0)
     sites = reweighted(sites, weights)
-    precision = data_precision(sites, posteriors(sites, found, jnp.ones(1), 2).precision[0], weights)
+    precision = data_precision(sites, posteriors(sites, site_innovations, jnp.ones(1), 2).precision[0], weights)
 
     scale = jnp.diagonal(precision)
     scale = jnp.sqrt(jnp.where(scale > 0, scale, 1))[:, None]
@@ -130,7 +135,7 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
 
 
 def _normalised(outputs, live, rounding):
-    """Divides outputs by their size and clips extreme ones; returns also the squares that are rounding."""
+    """Divides outputs by their size and clips extreme ones; also returns the squares that rounding explains."""
     centre = _quantile(outputs.T, live, 0.5)
     # Outputs that differ by rounding alone are equal.
     width = jnp.maximum(_quantile(jnp.abs(outputs - centre[None]).T, live, 0.8), 1e-6 * jnp.abs(centre))
@@ -150,11 +155,13 @@ def _noise_variances(sites, is_at, same_node, means, variances, outputs, floor, 
     square = is_at.T @ jnp.where(sites.present[:, None], residual**2 / variances[:, None], 0)
     is_live = num_at_node > 0
     scale = _quantile(square.T, is_live, 0.5) / MEDIAN_SQUARE + floor
-    # Three or more workers at one node show which one is wrong: the median of such deviations is noise.
+    # Three or more workers at one node show which one is wrong: the median of their deviations estimates the noise.
     deviation = (outputs - is_at.T @ mean) ** 2 * (num_at_node / jnp.maximum(num_at_node - 1, 1))[:, None]
-    typical = _quantile(_pooled(deviation / scale[None]) ** 2, num_at_node > 1, 0.5) / unit
-    shared = jnp.where(num_at_node > 2, jnp.clip(typical, 0.1 * NOISE, NOISE_OF_PAIRS), NOISE_OF_PAIRS)
-    return jnp.where(num_at_node > 1, shared, NOISE)
+    noise_estimate = _quantile(_pooled(deviation / scale[None]) ** 2, num_at_node > 1, 0.5) / unit
+    noise_at_shared_nodes = jnp.where(
+        num_at_node > 2, jnp.clip(noise_estimate, 0.1 * NOISE, NOISE_OF_PAIRS), NOISE_OF_PAIRS
+    )
+    return jnp.where(num_at_node > 1, noise_at_shared_nodes, NOISE)
 
 
 def _innovations(sites, data_nodes):
@@ -179,21 +186,21 @@ def _neighbours(live):
 
 
 def _fit(problem, outliers):
-    """Fits the curve through the inliers, by conditioning the precision on what the outliers' answers may be."""
+    """Fits the curve through the inliers: marginalises the outliers' answers out of the precision."""
     precision, outputs, n = problem.precision, problem.outputs, len(outliers)
     inliers = problem.live & ~outliers
     block = jnp.where(outliers[:, None] & outliers[None], precision, jnp.eye(n))
     inverse = _solve(block, jnp.eye(n))
     columns = jnp.where(outliers[None], precision, 0)
-    of_inliers = precision - columns @ inverse @ columns.T
-    of_inliers = jnp.where(inliers[:, None] & inliers[None], of_inliers, 0)
-    residuals = of_inliers @ outputs
+    inlier_precision = precision - columns @ inverse @ columns.T
+    inlier_precision = jnp.where(inliers[:, None] & inliers[None], inlier_precision, 0)
+    residuals = inlier_precision @ outputs
     energy = jnp.maximum(jnp.sum(outputs * residuals, axis=0), 0)
     distance = inverse @ jnp.where(outliers[:, None], precision @ outputs, 0)
     distance = jnp.where(outliers[:, None], distance, 0)
     # The inverse of a matrix of unit diagonal has at least ones there, but for rounding.
     variance = jnp.maximum(jnp.diagonal(inverse), 1)
-    return _Fit(inliers, of_inliers, residuals, jnp.sum(inliers.astype(float)), energy, distance, variance)
+    return _Fit(inliers, inlier_precision, residuals, jnp.sum(inliers.astype(float)), energy, distance, variance)
 
 
 def _search(problem):
@@ -242,26 +249,30 @@ def _search(problem):
         is_run = best < len(start)
         best_run = jnp.minimum(best, len(start) - 1)
         # Indices out of bounds are dropped.
-        added = jnp.where(jnp.asarray(in_run)[best_run], member[best_run], n)
-        more = outliers.at[added].set(True, mode="drop")
-        fewer = outliers.at[jnp.where(is_run, n, best - len(start))].set(False, mode="drop")
+        new_outliers = jnp.where(jnp.asarray(in_run)[best_run], member[best_run], n)
+        more_outliers = outliers.at[new_outliers].set(True, mode="drop")
+        fewer_outliers = outliers.at[jnp.where(is_run, n, best - len(start))].set(False, mode="drop")
         is_shorter = jnp.minimum(jnp.min(change_by_run), jnp.min(change_by_return)) < -1e-9
-        return jnp.where(is_shorter, jnp.where(is_run, more, fewer), outliers), num_steps + 1, is_shorter
+        return (
+            jnp.where(is_shorter, jnp.where(is_run, more_outliers, fewer_outliers), outliers),
+            num_steps + 1,
+            is_shorter,
+        )
 
     initial = jnp.zeros(n, bool), jnp.zeros((), jnp.int32), num_live > 2
     return jax.lax.while_loop(lambda carry: carry[2] & (carry[1] < n), step, initial)[0]
 
 
 def _clear(problem, outliers, threshold):
-    """Returns outliers to the inliers, the lowest score first, until all scores are 1 or more; returns scores too."""
+    """Makes outliers inliers, the lowest score first, until all outliers' scores are 1 or more; returns scores too."""
     n = len(problem.live)
 
     def step(carry):
         outliers, _, _ = carry
         score = _scores(problem, outliers, threshold)
         is_low = outliers & (score < 1)
-        lowest = _argmin(jnp.where(is_low, score, jnp.inf))
-        return outliers & ~(is_low & (np.arange(n, dtype=np.int32) == lowest)), score, jnp.any(is_low)
+        candidate = _argmin(jnp.where(is_low, score, jnp.inf))
+        return outliers & ~(is_low & (np.arange(n, dtype=np.int32) == candidate)), score, jnp.any(is_low)
 
     initial = outliers, jnp.zeros(n), jnp.bool_(True)
     return jax.lax.while_loop(lambda carry: carry[2], step, initial)[:2]
@@ -281,17 +292,17 @@ def _scores(problem, outliers, threshold):
 
     diagonal = jnp.diagonal(fit.precision)
     diagonal = jnp.where(diagonal > 0, diagonal, 1)
-    of_inliers = _pooled(fit.residuals**2 / diagonal[:, None] / scale[None])
-    of_outliers = _pooled(fit.distance**2 / fit.variance[:, None] / scale[None])
-    residual = jnp.where(fit.inliers, of_inliers, jnp.where(outliers, of_outliers, 0))
+    inlier_residuals = _pooled(fit.residuals**2 / diagonal[:, None] / scale[None])
+    outlier_residuals = _pooled(fit.distance**2 / fit.variance[:, None] / scale[None])
+    residual = jnp.where(fit.inliers, inlier_residuals, jnp.where(outliers, outlier_residuals, 0))
 
-    typical = jnp.where(fit.inliers, _pooled(square_without_node / scale[None]), residual)
+    node_residual = jnp.where(fit.inliers, _pooled(square_without_node / scale[None]), residual)
     is_neighbour = problem.neighbours < len(outliers)
-    of_neighbours = _quantile(jnp.append(typical, 0)[problem.neighbours], is_neighbour, 0.5)
-    unit = jnp.maximum(jnp.maximum(_quantile(typical, fit.inliers, 0.5), 1), of_neighbours)
-    middle, upper = _quantiles(typical / unit, fit.inliers, (0.5, 0.7))
+    neighbour_median = _quantile(jnp.append(node_residual, 0)[problem.neighbours], is_neighbour, 0.5)
+    unit = jnp.maximum(jnp.maximum(_quantile(node_residual, fit.inliers, 0.5), 1), neighbour_median)
+    median, upper_quantile = _quantiles(node_residual / unit, fit.inliers, (0.5, 0.7))
     # The normal distribution's 70 % quantile is 0.524 standard deviations above its median.
-    return residual / (unit * jnp.maximum(middle + 4.5 * (upper - middle) / 0.524, threshold))
+    return residual / (unit * jnp.maximum(median + 4.5 * (upper_quantile - median) / 0.524, threshold))
 
 
 def _solve(matrix, columns):
@@ -324,15 +335,16 @@ def _quantile(values, mask, q):
 def _quantiles(values, mask, qs):
     """Computes quantiles over the last axis, of values in the mask; 0 if there are none."""
     mask = jnp.broadcast_to(mask, values.shape)
-    ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
-    last = jnp.maximum(jnp.sum(mask.astype(float), axis=-1) - 1, 0)
+    sorted_values = jnp.sort(jnp.where(mask, values, jnp.inf), axis=-1)
+    last_index = jnp.maximum(jnp.sum(mask.astype(float), axis=-1) - 1, 0)
     quantiles = []
     for q in qs:
-        low = jnp.floor(q * last)
-        fraction = q * last - low
-        high = jnp.where(fraction > 0, low + 1, low)
-        below, above = (
-            jnp.take_along_axis(ordered, index.astype(jnp.int32)[..., None], axis=-1)[..., 0] for index in (low, high)
+        low_index = jnp.floor(q * last_index)
+        fraction = q * last_index - low_index
+        high_index = jnp.where(fraction > 0, low_index + 1, low_index)
+        lower_value, upper_value = (
+            jnp.take_along_axis(sorted_values, index.astype(jnp.int32)[..., None], axis=-1)[..., 0]
+            for index in (low_index, high_index)
         )
-        quantiles.append(jnp.where(jnp.any(mask, axis=-1), below + fraction * (above - below), 0))
+        quantiles.append(jnp.where(jnp.any(mask, axis=-1), lower_value + fraction * (upper_value - lower_value), 0))
     return quantiles

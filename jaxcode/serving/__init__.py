@@ -1,4 +1,4 @@
-"""Answers to batches from whichever workers reply: the server in this process, its metrics, and a front for HTTP.
+"""Serves predictions from whichever workers answer: the server in this process, its metrics, and an HTTP server.
 
 `python -m jaxcode.serving` serves a model over HTTP, see `jaxcode.serving.http`.
 """

@@ -20,9 +20,9 @@ class Codec:
 
     Args:
         static_code: The code.
-        order: As for `jaxcode.coded`, as are the others.
-        output: The space in which answers are decoded.
-        defence: Detects wrong answers.
+        order: As for `jaxcode.coded`.
+        output: The space in which answers are decoded, as for `jaxcode.coded`.
+        defence: Detects faulty workers, as for `jaxcode.coded`.
         x64: Whether x64 is on where the methods are called.
     """
 
@@ -39,7 +39,15 @@ class Codec:
     def encode(
         self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]
     ) -> tuple[Layout, PyTree[np.ndarray]]:
-        """Returns the layout of a padded batch, leaves (places, ...), and coded inputs, leaves (N, groups, ...)."""
+        """Encodes a padded batch.
+
+        Args:
+            padded: The finite inputs as `pad_inputs` returns them, leaves (places, ...).
+            finite: Which inputs of the batch are encoded, shape (B,).
+
+        Returns:
+            The layout, and the coded inputs, leaves (N, groups, ...).
+        """
         num_data = self._code.code.num_data
         padded = jax.device_put(padded)
         permutation = None if self._order is None else jax.device_get(_permute(self._order, num_data, padded))
@@ -58,11 +66,12 @@ class Codec:
                 defence.
 
         Returns:
-            Results, leaves (places, ...); what the defence found; and which workers the results are decoded from.
+            Results, leaves (places, ...); the detection, None without a defence; and the mask of the workers that the
+            results are decoded from.
         """
         detection = None
         if self._defence is not None:
-            # A power of two, as few programs are compiled for.
+            # A power of two, so that few programs are compiled.
             num_examined = 1 << (num_groups.bit_length() - 1)
             examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
             detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
@@ -81,13 +90,13 @@ class Codec:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _permute(order, num_data, x):
-    """Returns the order of a batch as `pipeline.group` checks it."""
+    """Returns the permutation of a batch, checked by `pipeline.group`."""
     return group(x, num_data, order)[1].permutation
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(static_code, x, index):
-    """Encodes inputs, leaves (inputs, ...), that the index, shape (places,), assigns to the places of groups."""
+    """Encodes inputs, leaves (inputs, ...), in groups; `index` has the input of each place, shape (places,)."""
     code = static_code.code
     grouped, _ = group(jax.tree.map(lambda leaf: leaf[index], x), code.num_data, None)
     return encode(code, None, grouped)

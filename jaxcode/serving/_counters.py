@@ -1,4 +1,4 @@
-"""What a server counts."""
+"""Counts the requests of a server, by outcome and latency."""
 
 import bisect
 import threading
@@ -6,7 +6,7 @@ from typing import Any, final
 
 import numpy as np
 
-# Upper ends of the latency histogram's classes, in seconds.
+# Upper ends of the latency histogram's buckets, in seconds.
 LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -22,7 +22,7 @@ class Counters:
         self._latency = [0] * (len(LATENCY_BOUNDS) + 1)
 
     def count_answered(self, latency: float, stragglers: int) -> None:
-        """Counts a request that was answered after so many seconds, without waiting for so many workers."""
+        """Counts an answered request, with its latency in seconds and the number of workers not waited for."""
         with self._lock:
             self._outcomes["answered"] += 1
             self._stragglers += stragglers
@@ -30,7 +30,7 @@ class Counters:
             self._latency[bisect.bisect_left(LATENCY_BOUNDS, latency)] += 1
 
     def count_refused(self) -> None:
-        """Counts a request of which too few answers came within the time limit."""
+        """Counts a request for which too few answers came within the time limit."""
         with self._lock:
             self._outcomes["refused"] += 1
 

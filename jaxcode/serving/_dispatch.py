@@ -1,4 +1,4 @@
-"""Which coded inputs are computed first."""
+"""Orders coded inputs by how informative their answers are."""
 
 import numpy as np
 
@@ -6,13 +6,14 @@ from ..codes import AbstractCode
 
 
 def dispatch_order(code: AbstractCode) -> list[int]:
-    """Orders workers' coded inputs by how much their answers say, for when fewer workers are free than there are.
+    """Orders coded inputs by how informative their answers are, for when fewer workers are idle than there are inputs.
 
-    First one coded input for each input that is itself computed somewhere, whose answer is then exact; then, one after
-    the other, the node that is farthest from all before it. Codes without nodes keep their order.
+    First comes one coded input for each data node at which there is a worker node, as its answer is an exact result;
+    then, one after the other, the worker node that is farthest from all before it. Codes without nodes keep their
+    order.
 
     Args:
-        code: Its nodes are static.
+        code: A code whose nodes, if it has any, are static.
 
     Returns:
         A permutation of the N coded inputs.
@@ -20,11 +21,12 @@ def dispatch_order(code: AbstractCode) -> list[int]:
     if code.nodes is None:
         return list(range(code.num_workers))
     alpha, beta = (np.asarray(nodes, np.float64) for nodes in (code.nodes.data, code.nodes.workers))
-    nearest = np.abs(beta[:, None] - alpha).argmin(axis=0)
-    order = np.unique(nearest[np.abs(beta[nearest] - alpha) < 1e-9 * (beta[-1] - beta[0])]).tolist() or [0]
-    # Nodes crowd towards the ends in equal angles.
-    middle, radius = (beta[-1] + beta[0]) / 2, (beta[-1] - beta[0]) / 2
-    angle = np.arccos(np.clip((beta - middle) / radius, -1, 1))
+    nearest_worker = np.abs(beta[:, None] - alpha).argmin(axis=0)
+    is_same_node = np.abs(beta[nearest_worker] - alpha) < 1e-9 * (beta[-1] - beta[0])
+    order = np.unique(nearest_worker[is_same_node]).tolist() or [0]
+    # Nodes that are dense towards the ends, such as Chebyshev's, have equal distances in angle.
+    centre, radius = (beta[-1] + beta[0]) / 2, (beta[-1] - beta[0]) / 2
+    angle = np.arccos(np.clip((beta - centre) / radius, -1, 1))
     distance = np.abs(angle[:, None] - angle[order]).min(axis=1)
     distance[order] = -1
     while len(order) < len(beta):

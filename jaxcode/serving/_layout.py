@@ -1,7 +1,7 @@
-"""Where the inputs of a request are in the groups that are encoded, and how results find their way back.
+"""Assigns the inputs of a request to groups, and brings results back to the order of the request.
 
-Whatever a request asks for, only a few shapes are compiled: the number of groups is a power of two. Groups beyond those
-of the batch repeat its groups, so that they resemble them.
+So that few shapes are compiled, the number of groups is rounded up to a power of two. The added groups are copies of
+the batch's own.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from ..pipeline import pad
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the inputs of a batch are in its groups.
+    """Holds the places that the inputs of a batch have in its groups.
 
     Attributes:
         finite: Which inputs are encoded, bool, shape (B,); those with a NaN or an infinite number are not.
         num_data: K.
         num_groups: How many groups hold inputs, the last one padded with its last input.
-        place: The place of each finite input, shape (finite,): member k of group g is at g K + k.
+        place: The place of each finite input, shape (finite,): input k of group g has place g K + k.
         index: Which finite input each place holds, int32, shape (padded groups * K,).
     """
 
@@ -49,18 +49,18 @@ class Layout:
         return self._restore(errors, lambda dtype: np.inf)
 
     def restore_members(self, members: Bool[np.ndarray, "data"]) -> Bool[np.ndarray, "batch"]:
-        """Says of each input what is true of its place in its group; False for inputs not finite."""
+        """Brings a mask over the K places of every group, shape (K,), to the batch's order; False if not finite."""
         return self._restore(np.resize(members, len(self.index)), lambda dtype: False)
 
     def _restore(self, rows, missing):
-        """Brings rows to the order of the batch; `missing` gives what stands for a dtype's missing rows."""
+        """Brings rows to the order of the batch; `missing` maps a dtype to the value of rows without a result."""
         if self.finite.all():
-            restored = rows[self.place]
+            results = rows[self.place]
         else:
-            restored = np.full((len(self.finite), *rows.shape[1:]), missing(rows.dtype), rows.dtype)
-            restored[self.finite] = rows[self.place]
-        restored.flags.writeable = False
-        return restored
+            results = np.full((len(self.finite), *rows.shape[1:]), missing(rows.dtype), rows.dtype)
+            results[self.finite] = rows[self.place]
+        results.flags.writeable = False
+        return results
 
 
 def padded_groups(size: int, num_data: int) -> int:
@@ -73,11 +73,11 @@ def padded_groups(size: int, num_data: int) -> int:
 
 
 def host_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
-    """Fetches a batch as NumPy arrays of the dtypes that JAX gives them in the current precision."""
+    """Fetches a batch as NumPy arrays, of JAX's dtypes at the current setting of jax_enable_x64."""
 
     def fetch(leaf):
         leaf = np.asarray(jax.device_get(leaf))
-        # A number that single precision cannot hold becomes infinite, which is found later.
+        # A number too large for single precision becomes infinite, which `find_finite` detects.
         with np.errstate(over="ignore"):
             return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
 
@@ -85,7 +85,7 @@ def host_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
 
 
 def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
-    """Says which inputs of a batch, leaves (B, ...), have finite numbers only.
+    """Finds the inputs of a batch, leaves (B, ...), that have finite numbers only.
 
     Raises:
         ValueError: If none has, or x is not a batch.
@@ -118,7 +118,10 @@ def lay_out(
     Args:
         finite: Which inputs are encoded.
         num_data: K.
-        permutation: Of the padded inputs; their own order if None. The padding is taken out of it.
+        permutation: A permutation of the padded inputs, of which the padding is removed; their own order if None.
+
+    Returns:
+        The layout.
 
     Raises:
         ValueError: If the permutation names an input twice.

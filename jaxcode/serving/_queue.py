@@ -1,4 +1,4 @@
-"""A bounded queue of requests, worked on by a few threads."""
+"""Queues requests, up to a limit, for a few threads."""
 
 import collections
 import threading
@@ -8,12 +8,12 @@ from typing import Any, final
 
 
 class QueueFull(RuntimeError):
-    """The server has as many requests as it takes; submit the request again later, or elsewhere."""
+    """Raised when a server has as many requests as it takes; submit the request again later, or elsewhere."""
 
 
 @final
 class BoundedQueue:
-    """Runs tasks in the order of their submission, at most so many concurrently, and lets at most so many wait.
+    """Runs tasks in the order of their submission, `num_threads` of them concurrently; up to `max_queued` more wait.
 
     A task whose future is cancelled while it waits leaves the queue and makes room for another. One that runs cannot
     be cancelled.
@@ -36,8 +36,11 @@ class BoundedQueue:
     def submit(self, task: Callable[[], Any]) -> Future:
         """Queues a task.
 
+        Returns:
+            A future of the task's result.
+
         Raises:
-            QueueFull: If as many as there may be run and wait.
+            QueueFull: If as many tasks run and wait as are allowed.
             RuntimeError: If the queue is closed.
         """
         future = Future()
@@ -50,17 +53,17 @@ class BoundedQueue:
                     "max_queued); submit this one again later, or allow more to wait"
                 )
             if self._num_running < self._num_threads:
-                # Waits for the lock, and then finds the task.
+                # The thread waits for the lock, and then takes the task.
                 self._executor.submit(self._run)
                 self._num_running += 1
             self._admitted += 1
             self._waiting.append((future, task))
-        # Outside of the lock, which the callback takes.
+        # Outside of the lock, as the callback takes it.
         future.add_done_callback(self._on_done)
         return future
 
     def close(self) -> None:
-        """Waits for the tasks that were submitted, and takes no more."""
+        """Waits for the tasks that were submitted, and accepts no more."""
         with self._lock:
             self._closed = True
         self._executor.shutdown()
@@ -80,7 +83,7 @@ class BoundedQueue:
                 result = task()
             except BaseException as problem:
                 failure = problem
-            # Who waits for the future may submit the next task immediately and must find room for it.
+            # A thread that waits for the future may submit its next task immediately, and there must be room for it.
             with self._lock:
                 self._admitted -= 1
             if failure is None:

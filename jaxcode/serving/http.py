@@ -4,9 +4,9 @@
     GET  /healthz   200 while at least two workers are ready to answer, else 503
     GET  /metrics   counters in Prometheus' format
 
-The response to JSON is JSON: "outputs", "error" (predicted, of each input; null where nothing can be said), "returned"
-(how many workers' answers were used) and "latency" in seconds. The response to a NumPy file is a NumPy file of the
-outputs. Invalid requests have status 400, 404, 405, 413 or 415; requests that too few workers answered in time, 503.
+The response to JSON is JSON: "outputs", "error" (predicted, for each input; null where none can be), "returned" (how
+many answers were used) and "latency" in seconds. The response to a NumPy file is a NumPy file of the outputs. Invalid
+requests get status 400, 404, 405, 413 or 415; requests for which too few answers came in time, 503.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _JSON, _NPY = "application/json", "application/x-npy"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then answers the requests in flight and ends; on a new cluster or a running one.
+    """Serves a model, on a new cluster or a running one, until SIGTERM or SIGINT; then finishes requests in flight.
 
     Args:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cluster.close()
         parser.error(f"serving over HTTP needs Ray Serve: pip install 'jaxcode[serve]' ({problem})")
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: stopped.set())
     try:
         _serve(serve, args)
         print(f"Serving {args.model} at http://{args.host}:{args.port}/ with {args.num_workers} workers.", flush=True)
@@ -105,10 +105,10 @@ def _serve(serve, args):
 
 
 class Front:
-    """Turns HTTP requests into requests to a `CodedServer`, whose pool it starts: one replica of Ray Serve.
+    """Answers HTTP requests by a `CodedServer`, whose pool it starts, in a replica of Ray Serve.
 
     Args:
-        settings: The command line arguments of `main`, parsed.
+        settings: The parsed command line arguments of `main`, by name.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -140,7 +140,14 @@ class Front:
             self._server.warm_up(jax.ShapeDtypeStruct((args.num_data, *self._shape), np.dtype(self._dtype)))
 
     async def __call__(self, request):
-        """Answers one HTTP request, a `starlette.requests.Request`."""
+        """Answers one HTTP request.
+
+        Args:
+            request: A `starlette.requests.Request`.
+
+        Returns:
+            A `starlette.responses.Response`, an error response if the request cannot be answered.
+        """
         from starlette.responses import JSONResponse, Response
 
         try:
@@ -223,7 +230,7 @@ class Front:
 
 
 def _stay_on_loopback():
-    """Has the replica, which is starting, listen for Ray Serve's internal calls on the loopback interface only."""
+    """Makes the starting replica listen for Ray Serve's internal calls on the loopback interface only."""
     from ray.serve._private import replica
 
     add_port = replica.add_port_to_grpc_server  # pyright: ignore[reportPrivateImportUsage]
@@ -235,7 +242,7 @@ def _stay_on_loopback():
 
 
 class _Refusal(Exception):
-    """An HTTP error response: its status, a message and headers."""
+    """Carries an HTTP error response: its status, a message and headers."""
 
     def __init__(self, status, message, headers=None):
         super().__init__(message)
@@ -268,7 +275,7 @@ def _from_npy(body, dtype):
 
 def _to_json(prediction):
     def to_list(leaf):
-        # JSON has no infinity, which is the error where nothing can be said.
+        # JSON has no infinity, which stands for an error that cannot be predicted.
         return np.where(np.isfinite(leaf), leaf.astype(object), np.asarray(None)).tolist()
 
     response = {
@@ -301,8 +308,8 @@ def _code(args):
 
 
 def _policy(args):
-    number = args.answers or math.ceil((args.num_data + args.num_workers) / 2)
-    policy = stop.answers(number)
+    num_answers = args.answers or math.ceil((args.num_data + args.num_workers) / 2)
+    policy = stop.answers(num_answers)
     if args.deadline is not None:
         policy = policy | stop.deadline(args.deadline)
     if args.error_below is not None:
@@ -328,7 +335,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a function of a batch, an nnx module or a pair (linen module, variables)",
     )
     add("--factory", action="store_true", help="the attribute is a function without arguments that returns the model")
-    add("--code", choices=sorted(_CODES), default="systematic", help="where workers sit (default: %(default)s)")
+    add(
+        "--code",
+        choices=sorted(_CODES),
+        default="systematic",
+        help="code and layout of its nodes (default: %(default)s)",
+    )
     add_number("--num-data", 20, "K, inputs coded together")
     add_number("--num-workers", 30, "N, worker processes")
     add("--output", choices=sorted(_OUTPUTS), default="as-returned", help="space to decode in (default: %(default)s)")

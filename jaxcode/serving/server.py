@@ -1,4 +1,4 @@
-"""The server: encodes a batch, has workers compute, waits as long as its policy says, decodes the answers that came."""
+"""Serves predictions: encodes a batch, has workers compute, waits until its stop policy is met, decodes the answers."""
 
 import asyncio
 import dataclasses
@@ -40,13 +40,13 @@ class Prediction:
         values: Results in the order of the batch, NumPy arrays, leaves (B, ...). NaN (the lowest number of an integer
             dtype) for an input that has a NaN or an infinite number.
         error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
-            `decode_with_error`, in the space in which answers are decoded; infinite where nothing can be said. None
-            where the code predicts none.
-        exact: Which results are f's own, because the input itself was computed and its answer is passed on, bool (B,).
-        returned: Which coded inputs have an answer that the results were decoded from, bool, shape (N,).
+            `decode_with_error`, in the space in which answers are decoded; infinite where none can be predicted. None
+            if the server predicts no errors.
+        exact: Which results are f's own, as a worker computed the input itself and its answer is the result, bool (B,).
+        returned: Coded inputs whose answers the results are decoded from, bool, shape (N,).
         latency: Seconds from the submission of the request to this prediction, time in the queue included.
-        faults: What went wrong with workers.
-        detection: Which workers the defence flagged; None without a defence.
+        faults: The failures of workers during the request.
+        detection: Which workers the defence trusts and flags; None without a defence.
     """
 
     values: PyTree[np.ndarray]
@@ -60,15 +60,15 @@ class Prediction:
 
 @final
 class CodedServer:
-    r"""Answers batches from whichever of the pool's workers reply.
+    r"""Serves predictions of batches, decoded from the answers of whichever workers of a pool reply.
 
-    A batch is ordered, cut into groups of K and encoded; workers that are free compute f on the N coded inputs of all
-    groups, and when the policy says stop the results are decoded from the answers that came. Workers that are slow,
+    A batch is ordered, split into groups of K and encoded; idle workers compute f on the N coded inputs of all groups,
+    and when the stop policy is met the results are decoded from the answers that came. Workers that are slow,
     dead, stuck or faulty make a prediction less exact, not late.
 
     The number of groups is rounded up to a power of two, and for each such number, as for each shape of inputs,
-    programs are compiled on this host and on every worker. `warm_up` does that beforehand; a request for which it was
-    not done is logged, and its time limit includes the time of compiling.
+    programs are compiled on this host and on every worker. `warm_up` does that beforehand; a request that
+    compiles is logged, and its time limit includes compilation.
 
     An input with a NaN or an infinite number is not encoded, as it would spoil its whole group: its own result is NaN,
     and the log names it.
@@ -76,21 +76,22 @@ class CodedServer:
     All threads compute in the precision (x64 on or off) in which the server was made.
 
     Args:
-        code: The code. Any worker that is free computes any of its N coded inputs; usually there are N workers.
+        code: The code. Any idle worker computes any of its N coded inputs; usually there are N workers.
         pool: The workers that compute f. The server does not close it.
         stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. The policy is asked once the
-            code can decode every input, and waiting also ends where no worker is left that could answer soon. Its
-            seconds, too, count from the submission of a request.
-        time_limit: Seconds from its submission after which a request is answered from what came, or refused.
+            code can decode every input, and waiting also ends when no running worker could still answer. Its seconds,
+            too, count from the submission of a request.
+        time_limit: Seconds from its submission after which a request is answered from the answers that came, or refused
+            if they are too few.
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
         defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
-        again_after: Seconds after which coded inputs that have no answer are given to another worker too, if one is
-            free; never if not given.
-        predict_error: Whether predictions carry their predicted error, which costs some milliseconds; where the code
-            predicts any if not given.
-        max_in_flight: How many requests `submit` and `predict_async` work on concurrently.
-        max_queued: How many more of them may wait; what exceeds that is refused with `QueueFull`.
+        again_after: Seconds after which a coded input without an answer is assigned to a second worker too (hedging),
+            if one is idle; never if not given.
+        predict_error: Whether predictions have their predicted error, which costs some milliseconds. If not given, they
+            do where the code predicts errors.
+        max_in_flight: How many requests of `submit` and `predict_async` are processed concurrently.
+        max_queued: How many more of them may wait; any further one is rejected with `QueueFull`.
 
     Raises:
         ValueError: If stop can never be reached, a number is out of range, or code is no code or not a static one.
@@ -158,17 +159,20 @@ class CodedServer:
         Args:
             x: The batch, leaves (B, ...).
 
+        Returns:
+            The prediction.
+
         Raises:
             NotEnoughAnswers: If too few workers answered within the time limit.
             PoolClosed: If the pool is closed.
-            ValueError: As a call of `jaxcode.coded`'s result does; if no input is finite; or if x64 is on here and was
-                off where the server was made.
+            ValueError: As a call of `jaxcode.coded`'s result does; if no input is finite; or if x64 is on now and was
+                off when the server was made.
         """
         self._check_precision()
         return self._predict(x, time.monotonic())
 
     def submit(self, x: PyTree[Any]) -> Future[Prediction]:
-        """Answers a batch in the background, when at most `max_in_flight` submitted before are still worked on.
+        """Queues a batch, to be answered in the background, at most `max_in_flight` of them concurrently.
 
         Cancelling the future of a request that waits makes room for another.
 
@@ -176,12 +180,12 @@ class CodedServer:
             x: As for a call.
 
         Returns:
-            The future, which raises what a call does.
+            A future of the prediction, which raises what a call does.
 
         Raises:
             QueueFull: If `max_queued` requests wait already.
             RuntimeError: If the server is closed.
-            ValueError: If x64 is on here and was off where the server was made.
+            ValueError: If x64 is on now and was off when the server was made.
         """
         self._check_precision()
         try:
@@ -192,46 +196,51 @@ class CodedServer:
             raise
 
     async def predict_async(self, x: PyTree[Any]) -> Prediction:
-        """Answers a batch without blocking the event loop; arguments, returns and errors as for `submit`."""
+        """Answers a batch without blocking the event loop; arguments, result and errors as for a call and `submit`."""
         return await asyncio.wrap_future(self.submit(x))
 
     def warm_up(self, x: PyTree[Any]) -> None:
-        """Compiles everything, here and in the workers, for batches like x; workers started later do so too.
+        """Compiles everything, on this host and on all workers, for batches like x; workers started later do so too.
 
         Batches of other sizes need the same programs if their number of groups is rounded up to the same power of two.
 
         Args:
             x: Leaves (B, ...), arrays or `jax.ShapeDtypeStruct`, of which only shapes and dtypes are read.
+
+        Raises:
+            RuntimeError: If no worker can compute such a batch.
+            PoolClosed: If the pool is closed.
+            ValueError: As for a call.
         """
         self._check_precision()
         with jax.enable_x64(self._x64):
             zeros = host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
             all_finite = np.ones(batch_size("x", x), bool)
             padded = pad_inputs(zeros, all_finite, self._code.num_data)
-            _, sent = self._codec.encode(padded, all_finite)
-            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], sent))
-            values = self._pool.run(sent, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
-            num_groups = jax.tree.leaves(sent)[0].shape[1]
-            # Decoding may be another program where every worker answered. A defence reads all groups, or half of them.
+            _, coded = self._codec.encode(padded, all_finite)
+            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], coded))
+            values = self._pool.run(coded, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
+            num_groups = jax.tree.leaves(coded)[0].shape[1]
+            # Decoding may be another program where every worker answered. A defence examines all groups, or half.
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
-                for used in {num_groups, -(-num_groups // 2)}:
-                    self._codec.decode(values, returned, used)
+                for num_examined in {num_groups, -(-num_groups // 2)}:
+                    self._codec.decode(values, returned, num_examined)
                 if self._predicts:
                     self._codec.predict_errors(values, returned)
             self._warm.add(_shapes(padded))
 
     def counters(self) -> dict[str, Any]:
-        """Returns what happened since the server was made.
+        """Returns the number of events of each kind since the server was made.
 
-        Requests "answered", "refused" for too few answers and "rejected" by a full queue; coded inputs that were not
-        waited for, of all answered requests together ("stragglers"); how many predictions took at most so many seconds
-        ("latency", by the upper end, and "latency_sum" in all); and since the pool was made, "workers": its own
-        counters.
+        Requests that were "answered", "refused" for too few answers and "rejected" by a full queue; "stragglers", the
+        coded inputs that answered requests did not wait for; "latency", a cumulative histogram: the number of
+        predictions that took at most as many seconds as each key; "latency_sum", their seconds in total; and "workers",
+        the counters of the pool, since it was made.
         """
         return {**self._counters.snapshot(), "workers": self._pool.counters()}
 
     def register_metrics(self, registry: Any = None) -> None:
-        """Exports the counters to Prometheus, as metrics named jaxcode_...; read whenever they are collected.
+        """Exports the counters to Prometheus, as metrics named jaxcode_..., which are read at each collection.
 
         Args:
             registry: A `prometheus_client` registry; its default one if not given.
@@ -244,7 +253,7 @@ class CodedServer:
         register(self, self._pool, registry)
 
     def close(self) -> None:
-        """Waits for what was submitted, and takes no more of it. The pool stays open."""
+        """Waits for the requests that were submitted, and accepts no more. The pool stays open."""
         self._queue.close()
 
     def _check_precision(self):
@@ -255,7 +264,7 @@ class CodedServer:
             )
 
     def _predict(self, x, submitted):
-        """Answers a batch that was submitted at this time of `time.monotonic`."""
+        """Answers a batch, logs the outcome and counts it; `submitted` is a reading of `time.monotonic`."""
         with jax.enable_x64(self._x64):
             try:
                 prediction = self._answer(x, submitted)
@@ -290,18 +299,18 @@ class CodedServer:
         is_cold = shapes not in self._warm
         if is_cold:
             log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
-        predict = _keep_latest(self._codec.predict_errors)
+        predict_errors = _keep_latest(self._codec.predict_errors)
         encode_began = time.monotonic()
-        layout, sent = self._codec.encode(padded, finite)
+        layout, coded = self._codec.encode(padded, finite)
         seconds_to_encode = time.monotonic() - encode_began
         try:
             responses = self._pool.run(
-                sent,
+                coded,
                 self._stop,
                 time_limit=self._time_limit,
                 began=submitted,
                 enough=lambda returned: bool(np.all(code.recovered(returned))),
-                error=(lambda *answered: predict(*answered)[layout.place]) if self._predicts else None,
+                error=(lambda values, mask: predict_errors(values, mask)[layout.place]) if self._predicts else None,
                 order=self._dispatch_order,
                 again_after=self._again_after,
             )
@@ -317,7 +326,7 @@ class CodedServer:
         self._warm.add(shapes)
         return Prediction(
             values=layout.restore(values),
-            error=layout.restore_errors(predict(responses.values, returned)) if self._predicts else None,
+            error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts else None,
             exact=layout.restore_members(np.asarray(code.exact(returned))),
             returned=_read_only(returned),
             latency=time.monotonic() - submitted,
@@ -326,40 +335,40 @@ class CodedServer:
         )
 
     def _refuse_unsent(self):
-        """Returns the refusal of a request of which nothing was sent to workers."""
+        """Returns the exception for a request that used up its time limit in the queue."""
         num_workers = self._code.num_workers
-        nothing = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
+        no_responses = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
         message = (
             f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s; allow more in "
             "flight, or fewer to wait"
         )
-        return NotEnoughAnswers(message, nothing)
+        return NotEnoughAnswers(message, no_responses)
 
 
 def _log_not_finite(finite):
     numbers = np.flatnonzero(~finite)
-    listed = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+    listing = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
     log.warning(
         "inputs %s of a batch of %d have a NaN or an infinite number: their results are NaN",
-        listed,
+        listing,
         len(finite),
         extra={"kind": "not finite", "batch": len(finite)},
     )
 
 
 def _keep_latest(predict):
-    """Has a function of answers and a mask keep its latest result, for the same mask of one request."""
-    latest = {}
+    """Wraps a function of answers and a mask, for one request, so that it stores its result for the latest mask."""
+    errors_by_mask = {}
 
-    def predict_once(values, returned):
+    def predict_latest(values, returned):
         mask = returned.tobytes()
-        if mask not in latest:
+        if mask not in errors_by_mask:
             errors = predict(values, returned)
-            latest.clear()
-            latest[mask] = errors
-        return latest[mask]
+            errors_by_mask.clear()
+            errors_by_mask[mask] = errors
+        return errors_by_mask[mask]
 
-    return predict_once
+    return predict_latest
 
 
 def _read_only(array):

@@ -1,4 +1,4 @@
-"""Draws how long workers take to answer."""
+"""Draws the latencies of workers."""
 
 import abc
 import math
@@ -17,7 +17,7 @@ from ..checks import check_count, check_durations, check_not_negative, check_pos
 
 
 class AbstractLatency(abc.ABC):
-    """Draws how long each worker takes to answer.
+    """Draws the latency of each worker, the seconds that it takes to answer.
 
     Latencies have JAX's default floating dtype (float32, or float64 when x64 is enabled), whatever the dtype of the
     parameters. A latency of `inf` is a worker that never answers. Draws come from `jax.random`, whose float32 uniforms
@@ -43,12 +43,12 @@ class AbstractLatency(abc.ABC):
 @final
 @pytree()
 class ShiftedExponential(AbstractLatency):
-    r"""Draws a fixed time plus an exponential one, independent across workers.
+    r"""Draws latencies that are a fixed time plus an exponential one, independent across workers.
 
     .. math:: P(T > t) = \exp\left(-\frac{t - \text{shift}}{\text{scale}}\right), \qquad t \ge \text{shift}
 
-    Mean shift + scale, standard deviation scale. The usual model of coded computing: shift is the time of the work
-    itself, scale the mean delay that the machine adds.
+    Mean shift + scale, standard deviation scale. The usual model of coded computing: shift is the time of the
+    computation itself, scale the mean delay that the machine adds.
 
     Attributes:
         shift: Seconds every answer takes at least; finite, not negative. A leaf.
@@ -81,7 +81,7 @@ class ShiftedExponential(AbstractLatency):
 @final
 @pytree()
 class Pareto(AbstractLatency):
-    r"""Draws from a heavy tail, independent across workers: a few are slower by orders of magnitude.
+    r"""Draws latencies with a heavy tail, independent across workers: a few are slower by orders of magnitude.
 
     .. math:: P(T > t) = \left(\frac{\text{minimum}}{t}\right)^{\text{shape}}, \qquad t \ge \text{minimum}
 
@@ -187,7 +187,7 @@ class Empirical(AbstractLatency):
 @final
 @pytree("workers_per_host")
 class CorrelatedByHost(AbstractLatency):
-    r"""Draws latencies of which workers on one host share a part.
+    r"""Draws latencies that are correlated among the workers of one host.
 
     .. math:: T_n = A_n + B_{\lfloor n / w \rfloor}, \qquad n = 0, \ldots, N - 1
 
@@ -197,8 +197,8 @@ class CorrelatedByHost(AbstractLatency):
     of other pairs 0.
 
     Attributes:
-        latency: The part of each worker.
-        host_latency: The part of each host; a `CorrelatedByHost` here puts hosts into racks.
+        latency: Draws the part of each worker.
+        host_latency: Draws the part of each host; a `CorrelatedByHost` of its own puts hosts into racks.
         workers_per_host: w, an integer of at least 1. Static: it fixes how many hosts are drawn.
 
     Raises:
@@ -226,5 +226,5 @@ class CorrelatedByHost(AbstractLatency):
         return worker_seconds + jnp.take(host_seconds, host_of_worker)
 
 
-# Compiled as one, since its constants are implicit transfers where it is evaluated eagerly.
+# Jitted as a whole, since evaluated eagerly it would transfer its constants implicitly.
 _choice = jax.jit(jax.random.choice, static_argnums=2)

@@ -41,7 +41,7 @@ class Uniform(AbstractStragglers):
 
     .. math:: P(\mathcal{S}) = \binom{N}{S}^{-1}, \qquad |\mathcal{S}| = S
 
-    The straggler sets of the experiments in the reference.
+    These are the straggler sets of the experiments in the reference.
 
     Attributes:
         num_stragglers: S, an integer, 0 <= S <= num_workers. A leaf: a traced S does not recompile.
@@ -107,7 +107,7 @@ class Independent(AbstractStragglers):
 @final
 @pytree()
 class FirstToAnswer(AbstractStragglers):
-    """Draws latencies and stops the wait at a number of answers.
+    """Draws which workers are the first to answer, a given number of them.
 
     The workers that return have the `num_answers` shortest latencies of `latency.sample(key, num_workers)`, drawn with
     the same key. Ties are broken at random, so a coarse clock favours no worker. A worker whose latency is `inf` or NaN
@@ -138,7 +138,7 @@ class FirstToAnswer(AbstractStragglers):
         check_count("num_workers", num_workers)
         check_at_most("num_answers", self.num_answers, num_workers, "num_workers")
         seconds = self.latency.sample(key, num_workers)
-        # A key folded from the caller's, not split from it: the latencies are those that the caller draws with the key.
+        # The latencies are those that the caller would draw with the same key, so the key for ties is folded from it.
         tie_breaker = jax.random.permutation(jax.random.fold_in(key, as_int(1)), num_workers)
         rank = jnp.argsort(jnp.lexsort((tie_breaker, seconds)))
         return (rank < as_int(self.num_answers)) & jnp.isfinite(seconds)
@@ -147,7 +147,7 @@ class FirstToAnswer(AbstractStragglers):
 @final
 @pytree()
 class Deadline(AbstractStragglers):
-    """Draws latencies and stops the wait at a deadline, itself included.
+    """Draws which workers answer by a deadline.
 
     The workers that return have latencies of at most `seconds` in `latency.sample(key, num_workers)`, drawn with the
     same key. Any number of workers may return, none included. A latency of `inf` or NaN meets no deadline.
