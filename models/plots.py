@@ -1,4 +1,4 @@
-"""Plots of schemes, of latencies, and of one request."""
+"""Plots schemes, latencies, and one request."""
 
 import textwrap
 from pathlib import Path

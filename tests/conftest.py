@@ -1,4 +1,4 @@
-"""What all tests share: the runtime type checker, the compiler's flags, and a limit on compiled programs."""
+"""Sets up what all tests share: the runtime type checker, the compiler's flags, and a limit on compiled programs."""
 
 import importlib.metadata
 import os

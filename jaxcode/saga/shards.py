@@ -15,7 +15,7 @@ from ..checks import batch_size
 @final
 @pytree("num_samples", eq=False)
 class Shards:
-    """Holds the samples of K machines, each padded with its last sample to as many as the largest machine has.
+    """Holds the samples of K machines, each machine's padded with its last one to the number of the largest machine.
 
     Attributes:
         samples: Leaves (K, m, ...).
@@ -29,7 +29,7 @@ class Shards:
 
 
 def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> Shards:
-    """Divides samples, leaves (n, ...), into consecutive runs, one for each machine.
+    """Divides samples, leaves (n, ...), into consecutive parts, one for each machine.
 
     Raises:
         ValueError: If leading axes differ, or a machine would have no sample, or too many or few.

@@ -1,4 +1,4 @@
-"""The decoder for a fresh mask, beside other splines: `python -m tests.benchmarks.decoder`.
+"""Times the decoder for a fresh mask against other splines: `python -m tests.benchmarks.decoder`.
 
 What a server pays between the last answer and the first decoded result. The others are given the identity as data, at
 the knots that returned; interpax measures smoothing in its own units, which makes no difference to its time.
@@ -82,8 +82,8 @@ def one_large_mask(report):
 
 
 def cost_against_size(report):
-    """A fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
-    found: dict[str, dict[int, float]] = {}
+    """Times a fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
+    medians: dict[str, dict[int, float]] = {}
     memory = {}
     for n in progress(SIZES, "N"):
         t, points = nodes.chebyshev_second(n), nodes.chebyshev_first(n // 4)
@@ -101,8 +101,8 @@ def cost_against_size(report):
             "interpax": functools.partial(jax.jit(interpax_values), knots, y[mask], points, 1 / (1 + SMOOTHING)),
         }
         for name, seconds in race(contenders, seconds=1.5).items():
-            found.setdefault(name, {})[n] = float(np.median(seconds))
-    ours = found["jaxcode"]
+            medians.setdefault(name, {})[n] = float(np.median(seconds))
+    ours = medians["jaxcode"]
     large = [n for n in SIZES if n >= 256]
     report.add(
         f"seconds ~ N^x from N=256 to 8192, {COLUMNS} columns: x",
@@ -115,9 +115,9 @@ def cost_against_size(report):
         at_most=1.15,
     )
     report.add("  bytes per knot at N=8192", memory[8192])
-    for name, by_size in found.items():
+    for name, by_size in medians.items():
         report.add(f"  {name} at N=8192", by_size[8192] * 1e3, "ms")
-    report.series["seconds against N"] = found
+    report.series["seconds against N"] = medians
 
 
 def _fit(t, points, y, mask):

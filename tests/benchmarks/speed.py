@@ -1,6 +1,6 @@
-"""Every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
+"""Measures every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
 
-Runs the scripts beside it one after the other, each in a process of its own, whose contenders all have the same cores:
+Runs scripts of this folder one after the other, each in a process of its own, whose contenders all have the same cores:
 every one of the machine's but in `training`, or as many as `--cores` says. Writes their figures to `speed.json` and a
 plot of cost against size to `speed.png`. Exits with 1 where a bar is missed by more than noise: by the better quartile
 of the rounds, and again when its script is run once more, for a shared machine can be slow for many rounds on end.
