@@ -235,9 +235,9 @@ def _measure(
         decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
         decoded = decoded.reshape(targets.shape)
         probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
-        lost = jnp.isnan(decoded).any(axis=-1)
+        is_lost = jnp.isnan(decoded).any(axis=-1)
         # Where nothing is known, every class has the same probability.
-        filled = jnp.where(lost[:, None], 1 / targets.shape[-1], probabilities)
+        filled = jnp.where(is_lost[:, None], 1 / targets.shape[-1], probabilities)
         truth = jax.nn.softmax(targets)
         return {
             "accuracy": jc.metrics.accuracy(decoded, labels),
@@ -245,7 +245,7 @@ def _measure(
             "agreement": jc.metrics.agreement(decoded, targets),
             "rmse": jc.metrics.rmse(filled, truth),
             "mean_error_norm": jc.metrics.mean_error_norm(filled, truth),
-            "lost": jnp.mean(lost),
+            "lost": jnp.mean(is_lost),
         }
 
     return jax.lax.map(measure_mask, masks)

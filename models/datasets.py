@@ -123,12 +123,12 @@ def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[
 
 
 def _folder(data_dir: str | Path | None, help_text: str) -> Path:
-    chosen = data_dir or os.environ.get(VARIABLE)
-    if not chosen:
+    folder = data_dir or os.environ.get(VARIABLE)
+    if not folder:
         raise FileNotFoundError(f"{help_text} and name it: set the environment variable {VARIABLE}, or data_dir.")
-    if not Path(chosen).is_dir():
-        raise FileNotFoundError(f"the data folder {chosen} does not exist. {help_text}.")
-    return Path(chosen)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"the data folder {folder} does not exist. {help_text}.")
+    return Path(folder)
 
 
 def _digits() -> Dataset:

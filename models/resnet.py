@@ -66,8 +66,8 @@ class _Block(nnx.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
         self.first = _Convolution(inputs, outputs, stride, rngs=rngs)
         self.second = _Convolution(outputs, outputs, rngs=rngs)
-        same = inputs == outputs and stride == 1
-        self.shortcut = None if same else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
+        keeps_sizes = inputs == outputs and stride == 1
+        self.shortcut = None if keeps_sizes else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
 
     def __call__(self, x):
         shortcut = x if self.shortcut is None else self.shortcut(x)

@@ -85,9 +85,9 @@ class Run:
     def rank(self) -> tuple[float, float]:
         """What it sent until it reached the aim, with the first seed, and how close it came."""
         history = self.histories[0]
-        reached = first(history, AIM)
+        index = first(history, AIM)
         # Runs that diverge end with values that are not finite.
-        return (np.inf if reached is None else history.floats[reached]), np.nan_to_num(history.values[-1], nan=np.inf)
+        return (np.inf if index is None else history.floats[index]), np.nan_to_num(history.values[-1], nan=np.inf)
 
 
 def first(history: saga.History, level: float) -> int | None:
@@ -221,17 +221,17 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
     ]
     for run in runs:
         history = run.histories[0]
-        reached = [first(history, level) for level in LEVELS]
-        epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in reached]
-        floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in reached]
+        records = [first(history, level) for level in LEVELS]
+        epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in records]
+        floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in records]
         lines.append(
             f"{run.name:34} {run.steps:>16} {history.values[-1]:9.1e}"
             + "".join(f"{cell:>17}" for cell in (*epochs, *floats))
         )
-    ours = [first(history, AIM) for history in runs[0].histories]
-    if None not in ours:
+    anchored_records = [first(history, AIM) for history in runs[0].histories]
+    if None not in anchored_records:
         lines.append("")
-        sent = [history.floats[i] for history, i in zip(runs[0].histories, ours, strict=True)]
+        sent = [history.floats[i] for history, i in zip(runs[0].histories, anchored_records, strict=True)]
         lines += [
             f"{run.name} sends {_times(run, sent)} as many floats as anchored SAGA."
             for run in runs
@@ -254,13 +254,13 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
 
 def _times(run, ours):
     """Formats the smallest and largest ratio of floats, over seeds, until the aim was reached or the run ended."""
-    reached = [first(history, AIM) for history in run.histories]
+    records = [first(history, AIM) for history in run.histories]
     ratios = [
         history.floats[-1 if i is None else i] / floats
-        for history, i, floats in zip(run.histories, reached, ours, strict=True)
+        for history, i, floats in zip(run.histories, records, ours, strict=True)
     ]
     low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
-    return f"{'more than ' if None in reached else ''}{low if low == high else f'{low} to {high}'} times"
+    return f"{'more than ' if None in records else ''}{low if low == high else f'{low} to {high}'} times"
 
 
 def _write(runs, path):

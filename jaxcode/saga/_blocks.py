@@ -92,8 +92,8 @@ def blocked_steps(
 
         return _fold(dense, start, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
-    wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
-    block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
+    is_wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
+    block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if is_wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
 
     def sparse(iterate, fetched, index, scale):
         return block(iterate, fetched, index, scale, constants)
@@ -179,10 +179,10 @@ def _wide_block(start, samples, index, scale, constants):
     # A column that occurs several times gets one of its positions, no matter which.
     position = jnp.zeros(start.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))
     position = position[columns]
-    narrow = SparseRows(position[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
+    narrow_rows = SparseRows(position[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
     narrow_start = Iterate(start.w[:, columns], start.sum_change[:, columns], start.table)
     narrow_end = _sparse_block(
-        narrow_start, (narrow, labels), index, scale, constants._replace(mean=constants.mean[:, columns])
+        narrow_start, (narrow_rows, labels), index, scale, constants._replace(mean=constants.mean[:, columns])
     )
     decay, accumulated = _factors(index.size, constants).end
     w = decay * start.w - accumulated * (constants.mean + constants.weight * start.sum_change)

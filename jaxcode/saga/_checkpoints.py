@@ -175,11 +175,11 @@ def _checksum(leaf):
     for axis in reversed(range(leaf.ndim)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         position, stride = position + steps * np.uint32(stride % 2**32), stride * leaf.shape[axis]
-    mixed = bits + position * np.uint32(0x9E3779B1)
+    hashes = bits + position * np.uint32(0x9E3779B1)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+        hashes = (hashes ^ (hashes >> shift)) * np.uint32(factor)
     # Modulo 2^32, a sum does not depend on its order.
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    return jnp.sum(hashes ^ (hashes >> 16), dtype=jnp.uint32)
 
 
 def _by_number(leaves):

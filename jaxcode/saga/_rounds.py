@@ -56,9 +56,9 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
 
         def work_alone(message, local, samples, number):
             machine = Machine(message, local, samples, sizes[number], weights[number])
-            move, local, sent = method.work(common, machine, jax.random.fold_in(round_key, number))
+            move, local, new_message = method.work(common, machine, jax.random.fold_in(round_key, number))
             move = jnp.where(machine.active, machine.weight * move, 0)
-            return move, local, jnp.where(machine.active, sent, message)
+            return move, local, jnp.where(machine.active, new_message, message)
 
         numbers = _numbers(method, messages.shape[0])
         moves, local, messages = jax.vmap(work_alone)(messages, local, samples, numbers)
@@ -104,8 +104,8 @@ def objective(method: Any, params: PyTree[Array], data: Shards) -> Float[Array, 
 
     def total(method, params, samples, sizes):
         losses = jax.vmap(jax.vmap(lambda sample: method.loss(params, sample)))(samples)
-        real = real_rows(losses.shape[1], sizes[_numbers(method, losses.shape[0])])
-        return _sum_over_devices(method, jnp.sum(jnp.where(real, losses, 0)))
+        is_sample = real_rows(losses.shape[1], sizes[_numbers(method, losses.shape[0])])
+        return _sum_over_devices(method, jnp.sum(jnp.where(is_sample, losses, 0)))
 
     specs = PartitionSpec(), PartitionSpec(), PartitionSpec(_axis(method)), PartitionSpec()
     losses = _on_mesh(method, total, specs, PartitionSpec())(method, params, data.samples, data.sizes)

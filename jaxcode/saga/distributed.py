@@ -132,8 +132,8 @@ class DistributedSaga(AbstractMethod):
     def begin(self, common, machine):
         gradients = gradients_of(self.loss, common.w, common.unravel)
         table = gradients.entries(common.w, machine.samples)
-        real = append_axes(real_rows(table.shape[0], machine.size), table)
-        message = gradients.total(jnp.where(real, table, 0), machine.samples)
+        is_sample = append_axes(real_rows(table.shape[0], machine.size), table)
+        message = gradients.total(jnp.where(is_sample, table, 0), machine.samples)
         local = {"table": table, "compensation": jnp.zeros_like(message)}
         if self.sampling == "lipschitz":
             params = common.unravel(common.w)
@@ -164,10 +164,10 @@ class DistributedSaga(AbstractMethod):
     def _probabilities(self, params, samples, size):
         """Returns the probabilities with which a machine's samples are drawn."""
         bounds = smoothness(self.loss, params, samples[0])
-        real = real_rows(bounds.size, size)
-        p = jnp.where(real, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
+        is_sample = real_rows(bounds.size, size)
+        p = jnp.where(is_sample, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
         # Uniform where all samples are zero.
-        p = jnp.where(jnp.sum(p) > 0, p, real.astype(p.dtype))
+        p = jnp.where(jnp.sum(p) > 0, p, is_sample.astype(p.dtype))
         return p / jnp.sum(p)
 
     def _draw(self, machine, key):

@@ -42,9 +42,9 @@ class SparseRows:
             rows = rows.copy()
             rows.sum_duplicates()
         counts = np.diff(rows.indptr)
-        occupied = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
-        indices, values = np.zeros(occupied.shape, np.int32), np.zeros(occupied.shape, rows.dtype)
-        indices[occupied], values[occupied] = rows.indices, rows.data
+        has_entry = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
+        indices, values = np.zeros(has_entry.shape, np.int32), np.zeros(has_entry.shape, rows.dtype)
+        indices[has_entry], values[has_entry] = rows.indices, rows.data
         return SparseRows(indices, values, rows.shape[1])
 
     @staticmethod

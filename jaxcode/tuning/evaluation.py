@@ -185,10 +185,10 @@ def _measure(code, decoders, recovered, answers, targets, mean, loss, output):
         results = decode(code, decoder, answers, output)
 
         def fill_lost(result, mean):
-            lost = ~recovered.reshape(-1, *[1] * (result.ndim - 1))
+            is_lost = ~recovered.reshape(-1, *[1] * (result.ndim - 1))
             if jnp.issubdtype(result.dtype, jnp.inexact):
-                lost = lost | jnp.isnan(result)
-            return jnp.where(lost, jnp.broadcast_to(mean, result.shape), result)
+                is_lost = is_lost | jnp.isnan(result)
+            return jnp.where(is_lost, jnp.broadcast_to(mean, result.shape), result)
 
         filled = jax.tree.map(fill_lost, results, mean)
         # Disagreement is given NaN for a lost input, which agrees with no class.

@@ -63,7 +63,7 @@ def optimise_nodes(
         progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The code with its worker nodes moved; the given one unless its error is larger on other straggler sets.
+        The code with its worker nodes moved, or the given code if its error on other straggler sets is no larger.
 
     Raises:
         ValueError: If arguments do not fit together, the code has no nodes, or worker nodes are not on [-1, 1].
@@ -86,8 +86,8 @@ def optimise_nodes(
     error = _posterior_variance if f is None else _decoding_error(f, x_sample, code)
 
     def expected_error(angles, masks):
-        moved = _with_workers(code, jnp.sort(jnp.sin(angles)))
-        return jnp.mean(jax.vmap(functools.partial(error, moved))(masks))
+        candidate = _with_workers(code, jnp.sort(jnp.sin(angles)))
+        return jnp.mean(jax.vmap(functools.partial(error, candidate))(masks))
 
     def draw(key, count):
         return jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))

@@ -206,8 +206,8 @@ def _grouped(x, targets, order, num_data):
 
     tree = jax.tree.map(jnp.asarray, (x, targets))
     grouped, grouping = group(tree, num_data, None if order is None else order_of_inputs)
-    chosen = np.random.default_rng(0).permutation(grouping.size // num_data)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, chosen], grouped)
+    group_order = np.random.default_rng(0).permutation(grouping.size // num_data)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, group_order], grouped)
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:

@@ -44,14 +44,14 @@ def parts(report, what, model, x, code, at_most, *, rounds=7):
     traced_decoder = jax.jit(code.decoder_linop)
     graph, params = nnx.split(model)
     model_only = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
-    sent = encode(by_group).reshape(groups * code.num_workers, *x.shape[1:])
-    answers = model_only(params, sent).reshape(code.num_workers, groups, -1)
+    coded_inputs = encode(by_group).reshape(groups * code.num_workers, *x.shape[1:])
+    answers = model_only(params, coded_inputs).reshape(code.num_workers, groups, -1)
     mask = np.arange(code.num_workers) % 5 != 0
     on_device = jnp.asarray(mask)
     times = race(
         {
             "coded call": lambda: predict(x, mask),
-            f"the model alone on {len(sent)} inputs": lambda: model_only(params, sent),
+            f"the model alone on {len(coded_inputs)} inputs": lambda: model_only(params, coded_inputs),
             "order": lambda: order(x),
             "encode": lambda: encode(by_group),
             "mask to decoder and decode, compiled": lambda: decode(answers, on_device),
@@ -79,7 +79,7 @@ def dispatch(report):
     """
     code = jc.SplineCode.chebyshev(20, 100)
     module = linen.Sequential([linen.Dense(2) for _ in range(5)])
-    x, sent = normal(20, 2), normal(100, 2)
+    x, coded_inputs = normal(20, 2), normal(100, 2)
     variables = module.init(jax.random.key(0), x)
     model_only, predict = jax.jit(module.apply), jc.coded((module, variables), code)
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def dispatch(report):
     # More masks than are cached, so that each is fresh when its turn comes again.
     fresh = itertools.cycle([rng.permutation(100) >= 20 for _ in range(1000)])
     contenders = {
-        "the model alone, 100 inputs": lambda: model_only(variables, sent),
+        "the model alone, 100 inputs": lambda: model_only(variables, coded_inputs),
         "coded call, a mask seen before": lambda: predict(x, mask),
         "coded call, a mask seen before, in a JAX array": lambda: predict(x, on_device),
         "coded call, all workers returned": lambda: predict(x),
@@ -96,19 +96,19 @@ def dispatch(report):
     }
     numbers = rng.normal(size=20_000)
     print("dispatch above the model's own:")
-    for when, between in {"": lambda: np.sort(numbers), ", immediately": None}.items():
+    for suffix, between in {"": lambda: np.sort(numbers), ", immediately": None}.items():
         times = race(contenders, between=between)
         base = times["the model alone, 100 inputs"]
         for what in list(times)[1:]:
             at_most = 300 if "fresh" in what else 150
-            report.add(f"  {what}{when}", (times[what] - base) * 1e6, "us", at_most=at_most)
+            report.add(f"  {what}{suffix}", (times[what] - base) * 1e6, "us", at_most=at_most)
 
 
 def first_call(report):
     """Measures the time from nothing compiled to the first result."""
     code = jc.SplineCode.chebyshev(20, 100)
     model, x = LeNet5(rngs=nnx.Rngs(0)), normal(20, 28, 28, 1)
-    sent = normal(100, 28, 28, 1)
+    coded_inputs = normal(100, 28, 28, 1)
     graph, params = nnx.split(model)
     mask = np.arange(100) % 5 != 0
     coded_times, jitted_times = [], []
@@ -120,7 +120,7 @@ def first_call(report):
         coded_times.append(time.perf_counter() - start)
         jax.clear_caches()
         start = time.perf_counter()
-        jax.block_until_ready(jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, sent))
+        jax.block_until_ready(jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, coded_inputs))
         jitted_times.append(time.perf_counter() - start)
     coded_times, jitted_times = np.asarray(coded_times[1:]), np.asarray(jitted_times[1:])
     report.add("first call of coded LeNet5 / of LeNet5 jitted", coded_times / jitted_times, at_most=2)

@@ -42,9 +42,9 @@ def main(argv=None):
     if not reports:
         return 1
     (options.out / "speed.json").write_text(json.dumps(reports, indent=1))
-    about = next(iter(reports.values()))["machine"]
-    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in about.items()))
-    plot({k: v for report in reports.values() for k, v in report["series"].items()}, about, options.out / "speed.png")
+    machine = next(iter(reports.values()))["machine"]
+    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in machine.items()))
+    plot({k: v for report in reports.values() for k, v in report["series"].items()}, machine, options.out / "speed.png")
     print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
     for report in reports.values():
         for figure in report["figures"]:

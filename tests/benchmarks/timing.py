@@ -160,12 +160,12 @@ def run_script(measure: Callable[[Report], None], description: str, cores: int |
     if not hasattr(os, "sched_setaffinity"):
         if options.cores is not None:
             parser.error("--cores needs Linux")
-    elif wanted := options.cores if options.cores is not None else cores:
+    elif num_cores := options.cores if options.cores is not None else cores:
         available = sorted(os.sched_getaffinity(0))
-        if not 1 <= wanted <= len(available):
-            parser.error(f"--cores is {wanted}; this machine offers {len(available)}")
+        if not 1 <= num_cores <= len(available):
+            parser.error(f"--cores is {num_cores}; this machine offers {len(available)}")
         # Threads are made with the first computation.
-        os.sched_setaffinity(0, available[:wanted])
+        os.sched_setaffinity(0, available[:num_cores])
     report = Report(description.splitlines()[0].split(":")[0])
     measure(report)
     return report.finish(options.json)

@@ -119,8 +119,8 @@ def matrix_or_blocks(report):
 
 def _memory(compiled, *args):
     analysis = compiled.lower(*args).compile().memory_analysis()
-    needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    return (needed + analysis.temp_size_in_bytes) / needed
+    input_and_output = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return (input_and_output + analysis.temp_size_in_bytes) / input_and_output
 
 
 if __name__ == "__main__":
