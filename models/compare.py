@@ -37,7 +37,14 @@ order of the batch. A lost input counts as wrong, and in the RMSE as equal proba
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains or loads a network, tunes a code for it at every size and compares; exits with 2 on bad arguments."""
+    """Trains or loads a network, tunes a code for it at every size and compares all schemes.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -61,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     score = accuracy(model, data.x_test, data.y_test)
     print(f"{name} on {args.dataset}: {score:.1%} of {len(data.x_test):,} test images right.\n", flush=True)
 
-    compared = {}
+    comparisons = {}
     for setting in settings:
-        compared[setting] = _compare(model, data, setting, args)
-    print(_tables(compared, args))
-    _write(compared, args.out / "figures.csv")
-    _plot(compared, f"{name} on {args.dataset}", args.out / "loss.png")
+        comparisons[setting] = _compare(model, data, setting, args)
+    print(_tables(comparisons, args))
+    _write(comparisons, args.out / "figures.csv")
+    _plot(comparisons, f"{name} on {args.dataset}", args.out / "loss.png")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: figures.csv, loss.png, and for every size")
     print("tuned-N-K-S.txt and tuned-N-K-S.png, the candidates of the tuned code.")
 

@@ -22,7 +22,7 @@ METRICS = ("accuracy", "relative_accuracy", "agreement", "rmse", "mean_error_nor
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way for N workers to answer K inputs.
+    """Defines one way for N workers to answer K inputs.
 
     Attributes:
         name: Short name, for files.
@@ -41,7 +41,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The metrics of schemes.
+    """Holds the metrics of schemes.
 
     Attributes:
         schemes: The schemes.
@@ -165,18 +165,18 @@ def compare(
     base_accuracy = np.zeros(num_seeds, np.float32)
     with tqdm(total=num_seeds * len(schemes), desc="comparing", unit="batch", disable=not progress) as bar:
         for i in range(num_seeds):
-            drawn = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
-            images, labels = jnp.asarray(x[drawn]), jnp.asarray(y[drawn])
+            indices = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
+            images, labels = jnp.asarray(x[indices]), jnp.asarray(y[indices])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
             permutations = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
             targets = base(state, images)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
             for j, scheme in enumerate(schemes):
-                index = permutations[scheme.order] if scheme.order else np.arange(len(drawn))
+                index = permutations[scheme.order] if scheme.order else np.arange(len(indices))
                 batch = images[index], labels[index], targets[index]
-                measured = run[scheme.code, scheme.decodes](state, *batch, masks)
+                metrics = run[scheme.code, scheme.decodes](state, *batch, masks)
                 for metric in METRICS:
-                    values[metric][j, :, i] = np.mean(measured[metric].reshape(num_sets, -1), axis=0)
+                    values[metric][j, :, i] = np.mean(metrics[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
     return Comparison(tuple(schemes), tuple(straggler_counts), values, base_accuracy)
 
@@ -231,13 +231,13 @@ def _measure(
     logits = apply(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
     answers = logits if scheme.decodes == "logits" else jax.nn.softmax(logits)
 
-    def of_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
+    def measure_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
         decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
         decoded = decoded.reshape(targets.shape)
         probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
-        lost = jnp.isnan(decoded).any(axis=-1)
+        is_lost = jnp.isnan(decoded).any(axis=-1)
         # Where nothing is known, every class has the same probability.
-        filled = jnp.where(lost[:, None], 1 / targets.shape[-1], probabilities)
+        filled = jnp.where(is_lost[:, None], 1 / targets.shape[-1], probabilities)
         truth = jax.nn.softmax(targets)
         return {
             "accuracy": jc.metrics.accuracy(decoded, labels),
@@ -245,7 +245,7 @@ def _measure(
             "agreement": jc.metrics.agreement(decoded, targets),
             "rmse": jc.metrics.rmse(filled, truth),
             "mean_error_norm": jc.metrics.mean_error_norm(filled, truth),
-            "lost": jnp.mean(lost),
+            "lost": jnp.mean(is_lost),
         }
 
-    return jax.lax.map(of_mask, masks)
+    return jax.lax.map(measure_mask, masks)

@@ -1,4 +1,4 @@
-"""Labelled images from files on disk: scikit-learn's digits, MNIST and CIFAR-10. Nothing is downloaded."""
+"""Loads samples from files on disk: scikit-learn's digits, MNIST, CIFAR-10 and LIBSVM's sets. Nothing is downloaded."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ _CIFAR10_HELP = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels, split into a training and a test part.
+    """Holds images and labels, split into a training and a test part.
 
     Attributes:
         x_train: Training images, channels last, float32 from 0 (black) to 1 (full intensity).
@@ -70,7 +70,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         The data set, in the order of the files (digits: a fixed shuffle).
 
     Raises:
-        FileNotFoundError: If the files are not there; the message says which, and where they come from.
+        FileNotFoundError: If the files do not exist; the message says which, and where they come from.
         ValueError: If the name is unknown, or a file is damaged or not in the format its name says.
 
     References:
@@ -99,7 +99,7 @@ def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[
         Samples, a sparse SciPy array (n, d) of float64, and their labels, -1 or 1.
 
     Raises:
-        FileNotFoundError: If the file is not there, or no folder is named.
+        FileNotFoundError: If the file does not exist, or no folder is named.
         ValueError: If it cannot be read, or has labels other than -1 and 1.
     """
     import scipy.sparse
@@ -123,12 +123,12 @@ def libsvm(name: str, data_dir: str | Path | None = None) -> tuple[Any, Float64[
 
 
 def _folder(data_dir: str | Path | None, help_text: str) -> Path:
-    chosen = data_dir or os.environ.get(VARIABLE)
-    if not chosen:
+    folder = data_dir or os.environ.get(VARIABLE)
+    if not folder:
         raise FileNotFoundError(f"{help_text} and name it: set the environment variable {VARIABLE}, or data_dir.")
-    if not Path(chosen).is_dir():
-        raise FileNotFoundError(f"the data folder {chosen} does not exist. {help_text}.")
-    return Path(chosen)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"the data folder {folder} does not exist. {help_text}.")
+    return Path(folder)
 
 
 def _digits() -> Dataset:

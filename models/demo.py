@@ -1,4 +1,4 @@
-"""A LeNet5 answers although a third of its workers never reply: `python -m models.demo`."""
+"""Predicts by a LeNet5 although a third of its workers never reply: `python -m models.demo`."""
 
 import argparse
 import json
@@ -36,7 +36,14 @@ chosen on training images."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a network, predicts through a code, compares schemes and draws them; exits with 2 on bad arguments."""
+    """Trains a network, predicts through a code, compares schemes and draws them.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     problem = _problem(args)

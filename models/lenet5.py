@@ -1,4 +1,4 @@
-"""LeNet5 (LeCun et al. 1998) in both of Flax's interfaces."""
+"""Defines LeNet5 (LeCun et al. 1998) in both of Flax's interfaces."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _FLAT_FEATURES = 5 * 5 * 16
 
 
 class LeNet5(nnx.Module):
-    r"""LeNet5 as a `flax.nnx` module.
+    r"""Classifies images by LeNet5, as a `flax.nnx` module.
 
     ======  ========================  ============  ===============================
     layer   operation                 output        parameters (28 x 28 x 1 images)
@@ -61,7 +61,7 @@ class LeNet5(nnx.Module):
 
 
 class LeNet5Linen(linen.Module):
-    """LeNet5 as a `flax.linen` module: same architecture and parameter names as `LeNet5`.
+    """Classifies images by LeNet5, as a `flax.linen` module of the same architecture and parameter names as `LeNet5`.
 
     Attributes:
         num_classes: Number of logits.

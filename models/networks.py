@@ -1,4 +1,4 @@
-"""Trained networks, stored in files."""
+"""Loads trained networks from files, and trains those that have none."""
 
 from pathlib import Path
 
@@ -20,7 +20,21 @@ _TRAINING = {
 
 
 def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
-    """Loads a trained network from the file of its weights; if there is none, trains it and writes the file."""
+    """Loads a trained network from the file of its weights; if there is none, trains it and writes the file.
+
+    Args:
+        name: A name in `NETWORKS`.
+        data: The images and labels to train on.
+        dataset: Their name, which decides how the network is trained.
+        path: The file of the weights.
+        seed: Seed of the initial weights and of the order of the images.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        ValueError: If the weights are those of another network.
+    """
     height, width, channels = data.x_train.shape[1:]
     model = NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
     if path.exists():

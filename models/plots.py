@@ -1,4 +1,4 @@
-"""Plots of schemes, of latencies, and of one request."""
+"""Plots schemes, latencies, and one request."""
 
 import textwrap
 from pathlib import Path
@@ -42,10 +42,10 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
     """
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    accuracy_axes, rmse_axes = figure.subplots(1, 2)
     base = float(comparison.base_accuracy.mean())
-    left.axhline(base, color="#444444", linewidth=0.8)
-    left.annotate(
+    accuracy_axes.axhline(base, color="#444444", linewidth=0.8)
+    accuracy_axes.annotate(
         "every worker replies",
         (1, base),
         (0, 3),
@@ -55,7 +55,7 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
         fontsize=8,
         color="#444444",
     )
-    panels = ((left, "accuracy", "accuracy"), (right, "rmse", "RMSE of the class probabilities"))
+    panels = ((accuracy_axes, "accuracy", "accuracy"), (rmse_axes, "rmse", "RMSE of the class probabilities"))
     for axes, metric, label in panels:
         mean, half = comparison.interval(metric)
         for i, scheme in enumerate(comparison.schemes):
@@ -74,9 +74,9 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
         axes.set(xlabel="workers that never reply", ylabel=label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _set_view(left, comparison, base)
-    right.set_ylim(bottom=0)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _set_view(accuracy_axes, comparison, base)
+    rmse_axes.set_ylim(bottom=0)
+    figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
@@ -92,10 +92,10 @@ def plot_latency(latency: dict[str, Float[np.ndarray, "requests"]], title: str, 
     axes = figure.subplots()
     for label, seconds in latency.items():
         color, marker, line = _SERVING[label]
-        longer = 1 - np.arange(1, len(seconds) + 1) / (len(seconds) + 1)
-        axes.plot(1000 * np.sort(seconds), longer, color=color, linestyle=line, label=label, linewidth=1.6)
-        index = np.searchsorted(-longer, -0.01)
-        axes.plot(1000 * np.sort(seconds)[index : index + 1], longer[index : index + 1], color=color, marker=marker)
+        shares = 1 - np.arange(1, len(seconds) + 1) / (len(seconds) + 1)
+        axes.plot(1000 * np.sort(seconds), shares, color=color, linestyle=line, label=label, linewidth=1.6)
+        index = np.searchsorted(-shares, -0.01)
+        axes.plot(1000 * np.sort(seconds)[index : index + 1], shares[index : index + 1], color=color, marker=marker)
     axes.axhline(0.01, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.annotate("p99", (1, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer")
@@ -155,19 +155,23 @@ def plot_request(
     # Probabilities stop at the palette's middle, so that the rings stay readable.
     bottom.imshow(decoded.T, cmap="Blues", vmin=0, vmax=1.7, aspect="auto")
     best, truth = decoded.argmax(axis=-1), targets.argmax(axis=-1)
-    same, columns = best == truth, np.arange(num_data)
+    is_same, columns = best == truth, np.arange(num_data)
     ring = {"marker": "o", "facecolors": "none", "s": 60, "linewidths": 1.6}
-    bottom.scatter(columns[same], truth[same], edgecolors="black", label="class the model gives, decoded", **ring)
-    if not same.all():
+    bottom.scatter(columns[is_same], truth[is_same], edgecolors="black", label="class the model gives, decoded", **ring)
+    if not is_same.all():
         bottom.scatter(
-            columns[~same], truth[~same], edgecolors=_MISSING, label="class the model gives, decoded as another", **ring
+            columns[~is_same],
+            truth[~is_same],
+            edgecolors=_MISSING,
+            label="class the model gives, decoded as another",
+            **ring,
         )
     bottom.set_yticks(range(len(class_names)), class_names, fontsize=8)
     bottom.set_xticks([])
     _title(
         bottom,
         f"class probabilities decoded from the {num_workers - missing} answers: "
-        f"{int(same.sum())} of {num_data} classes as without stragglers",
+        f"{int(is_same.sum())} of {num_data} classes as without stragglers",
         width,
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

@@ -1,11 +1,11 @@
-"""A small residual network (He et al. 2016) for images of about 32 x 32, as `flax.nnx` module."""
+"""Defines a small residual network (He et al. 2016) for images of about 32 x 32, as `flax.nnx` module."""
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 
 class ResNet14(nnx.Module):
-    """Residual network of 14 layers that halves its images early, so that two cores train it in minutes.
+    """Classifies images by 14 residual layers that halve them early, so that two cores train them in minutes.
 
     ========  =======================================  =============
     layer     operation                                output
@@ -50,7 +50,7 @@ class ResNet14(nnx.Module):
 
 
 class _Convolution(nnx.Module):
-    """A convolution, 3 x 3 by default, with batch normalisation in place of a bias."""
+    """Applies a convolution, 3 x 3 by default, with batch normalisation in place of a bias."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(inputs, outputs, (size, size), stride, use_bias=False, rngs=rngs)
@@ -61,13 +61,13 @@ class _Convolution(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Two convolutions added to the input itself, or to a 1 x 1 convolution of it where sizes change."""
+    """Adds two convolutions to the input itself, or to a 1 x 1 convolution of it where sizes change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
         self.first = _Convolution(inputs, outputs, stride, rngs=rngs)
         self.second = _Convolution(outputs, outputs, rngs=rngs)
-        same = inputs == outputs and stride == 1
-        self.shortcut = None if same else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
+        keeps_sizes = inputs == outputs and stride == 1
+        self.shortcut = None if keeps_sizes else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
 
     def __call__(self, x):
         shortcut = x if self.shortcut is None else self.shortcut(x)

@@ -1,4 +1,4 @@
-"""Measures latency and accuracy of serving from processes with random delays: ``python -m models.serve_bench``."""
+"""Measures latency and accuracy of serving from processes with random delays: `python -m models.serve_bench`."""
 
 import argparse
 import csv
@@ -238,18 +238,18 @@ def _measure(
     """Sends all batches, given by the numbers of their images, several concurrently."""
 
     def send(batch):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             prediction = server(images[batch])
         except jc.pools.NotEnoughAnswers:
-            return time.perf_counter() - began, np.full(len(batch), -1), 0
-        return time.perf_counter() - began, np.argmax(prediction.values, axis=-1), int(prediction.returned.sum())
+            return time.perf_counter() - start_time, np.full(len(batch), -1), 0
+        return time.perf_counter() - start_time, np.argmax(prediction.values, axis=-1), int(prediction.returned.sum())
 
-    began = time.perf_counter()
+    start_of_calls = time.perf_counter()
     with ThreadPoolExecutor(clients) as executor:
-        measured = list(tqdm(executor.map(send, batches), total=len(batches), desc=label, unit="request"))
-    latency, classes, answers = (np.stack(column) for column in zip(*measured, strict=True))
-    return Outcome(label, latency, time.perf_counter() - began, classes, answers)
+        results = list(tqdm(executor.map(send, batches), total=len(batches), desc=label, unit="request"))
+    latency, classes, answers = (np.stack(column) for column in zip(*results, strict=True))
+    return Outcome(label, latency, time.perf_counter() - start_of_calls, classes, answers)
 
 
 def _table(outcomes: list[Outcome], reference: np.ndarray, labels: np.ndarray) -> str:

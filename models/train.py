@@ -1,4 +1,4 @@
-"""A short training loop for classifiers written as `flax.nnx` modules."""
+"""Trains classifiers written as `flax.nnx` modules."""
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def _augmented(
 def predicted_classes(
     model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], *, batch_size: int = 500
 ) -> Int[np.ndarray, "images"]:
-    """Finds the class with the highest logit, for every image."""
+    """Computes the class with the highest logit, for every image."""
     graph, state = nnx.split(model)
     predict = jax.jit(lambda state, x: jnp.argmax(nnx.merge(graph, state)(x), axis=-1))
     parts = [predict(state, x[start : start + batch_size]) for start in range(0, len(x), batch_size)]

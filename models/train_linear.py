@@ -1,4 +1,4 @@
-"""Trains linear models on machines that differ, by every method: ``python -m models.train_linear``."""
+"""Trains linear models on machines that differ, by every method: `python -m models.train_linear`."""
 
 import argparse
 import csv
@@ -85,19 +85,26 @@ class Run:
     def rank(self) -> tuple[float, float]:
         """What it sent until it reached the aim, with the first seed, and how close it came."""
         history = self.histories[0]
-        reached = first(history, AIM)
+        index = first(history, AIM)
         # Runs that diverge end with values that are not finite.
-        return (np.inf if reached is None else history.floats[reached]), np.nan_to_num(history.values[-1], nan=np.inf)
+        return (np.inf if index is None else history.floats[index]), np.nan_to_num(history.values[-1], nan=np.inf)
 
 
 def first(history: saga.History, level: float) -> int | None:
     """Returns the first record at or below a suboptimality, None if there is none."""
-    below = np.flatnonzero(history.values <= level)
-    return int(below[0]) if below.size else None
+    indices = np.flatnonzero(history.values <= level)
+    return int(indices[0]) if indices.size else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains by every method, prints and plots; exits with code 2 on bad arguments."""
+    """Trains by every method, prints and plots.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ("ridge", "epochs", "patience", "seeds"):
@@ -164,17 +171,17 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
     runs = []
     for name, method in methods.items():
         kind, epochs = ("sgd", args.epochs * args.patience) if name in _SGD_METHODS else ("saga", args.epochs)
-        begin = method.init(problem.params, problem.data)
-        tried = []
+        first_state = method.init(problem.params, problem.data)
+        trials = []
         for length, decay in tqdm(
             list(itertools.product(_LENGTHS[kind], _DECAYS[kind])), desc=name, unit="step size", leave=False
         ):
-            chosen = dataclasses.replace(method, decay=decay) if decay else method
-            state = dataclasses.replace(begin, step_size=length * begin.step_size)
+            candidate = dataclasses.replace(method, decay=decay) if decay else method
+            state = dataclasses.replace(first_state, step_size=length * first_state.step_size)
             steps = f"{length:g}" + (f"/(1 + {decay:g} r)" if decay else "")
-            tried.append((Run(name, steps, (_run(chosen, state, problem, args, epochs, 0),)), chosen, state))
-        best, chosen, state = min(tried, key=lambda one: one[0].rank)
-        others = [_run(chosen, state, problem, args, epochs, i) for i in range(1, args.seeds)]
+            trials.append((Run(name, steps, (_run(candidate, state, problem, args, epochs, 0),)), candidate, state))
+        best, best_method, best_state = min(trials, key=lambda trial: trial[0].rank)
+        others = [_run(best_method, best_state, problem, args, epochs, i) for i in range(1, args.seeds)]
         runs.append(dataclasses.replace(best, histories=(*best.histories, *others)))
         last = best.histories[0]
         print(
@@ -184,7 +191,7 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
 
 
 def _run(method, state, problem, args, epochs, number):
-    """Trains for so many epochs, or until the suboptimality is far below all levels."""
+    """Trains for a number of epochs, or until the suboptimality is far below all levels."""
     per_epoch = max(1, round(len(problem.data[1]) / method.samples_per_round()))
     try:
         _, history = method.run(
@@ -197,13 +204,13 @@ def _run(method, state, problem, args, epochs, number):
             progress=False,
         )
     except saga.DivergenceError as divergence:
-        # Steps that are too long have a result, too.
+        # Step sizes that are too large have a result, too.
         history = divergence.history
     return history
 
 
 def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
-    """Shows what each method needed to come so close to the optimum."""
+    """Formats the epochs and floats that each method needed for each level of suboptimality."""
     heads = [f"{level:.0e}" for level in LEVELS]
     lines = [
         "",
@@ -214,17 +221,17 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
     ]
     for run in runs:
         history = run.histories[0]
-        reached = [first(history, level) for level in LEVELS]
-        epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in reached]
-        floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in reached]
+        records = [first(history, level) for level in LEVELS]
+        epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in records]
+        floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in records]
         lines.append(
             f"{run.name:34} {run.steps:>16} {history.values[-1]:9.1e}"
             + "".join(f"{cell:>17}" for cell in (*epochs, *floats))
         )
-    ours = [first(history, AIM) for history in runs[0].histories]
-    if None not in ours:
+    anchored_records = [first(history, AIM) for history in runs[0].histories]
+    if None not in anchored_records:
         lines.append("")
-        sent = [history.floats[i] for history, i in zip(runs[0].histories, ours, strict=True)]
+        sent = [history.floats[i] for history, i in zip(runs[0].histories, anchored_records, strict=True)]
         lines += [
             f"{run.name} sends {_times(run, sent)} as many floats as anchored SAGA."
             for run in runs
@@ -246,14 +253,14 @@ def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
 
 
 def _times(run, ours):
-    """Shows the smallest and largest ratio of floats, over seeds, until the aim was reached or the run ended."""
-    reached = [first(history, AIM) for history in run.histories]
+    """Formats the smallest and largest ratio of floats, over seeds, until the aim was reached or the run ended."""
+    records = [first(history, AIM) for history in run.histories]
     ratios = [
         history.floats[-1 if i is None else i] / floats
-        for history, i, floats in zip(run.histories, reached, ours, strict=True)
+        for history, i, floats in zip(run.histories, records, ours, strict=True)
     ]
     low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
-    return f"{'more than ' if None in reached else ''}{low if low == high else f'{low} to {high}'} times"
+    return f"{'more than ' if None in records else ''}{low if low == high else f'{low} to {high}'} times"
 
 
 def _write(runs, path):

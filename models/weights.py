@@ -1,4 +1,4 @@
-"""Trained weights of `flax.nnx` modules in safetensors files."""
+"""Stores trained weights of `flax.nnx` modules in safetensors files."""
 
 from pathlib import Path
 
@@ -9,7 +9,12 @@ from safetensors.numpy import load_file, save_file
 
 
 def save(model: nnx.Module, path: Path) -> None:
-    """Writes parameters and running averages, each under its path in the module, such as `conv1.kernel`."""
+    """Writes parameters and running averages, each under its path in the module, such as `conv1.kernel`.
+
+    Args:
+        model: The module.
+        path: The file to write, in a folder that is made if it does not exist.
+    """
     state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,20 +22,26 @@ def save(model: nnx.Module, path: Path) -> None:
 
 
 def load(model: nnx.Module, path: Path) -> None:
-    """Reads weights that `save` wrote into a module of the same architecture, and put it in evaluation mode.
+    """Reads weights that `save` wrote into a module of the same architecture, and puts it in evaluation mode.
+
+    Args:
+        model: The module; changed in place.
+        path: The file.
 
     Raises:
         ValueError: If the file's names or shapes are not the module's.
     """
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    pure = nnx.to_pure_dict(state)
+    tree = nnx.to_pure_dict(state)
     stored = load_file(path)
-    expected = {_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(pure)}
-    found = {name: array.shape for name, array in stored.items()}
-    if found != expected:
-        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {', '.join(wrong[:5])} differ; train it anew")
-    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(lambda key, _: stored[_name(key)], pure))
+    expected = {_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    shapes = {name: array.shape for name, array in stored.items()}
+    if shapes != expected:
+        different = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {', '.join(different[:5])} differ; train it anew"
+        )
+    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(lambda key, _: stored[_name(key)], tree))
     nnx.update(model, state)
     model.eval()
 

@@ -1,4 +1,4 @@
-"""What all tests share: the runtime type checker, the compiler's flags, and a limit on compiled programs."""
+"""Sets up what all tests share: the runtime type checker, the compiler's flags, and a limit on compiled programs."""
 
 import importlib.metadata
 import os
@@ -28,8 +28,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_collection_modifyitems(items):
     """Starts with the tests that wait for other processes, because the others run while these wait."""
-    waiting = ("test_ray", "test_ray_pool", "test_serve", "test_http")
-    items.sort(key=lambda item: item.path.stem not in waiting)
+    waiting_modules = ("test_ray", "test_ray_pool", "test_serve", "test_http")
+    items.sort(key=lambda item: item.path.stem not in waiting_modules)
 
 
 @pytest.fixture(autouse=True, scope="module")

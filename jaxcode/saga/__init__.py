@@ -1,4 +1,4 @@
-"""Trains by distributed SAGA: a linear rate with little communication; and by SAGA as an optax transformation."""
+"""Trains by distributed SAGA, with a linear rate and little communication, and by SAGA as an optax transformation."""
 
 from .baselines import FederatedAveraging as FederatedAveraging
 from .baselines import MinibatchSgd as MinibatchSgd

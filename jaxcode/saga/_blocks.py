@@ -8,8 +8,8 @@ same either way, except for rounding.
 
 On a CPU a step is so short that its cost is the number of kernels into which XLA divides it and the copies they make.
 Above eight kernels, XLA uses its scheduler, which takes twice as long, so loops are not unrolled. XLA computes a
-quotient once, but a difference again for each use: a step's change of slope is therefore divided by one, and arrays
-that only this quotient reads elsewhere are updated in place.
+quotient once and stores it, but computes a difference again at each of its uses. A step's change of slope is therefore
+divided by one: arrays that are read for this quotient and for nothing else are then updated in place.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ from jaxtyping import Array, Bool, Float, Integer
 from ._tables import append_axes
 from .sparse import SparseRows
 
-# Steps in a block. The cost of beginning a block does not grow with them; that of inner products does, quadratically.
+# Steps in a block. The cost of beginning a block does not grow with them; that of inner products grows quadratically.
 _STEPS_WITH_DENSE_ROWS = 32
 _STEPS_WITH_SPARSE_ROWS = 64
 # With more columns for each entry of a row, a block uses only the columns in which its samples have entries.
 _MOST_COLUMNS_PER_ENTRY = 64
-# Of such a block, which costs more to begin.
+# Steps in such a block, which costs more to begin.
 _STEPS_WITH_WIDE_ROWS = 32
 # Steps whose sparse rows are fetched together, a multiple of those in a block.
 _STEPS_FETCHED = 1024
 
 
 class Iterate(NamedTuple):
-    """Holds what a machine's steps change.
+    """Holds the variables that a machine's steps change.
 
     Attributes:
         w: Parameters of each class, (classes, d).
@@ -92,8 +92,8 @@ def blocked_steps(
 
         return _fold(dense, start, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
-    wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
-    block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
+    is_wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
+    block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if is_wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
 
     def sparse(iterate, fetched, index, scale):
         return block(iterate, fetched, index, scale, constants)
@@ -105,7 +105,7 @@ def blocked_steps(
 
 
 class _Constants(NamedTuple):
-    """Holds what is the same in all steps: arguments of `blocked_steps`."""
+    """Holds the constants of all steps, arguments of `blocked_steps`."""
 
     slope: Callable[[Array, Any], Array]
     mean: Array
@@ -116,12 +116,12 @@ class _Constants(NamedTuple):
     bias: bool
 
     def slope_change(self, new, old):
-        """Returns the difference, zero unless active, divided by a one that XLA cannot know to be one."""
+        """Returns the change of slope, zero unless active, divided by a one that XLA does not know to be one."""
         return jnp.where(self.active, new - old, 0) / jnp.where(self.active, jnp.ones_like(self.step_size), 2)
 
 
 def _fold(block, carry, xs, size):
-    """Applies a function of a carry and so many of xs to one chunk after the other, and to the remainder."""
+    """Folds a block, a function of a carry and of size rows of xs, over all chunks of that size and the remainder."""
     chunks, remainder = divmod(jax.tree.leaves(xs)[0].shape[0], size)
 
     def chunk(first, size):
@@ -137,7 +137,7 @@ def _take(samples, index):
 
 
 def _sparse_block(start, samples, index, scale, constants):
-    """Computes one step after the other, as margins take a few products each."""
+    """Computes steps one after the other, as a margin takes only a few products."""
     rows, labels = samples
     steps, step_size = index.size, constants.step_size
     x = jnp.zeros((steps, rows.num_columns + constants.bias), rows.values.dtype)
@@ -155,51 +155,53 @@ def _sparse_block(start, samples, index, scale, constants):
         change = constants.slope_change(constants.slope(margins.reshape(old.shape), label), old)
         difference = change.reshape(-1, 1) * x[t][None]
         sum_change = sum_change + difference
-        # The new sum_change, corrected: the old one would have to be copied.
+        # Reads the new sum_change and corrects for the difference, because the old one would have to be copied.
         w = (
             shrinkage * w
             + offset
             - (step_size * constants.weight) * sum_change
             + (step_size * (constants.weight - scale[t])) * difference
         )
-        # A sample that is drawn again in this block finds its new entry.
-        same = append_axes(index == index[t], entries)
-        return w, sum_change, entries + jnp.where(same, jnp.expand_dims(change, 0), 0)
+        # A sample that is drawn again in this block must find its new entry.
+        same_sample = append_axes(index == index[t], entries)
+        return w, sum_change, entries + jnp.where(same_sample, jnp.expand_dims(change, 0), 0)
 
     w, sum_change, entries = jax.lax.fori_loop(0, steps, step, (start.w, start.sum_change, start.table[index]))
     return Iterate(w, sum_change, start.table.at[index].set(entries))
 
 
 def _wide_block(start, samples, index, scale, constants):
-    """Computes steps one by one in columns in which samples have entries, and all together in other columns."""
+    """Computes steps one by one in the columns in which samples have entries, and in closed form in the others."""
     rows, labels = samples
     columns = rows.indices.ravel()
     if constants.bias:
         columns = jnp.append(columns, rows.num_columns)
-    # One position for each column, whichever of those that hold it.
+    # A column that occurs several times gets one of its positions, no matter which.
     position = jnp.zeros(start.w.shape[1], jnp.int32).at[columns].set(jnp.arange(columns.size, dtype=jnp.int32))
     position = position[columns]
-    narrow = SparseRows(position[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
-    begin = Iterate(start.w[:, columns], start.sum_change[:, columns], start.table)
-    end = _sparse_block(begin, (narrow, labels), index, scale, constants._replace(mean=constants.mean[:, columns]))
+    narrow_rows = SparseRows(position[: rows.indices.size].reshape(rows.indices.shape), rows.values, rows.indices.size)
+    narrow_start = Iterate(start.w[:, columns], start.sum_change[:, columns], start.table)
+    narrow_end = _sparse_block(
+        narrow_start, (narrow_rows, labels), index, scale, constants._replace(mean=constants.mean[:, columns])
+    )
     decay, accumulated = _factors(index.size, constants).end
     w = decay * start.w - accumulated * (constants.mean + constants.weight * start.sum_change)
     w, sum_change = (
         leaf.at[:, columns].set(narrow_leaf[:, position])
-        for leaf, narrow_leaf in ((w, end.w), (start.sum_change, end.sum_change))
+        for leaf, narrow_leaf in ((w, narrow_end.w), (start.sum_change, narrow_end.sum_change))
     )
-    return Iterate(w, sum_change, end.table)
+    return Iterate(w, sum_change, narrow_end.table)
 
 
 class _Factors(NamedTuple):
-    r"""Holds what is the same in all blocks of so many steps, with :math:`\rho = 1 - \gamma \lambda`.
+    r"""Holds the factors of a block, which depend only on its number of steps, with :math:`\rho = 1 - \gamma \lambda`.
 
     Attributes:
-        decay: The factor of the first w in that before step t, :math:`\rho^t`.
+        decay: The factor of the block's first w in w before step t, :math:`\rho^t`.
         accumulated: The factor, in w before step t, of the part of the estimate that is constant:
             :math:`\gamma \sum_{i < t} \rho^i`.
-        direct: The factor, before step t, of q times the change of slope in step s: :math:`\gamma \rho^{t-1-s}`.
-        indirect: The same of the change's effect through D: :math:`\gamma \theta \sum_{i < t-1-s} \rho^i`.
+        direct: The factor, in w before step t, of q times the change of slope in step s: :math:`\gamma \rho^{t-1-s}`.
+        indirect: The factor of the same change's effect through D: :math:`\gamma \theta \sum_{i < t-1-s} \rho^i`.
         last: direct and indirect after the last step.
         end: decay and accumulated after the last step.
     """
@@ -232,7 +234,7 @@ def _factors(steps, constants):
 
 
 def _dense_block(start, samples, index, scale, constants):
-    """Computes the margins of all steps from products of matrices."""
+    """Computes steps whose margins follow from two products of matrices."""
     x, labels = samples
     steps = index.size
     factors = _factors(steps, constants)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Integer, PyTree, UInt32
 from ._fingerprint import fingerprint, fingerprint_of_function
 from .state import State
 
-# A function has a digest of its own, and a mesh changes no results.
+# Functions have digests of their own, and a mesh changes no results.
 _NOT_SETTINGS = ("loss", "prox", "mesh")
 
 
@@ -48,7 +48,7 @@ class Checkpoints:
         )
 
     def restore(self, template: State) -> State | None:
-        """Reads the newest checkpoint that is readable, and deletes those after it with a warning.
+        """Reads the newest checkpoint that is readable, and deletes newer ones with a warning.
 
         Args:
             template: A state with the shapes, dtypes and devices of the one to read, and with its samples.
@@ -72,28 +72,28 @@ class Checkpoints:
             if shapes != {name: tuple(leaf.shape) for name, leaf in stored.items()}:
                 raise ValueError(f"checkpoint {self._folder} is of another method or other samples: it has {shapes}")
             try:
-                found = self._read(step, stored)
+                arrays_read = self._read(step, stored)
             except Exception as failure:
                 failures[step] = failure
                 continue
             # Outside of the try block, as an error of this comparison is no damage.
-            if not np.array_equal(found.pop("checksum"), checksums(found)):
+            if not np.array_equal(arrays_read.pop("checksum"), checksums(arrays_read)):
                 failures[step] = OSError("wrong checksum")
                 continue
             for name, digest in self._digests.items():
-                if not np.array_equal(found[name], digest):
+                if not np.array_equal(arrays_read[name], digest):
                     raise ValueError(
                         f"checkpoint {self._folder} is of {_DIFFERENCES[name]}; expected the problem of this run, or "
                         "another folder"
                     )
-            for unreadable, failure in failures.items():
+            for failed_step, failure in failures.items():
                 warnings.warn(
-                    f"checkpoint {self._folder / str(unreadable)} cannot be read ({_first_line(failure)}); it is "
+                    f"checkpoint {self._folder / str(failed_step)} cannot be read ({_first_line(failure)}); it is "
                     f"deleted, and the run resumes from round {step}",
                     stacklevel=2,
                 )
-                self._manager.delete(unreadable)
-            leaves = [found.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+                self._manager.delete(failed_step)
+            leaves = [arrays_read.get(str(i), leaf) for i, leaf in enumerate(leaves)]
             return dataclasses.replace(template, **jax.tree.unflatten(structure, leaves))
         if failures:
             reasons = "; ".join(f"round {step}: {_first_line(failure)}" for step, failure in failures.items())
@@ -121,11 +121,11 @@ class Checkpoints:
         return shapes
 
     def _read(self, step, stored):
-        like = {
+        templates = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for name, leaf in stored.items()
         }
-        return dict(self._manager.restore(step, args=self._args.StandardRestore(like)))
+        return dict(self._manager.restore(step, args=self._args.StandardRestore(templates)))
 
 
 _DIFFERENCES = {
@@ -137,7 +137,7 @@ _DIFFERENCES = {
 
 
 def problem_digests(method: Any, state: State) -> dict[str, Integer[Array, "..."]]:
-    """Returns digests of a method's settings, loss and prox and of the samples: what another problem differs in."""
+    """Computes digests of a method's settings, loss and prox, and of the samples; they tell problems apart."""
     fields = [field.name for field in dataclasses.fields(method) if field.name not in _NOT_SETTINGS]
     settings = repr((type(method).__name__, {name: getattr(method, name) for name in fields}))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params)
@@ -155,10 +155,10 @@ def problem_digests(method: Any, state: State) -> dict[str, Integer[Array, "..."
 
 
 def checksums(tree: PyTree[Array]) -> UInt32[np.ndarray, "leaves"]:
-    """Returns a number for each array, the same on all devices, that other entries or another order would hardly have.
+    """Computes a checksum of each array: the same on all devices, and another if entries or their order change.
 
     References:
-        Appleby, MurmurHash3: the last step for 32 bits, of each entry and its position.
+        Appleby, MurmurHash3: its 32-bit finaliser, of each entry and its position.
     """
     return np.stack([jax.device_get(_checksum(leaf)) for leaf in jax.tree.leaves(tree)])
 
@@ -175,11 +175,11 @@ def _checksum(leaf):
     for axis in reversed(range(leaf.ndim)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         position, stride = position + steps * np.uint32(stride % 2**32), stride * leaf.shape[axis]
-    mixed = bits + position * np.uint32(0x9E3779B1)
+    hashes = bits + position * np.uint32(0x9E3779B1)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+        hashes = (hashes ^ (hashes >> shift)) * np.uint32(factor)
     # Modulo 2^32, a sum does not depend on its order.
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    return jnp.sum(hashes ^ (hashes >> 16), dtype=jnp.uint32)
 
 
 def _by_number(leaves):

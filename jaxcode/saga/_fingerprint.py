@@ -13,22 +13,22 @@ from jaxtyping import UInt
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{8,}")
 # Parameters of primitives that depend on where a function is traced, not on what it computes.
-_OF_CONTEXT = ("ctx_mesh", "name", "debug_info")
+_CONTEXT_PARAMETERS = ("ctx_mesh", "name", "debug_info")
 
 
 def fingerprint(text: str) -> UInt[np.ndarray, "2"]:
-    """Returns 64 bits of a text's SHA-256 digest."""
+    """Computes 64 bits of a text's SHA-256 digest."""
     return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32).copy()
 
 
 def fingerprint_of_function(function: Callable[..., Any], *arguments: Any) -> UInt[np.ndarray, "2"]:
-    """Returns a digest of the program that a function is traced to, constants included.
+    """Computes a digest of the program that a function is traced to, constants included.
 
     Two functions have the same digest if they compute the same by the same primitives, wherever and under whichever
     names they are defined.
 
     Args:
-        function: What is to be traced.
+        function: The function, which is traced.
         *arguments: Trees of `jax.ShapeDtypeStruct`.
     """
     return fingerprint("\n".join(_lines(jax.make_jaxpr(function)(*arguments))))
@@ -46,16 +46,18 @@ def _lines(closed: ClosedJaxpr) -> Iterator[str]:
     yield f"constants {[_value(constant) for constant in closed.consts]}"
     yield f"inputs {[show(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)]}"
     for equation in jaxpr.eqns:
-        shown = [
-            f"{name}={_value(equation.params[name])}" for name in sorted(equation.params) if name not in _OF_CONTEXT
+        parameters = [
+            f"{name}={_value(equation.params[name])}"
+            for name in sorted(equation.params)
+            if name not in _CONTEXT_PARAMETERS
         ]
         inputs, outputs = ([show(atom) for atom in atoms] for atoms in (equation.invars, equation.outvars))
-        yield f"{outputs} = {equation.primitive.name} {shown} {inputs}"
+        yield f"{outputs} = {equation.primitive.name} {parameters} {inputs}"
     yield f"outputs {[show(atom) for atom in jaxpr.outvars]}"
 
 
 def _value(value: Any) -> str:
-    """Shows a constant or a parameter of a primitive."""
+    """Formats a constant or a parameter of a primitive."""
     if isinstance(value, Jaxpr):
         value = ClosedJaxpr(value, ())
     if isinstance(value, ClosedJaxpr):

@@ -13,10 +13,10 @@ Labels = Shaped[Array | np.ndarray, "n"]
 
 
 def check_signs(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
-    """Returns labels of two classes, -1 and 1, in the dtype of margins.
+    """Checks labels of two classes, -1 and 1, and converts them to the dtype of margins.
 
     Raises:
-        ValueError: If labels have another shape or dtype or, where they are known, other values.
+        ValueError: If labels have another shape or dtype or, where they are not traced, other values.
     """
     remedy = "expected -1 and 1, one for each sample: np.where(y > 0, 1, -1)"
     _check_margin(margin, classes=False)
@@ -26,15 +26,15 @@ def check_signs(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
         raise ValueError(f"y has dtype {y.dtype}, which has no -1; {remedy}")
     values = static_value(y)
     if values is not None and not np.all(np.abs(values) == 1):
-        raise ValueError(f"y has the values {_some(values)}; {remedy}")
+        raise ValueError(f"y has the values {_format_some(values)}; {remedy}")
     return y.astype(margin.dtype)
 
 
 def check_classes(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
-    """Returns numbers of classes, 0 to classes - 1, as int32.
+    """Checks numbers of classes, 0 to classes - 1, and converts them to int32.
 
     Raises:
-        ValueError: If labels have another shape or dtype or, where they are known, other values.
+        ValueError: If labels have another shape or dtype or, where they are not traced, other values.
     """
     _check_margin(margin, classes=True)
     (classes,) = margin.shape
@@ -44,15 +44,17 @@ def check_classes(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
         raise ValueError(f"y has dtype {y.dtype}; {remedy}: y.astype(int)")
     values = static_value(y)
     if values is not None and (values.min() < 0 or values.max() >= classes):
-        raise ValueError(f"y has the values {_some(values)}; {remedy}, as params has {classes} classes: start at 0")
+        raise ValueError(
+            f"y has the values {_format_some(values)}; {remedy}, as params has {classes} classes: start at 0"
+        )
     return y.astype(np.int32)
 
 
 def check_numbers(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
-    """Returns finite real numbers in the dtype of margins.
+    """Checks finite real numbers and converts them to the dtype of margins.
 
     Raises:
-        ValueError: If they have another shape or dtype or, where they are known, are not finite.
+        ValueError: If they have another shape or dtype or, where they are not traced, are not finite.
     """
     remedy = "expected a finite real number for each sample"
     _check_margin(margin, classes=False)
@@ -64,7 +66,7 @@ def check_numbers(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Refuses floating-point numbers that are not finite, where they are known.
+    """Refuses floating-point numbers that are not finite, unless they are traced.
 
     Raises:
         ValueError: If one is not.
@@ -72,8 +74,8 @@ def check_finite(name: str, value: Any) -> None:
     values = static_value(value) if jnp.issubdtype(value.dtype, jnp.floating) else None
     if values is None or np.isfinite(values).all():
         return
-    place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-    raise ValueError(f"{name}[{', '.join(map(str, place))}] is {values[place]}; expected finite numbers")
+    position = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    raise ValueError(f"{name}[{', '.join(map(str, position))}] is {values[position]}; expected finite numbers")
 
 
 def _vector(y, remedy):
@@ -81,20 +83,20 @@ def _vector(y, remedy):
     if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.floating, jnp.integer, np.bool_)):
         raise ValueError(f"y has dtype {y.dtype}; {remedy}")
     if y.ndim != 1:
-        flat = ": y.ravel()" if y.ndim == 2 and 1 in y.shape else ""
-        raise ValueError(f"y has shape {y.shape}; {remedy}, shape (n,){flat}")
+        hint = ": y.ravel()" if y.ndim == 2 and 1 in y.shape else ""
+        raise ValueError(f"y has shape {y.shape}; {remedy}, shape (n,){hint}")
     return y
 
 
 def _check_margin(margin, *, classes):
     if len(margin.shape) == classes:
         return
-    found, expected = ("(d, classes)", "(d,)") if margin.shape else ("(d,)", "(d, classes)")
-    raise ValueError(f"params has a kernel of shape {found}; expected {expected} for this loss")
+    shape, expected = ("(d, classes)", "(d,)") if margin.shape else ("(d,)", "(d, classes)")
+    raise ValueError(f"params has a kernel of shape {shape}; expected {expected} for this loss")
 
 
-def _some(values):
-    """Shows a few of the different values."""
-    different = np.unique(values)
-    shown = ", ".join(str(value) for value in different[:5])
-    return f"{shown}, ..." if different.size > 5 else shown
+def _format_some(values):
+    """Formats a few of the distinct values."""
+    distinct = np.unique(values)
+    shown = ", ".join(str(value) for value in distinct[:5])
+    return f"{shown}, ..." if distinct.size > 5 else shown

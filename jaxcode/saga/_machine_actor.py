@@ -60,16 +60,16 @@ class MachineActor:
         return self._keep(None, *self._begin(w, step_size))
 
     def work(self, message_sum, w, step_size, rounds, key):
-        """Does its work of a round; the value is how far it moves the parameters."""
+        """Computes its part of a round; the value is its change of the parameters."""
         args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpacked(key), self._message, self._local
         return self._keep(*self._compute(lambda: self._work(*args)))
 
     def local(self):
-        """Returns its local state as value."""
+        """Returns its local state as the value."""
         return jax.tree.map(np.asarray, self._local), np.asarray(self._message)
 
     def restore(self, local, message):
-        """Goes on from a local state and message of a checkpoint; the value is None."""
+        """Continues from a local state and message of a checkpoint; the value is None."""
         return self._keep(None, jax.tree.map(jnp.asarray, local), jnp.asarray(message))
 
     def _keep(self, move, local, message):

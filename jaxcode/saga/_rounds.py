@@ -1,4 +1,4 @@
-"""Computes rounds of a distributed method: what machines do, and the one sum over them.
+"""Computes rounds of a distributed method: the work of machines, and one sum over them.
 
 These functions take samples and do not return them, as XLA would copy them.
 """
@@ -50,15 +50,15 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
         active_sizes = jnp.where(active, sizes, 0)
         total = jnp.maximum(jnp.sum(active_sizes, dtype=active_sizes.dtype), 1)
         # The quotient of two int32 would be float32, and half precision cannot hold large sizes.
-        wide = max(w.dtype, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
-        weights = (active_sizes.astype(wide) / total.astype(wide)).astype(w.dtype)
+        wide_dtype = max(w.dtype, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
+        weights = (active_sizes.astype(wide_dtype) / total.astype(wide_dtype)).astype(w.dtype)
         round_key = jax.random.fold_in(key, rounds)
 
         def work_alone(message, local, samples, number):
             machine = Machine(message, local, samples, sizes[number], weights[number])
-            move, local, sent = method.work(common, machine, jax.random.fold_in(round_key, number))
+            move, local, new_message = method.work(common, machine, jax.random.fold_in(round_key, number))
             move = jnp.where(machine.active, machine.weight * move, 0)
-            return move, local, jnp.where(machine.active, sent, message)
+            return move, local, jnp.where(machine.active, new_message, message)
 
         numbers = _numbers(method, messages.shape[0])
         moves, local, messages = jax.vmap(work_alone)(messages, local, samples, numbers)
@@ -71,41 +71,41 @@ def advance(method: Any, state: State, key: PRNGKeyArray, active: Bool[Array, "m
     sums, local, messages = _on_mesh(
         method, work, (PartitionSpec(), machines, machines, machines), (PartitionSpec(), machines, machines)
     )(replicated, state.messages, state.local, data.samples)
-    changed = {
+    changes = {
         "params": unravel(w + sums[: w.size]),
         "message_sum": sums[w.size :],
         "messages": messages,
         "local": local,
         "round": state.round + 1,
     }
-    return {**state.without_data(), **changed}
+    return {**state.without_data(), **changes}
 
 
 @jax.jit
 def advance_many(method: Any, state: State, key: PRNGKeyArray, count: Any, stragglers: Any) -> dict[str, Any]:
     """Returns the fields of the state after count more rounds, whose active machines are drawn by stragglers."""
 
-    def go(_, fields):
-        current = dataclasses.replace(state, **fields)
+    def advance_once(_, fields):
+        current_state = dataclasses.replace(state, **fields)
         active = jnp.ones(method.num_machines, bool)
         if stragglers is not None:
-            # Smaller numbers are those of machines, which draw their samples with them.
-            mask_key = jax.random.fold_in(jax.random.fold_in(key, current.round), method.num_machines)
+            # Machines draw their samples with the numbers below num_machines.
+            mask_key = jax.random.fold_in(jax.random.fold_in(key, current_state.round), method.num_machines)
             active = stragglers.sample(mask_key, method.num_machines)
-        return advance(method, current, key, active)
+        return advance(method, current_state, key, active)
 
-    return jax.lax.fori_loop(0, count, go, state.without_data())
+    return jax.lax.fori_loop(0, count, advance_once, state.without_data())
 
 
 @jax.jit
 def objective(method: Any, params: PyTree[Array], data: Shards) -> Float[Array, ""]:
-    """Returns the mean loss of all samples and the ridge's term."""
+    """Computes the mean loss of all samples plus the ridge's term."""
     w, _ = ravel_pytree(params)
 
     def total(method, params, samples, sizes):
         losses = jax.vmap(jax.vmap(lambda sample: method.loss(params, sample)))(samples)
-        real = real_rows(losses.shape[1], sizes[_numbers(method, losses.shape[0])])
-        return _sum_over_devices(method, jnp.sum(jnp.where(real, losses, 0)))
+        is_sample = real_rows(losses.shape[1], sizes[_numbers(method, losses.shape[0])])
+        return _sum_over_devices(method, jnp.sum(jnp.where(is_sample, losses, 0)))
 
     specs = PartitionSpec(), PartitionSpec(), PartitionSpec(_axis(method)), PartitionSpec()
     losses = _on_mesh(method, total, specs, PartitionSpec())(method, params, data.samples, data.sizes)
@@ -126,12 +126,12 @@ def spread(method: Any, state: State) -> State:
 
 
 def with_dtype(method: Any, dtype: Any) -> Any:
-    """Returns the method with its numbers in the dtype of the parameters, which a wider one would widen."""
+    """Converts a method's numbers to the dtype of the parameters, which wider ones would widen."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), method)
 
 
 def on_device(tree: PyTree[Any], mesh: Mesh | None = None) -> PyTree[Array]:
-    """Puts numbers and arrays on the device, or on all devices of a mesh.
+    """Puts numbers and arrays on the default device, or on all devices of a mesh.
 
     Transfers are explicit, so that a transfer guard lets them pass.
     """
@@ -154,7 +154,7 @@ def _axis(method):
 
 
 def _on_mesh(method, function, in_specs, out_specs):
-    """Returns the function, applied on each device of the method's mesh to the machines there, if it has one."""
+    """Maps a function over the devices of the method's mesh and their machines; without a mesh, returns it as it is."""
     if method.mesh is None:
         return function
     # With the check, gradients with respect to what is the same on all devices would be summed over machines.

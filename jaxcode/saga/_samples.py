@@ -15,7 +15,7 @@ from .sparse import SparseRows, is_foreign_sparse, to_sparse_rows
 
 
 def check_params(params: PyTree[Any]) -> PyTree[Array]:
-    """Returns parameters as arrays of real numbers.
+    """Checks parameters and converts them to arrays of real numbers.
 
     Raises:
         ValueError: If there are none, or they are not finite real numbers.
@@ -38,7 +38,7 @@ def _parameter(path, leaf):
 
 
 def check_samples(loss: Callable[..., Any], params: PyTree[Array], data: PyTree[Any]) -> PyTree[Any]:
-    """Returns samples as the loss takes them.
+    """Checks samples and converts them to what the loss takes.
 
     Args:
         loss: From parameters and one sample to one number.
@@ -57,10 +57,10 @@ def check_samples(loss: Callable[..., Any], params: PyTree[Array], data: PyTree[
     sample = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], _dtype(leaf)), data)
     value = jax.eval_shape(loss, params, sample)
     if not isinstance(value, jax.ShapeDtypeStruct) or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
-        found = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
+        results = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
         shapes = jax.tree.map(lambda leaf: leaf.shape, sample)
         raise ValueError(
-            f"loss gives {found} for one sample of data, whose shapes are {shapes}; expected one real number: "
+            f"loss gives {results} for one sample of data, whose shapes are {shapes}; expected one real number: "
             "check the shapes of data, such as that of y, (n,) and not (n, 1)"
         )
     return data
@@ -101,7 +101,7 @@ def _linear_samples(loss, params, data):
 
 
 def _check_linear_params(params):
-    """Returns the shape of the kernel."""
+    """Checks a linear model's parameters and returns the shape of the kernel."""
     if not isinstance(params, Mapping | Array):
         raise ValueError(f"params is a {type(params).__name__}; expected an array, or a 'kernel' and a 'bias'")
     if isinstance(params, Mapping) and set(params) != {"kernel", "bias"}:
@@ -141,9 +141,11 @@ def _check_indices(x):
         raise ValueError(f"x.indices has dtype {x.indices.dtype}; expected integers")
     indices = static_value(x.indices)
     if indices is not None and indices.size:
-        least, most = int(indices.min()), int(indices.max())
-        if least < 0 or most >= x.num_columns:
-            raise ValueError(f"x.indices is from {least} to {most}; expected 0 to {x.num_columns - 1}, its columns")
+        smallest, largest = int(indices.min()), int(indices.max())
+        if smallest < 0 or largest >= x.num_columns:
+            raise ValueError(
+                f"x.indices is from {smallest} to {largest}; expected 0 to {x.num_columns - 1}, its columns"
+            )
 
 
 def _dtype(leaf):

@@ -1,4 +1,4 @@
-"""Keeps tables of gradients: compensated sums and minibatches that contain a sample twice."""
+"""Updates tables of gradients: compensated sums, and minibatches that contain a sample twice."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Defines what distributed SAGA is compared with: methods whose machines remember no samples' gradients."""
+"""Defines methods to compare distributed SAGA with, whose machines store no gradients of samples."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -22,11 +22,13 @@ class MinibatchSgd(AbstractMethod):
 
     .. math:: w \leftarrow w - \frac{\gamma}{1 + \delta r} \sum_k \frac{m_k}{n} g_k(w)
 
-    A machine sends d numbers a round.
+    Machine k has :math:`m_k` of the n samples, :math:`g_k` is the mean gradient of its minibatch, and r the number of
+    rounds so far. A machine sends d numbers a round.
 
     Attributes:
         decay: :math:`\delta`; the step of round r is :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, as are all others; a round's minibatch has period times batch_size samples.
+        loss: As for `AbstractMethod`, like all other attributes. A round's minibatch has period times batch_size
+            samples.
     """
 
     loss: Loss
@@ -61,12 +63,13 @@ class FederatedAveraging(AbstractMethod):
 
     .. math:: w_k \leftarrow w_k - \frac{\gamma}{1 + \delta r} g_j(w_k), \qquad w = \sum_k \frac{m_k}{n} w_k
 
-    Where machines' samples differ, it does not converge to the optimum unless steps decay. A machine sends d numbers a
-    round.
+    Machine k has :math:`m_k` of the n samples, :math:`g_j` is the mean gradient of minibatch j, and r is the number of
+    rounds so far. Where machines' samples differ, it does not converge to the optimum unless steps decay. A
+    machine sends d numbers a round.
 
     Attributes:
         decay: :math:`\delta`; steps of round r are :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, as are all others.
+        loss: As for `AbstractMethod`, like all other attributes.
 
     References:
         McMahan and others, Communication-Efficient Learning of Deep Networks from Decentralized Data, arXiv 1602.05629.
@@ -106,11 +109,13 @@ class Scaffold(AbstractMethod):
         w_k \leftarrow w_k - \gamma (g_j(w_k) - c_k + c), \qquad
         c_k \leftarrow c_k - c + \frac{w - w_k}{\tau \gamma}, \qquad c = \sum_k \frac{m_k}{n} c_k
 
-    The drift of machines vanishes; the noise of samples does not. A machine sends 2 d numbers a round.
+    Machine k has :math:`m_k` of the n samples, :math:`g_j` is the mean gradient of minibatch j, :math:`c_k` the control
+    variate of machine k, and :math:`\tau` the period. The drift of machines vanishes; the noise of samples does not. A
+    machine sends 2 d numbers a round.
 
     Attributes:
         decay: :math:`\delta`: steps of round r are :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, as are all others.
+        loss: As for `AbstractMethod`, like all other attributes.
 
     References:
         Karimireddy and others, SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, arXiv 1910.06378,

@@ -1,4 +1,4 @@
-"""Defines distributed SAGA."""
+"""Defines the method of distributed SAGA."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
@@ -18,8 +18,8 @@ from .method import AbstractMethod, Loss, check_method
 from .shards import real_rows
 from .step_size import lipschitz_step_size, smoothness, third_of_inverse
 
-# The weight of the change of a machine's sum since machines last synchronised, from its number of samples and that of
-# all machines.
+# The weight theta_k of the change of a machine's sum since machines last synchronised, from the number of its samples
+# and that of all samples.
 _CORRECTIONS = {
     "anchored": lambda size, num_samples: 1 / size,
     "own": lambda size, num_samples: jnp.ones_like(size) / num_samples,
@@ -81,7 +81,7 @@ class DistributedSaga(AbstractMethod):
             the step, not in table and sum. Steps can then be as long as the mean of L allows, not its maximum, which
             saves most epochs where samples differ in length. Needs a `LinearLoss` of known curvature.
         step_size: :math:`\gamma`; if None, 1 / (3 (max L_i + ridge)), and for "lipschitz" sampling
-            :math:`1 / (3 (\max_j L_j / (m_k p_j) + \lambda))`. That needs a `LinearLoss` of known curvature.
+            :math:`1 / (3 (\max_j L_j / (m_k p_j) + \lambda))`. Both defaults need a `LinearLoss` of known curvature.
         batch_size: Samples of one step, drawn with replacement, over whose differences the mean is taken.
         prox: A proximal operator, from parameters and the step's length to parameters, that is applied after each
             step, such as `soft_threshold` returns; none if None.
@@ -89,7 +89,7 @@ class DistributedSaga(AbstractMethod):
         mesh: As for `AbstractMethod`.
 
     Raises:
-        ValueError: If a number makes no sense, or correction or sampling is none of these.
+        ValueError: If a number makes no sense, or correction or sampling is none of the strings above.
 
     References:
         Calauzènes and Le Roux, Distributed SAGA: Maintaining linear convergence rate with limited communication, arXiv
@@ -132,8 +132,8 @@ class DistributedSaga(AbstractMethod):
     def begin(self, common, machine):
         gradients = gradients_of(self.loss, common.w, common.unravel)
         table = gradients.entries(common.w, machine.samples)
-        real = append_axes(real_rows(table.shape[0], machine.size), table)
-        message = gradients.total(jnp.where(real, table, 0), machine.samples)
+        is_sample = append_axes(real_rows(table.shape[0], machine.size), table)
+        message = gradients.total(jnp.where(is_sample, table, 0), machine.samples)
         local = {"table": table, "compensation": jnp.zeros_like(message)}
         if self.sampling == "lipschitz":
             params = common.unravel(common.w)
@@ -145,8 +145,8 @@ class DistributedSaga(AbstractMethod):
         weight = _CORRECTIONS[self.correction](size, common.num_samples)
         mean = machine.message / size if self.correction == "local" else common.message_sum / common.num_samples
         index, scale = self._draw(machine, key)
-        in_blocks = isinstance(self.loss, LinearLoss) and self.batch_size == 1 and self.prox is None
-        steps = self._blocked_steps if in_blocks else self._single_steps
+        use_blocks = isinstance(self.loss, LinearLoss) and self.batch_size == 1 and self.prox is None
+        steps = self._blocked_steps if use_blocks else self._single_steps
         w, sum_change, table = steps(common, machine, index, scale, mean, weight)
         message, compensation = compensated_add(machine.message, machine.local["compensation"], sum_change)
         # A machine that is not active may compute with garbage; steps do not change its table.
@@ -164,10 +164,10 @@ class DistributedSaga(AbstractMethod):
     def _probabilities(self, params, samples, size):
         """Returns the probabilities with which a machine's samples are drawn."""
         bounds = smoothness(self.loss, params, samples[0])
-        real = real_rows(bounds.size, size)
-        p = jnp.where(real, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
+        is_sample = real_rows(bounds.size, size)
+        p = jnp.where(is_sample, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
         # Uniform where all samples are zero.
-        p = jnp.where(jnp.sum(p) > 0, p, real.astype(p.dtype))
+        p = jnp.where(jnp.sum(p) > 0, p, is_sample.astype(p.dtype))
         return p / jnp.sum(p)
 
     def _draw(self, machine, key):
@@ -189,18 +189,20 @@ class DistributedSaga(AbstractMethod):
 
         def step(t, carry):
             w, sum_change, table = carry
-            chosen = index[t]
-            samples = jax.tree.map(lambda leaf: leaf[chosen], machine.samples)
-            old = table[chosen]
+            batch_index = index[t]
+            samples = jax.tree.map(lambda leaf: leaf[batch_index], machine.samples)
+            old = table[batch_index]
             new = jnp.where(machine.active, gradients.entries(w, samples), old)
             change = new - old
-            scaled = append_axes(scale[t].astype(change.dtype), change) * change
-            estimate = gradients.total(scaled, samples) / self.batch_size + mean + weight * sum_change + self.ridge * w
+            scaled_change = append_axes(scale[t].astype(change.dtype), change) * change
+            estimate = (
+                gradients.total(scaled_change, samples) / self.batch_size + mean + weight * sum_change + self.ridge * w
+            )
             w = w - common.step_size * estimate
             if self.prox is not None:
                 w = ravel_pytree(self.prox(common.unravel(w), common.step_size))[0]
-            once = jnp.where(append_axes(first_occurrences(chosen), change), change, 0)
-            return w, sum_change + gradients.total(once, samples), table.at[chosen].set(new)
+            first_change = jnp.where(append_axes(first_occurrences(batch_index), change), change, 0)
+            return w, sum_change + gradients.total(first_change, samples), table.at[batch_index].set(new)
 
         start = common.w, jnp.zeros_like(common.w), machine.local["table"]
         return jax.lax.fori_loop(0, self.period, step, start)
@@ -212,8 +214,8 @@ class DistributedSaga(AbstractMethod):
         def matrix(w):
             params = common.unravel(w)
             kernel = params["kernel"] if bias else params
-            by_class = jnp.atleast_2d(kernel.T)
-            return jnp.concatenate([by_class, params["bias"].reshape(-1, 1)], axis=1) if bias else by_class
+            rows = jnp.atleast_2d(kernel.T)
+            return jnp.concatenate([rows, params["bias"].reshape(-1, 1)], axis=1) if bias else rows
 
         def vector(matrix):
             params = common.unravel(common.w)

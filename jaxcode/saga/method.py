@@ -30,7 +30,7 @@ class AbstractMethod(abc.ABC):
     .. math:: F(w) = \frac{1}{n} \sum_{i=1}^n \phi_i(w) + \frac{\lambda}{2} \|w\|^2
 
     In a round, every active machine makes some steps from the same parameters, with samples of its own. Then machines
-    synchronise by one sum over all of them: of how far each one moved the parameters, and of its message. Machines are
+    synchronise by one sum over all of them: of each one's change of the parameters, and of its message. Machines are
     the leading axis of arrays on one device, or are spread over the devices of a mesh; a sum over its axis is then all
     that is communicated.
 
@@ -45,7 +45,7 @@ class AbstractMethod(abc.ABC):
         ridge: :math:`\lambda`.
         step_size: The length of every step; None if it is to follow from the data.
         batch_size: Samples in a step, drawn with replacement.
-        shard_sizes: The number of samples of each machine, which are consecutive; about equal ones if None.
+        shard_sizes: The number of samples of each machine, which gets consecutive ones; about equal numbers if None.
         mesh: The mesh over whose first axis machines are spread; None for one device.
     """
 
@@ -79,7 +79,7 @@ class AbstractMethod(abc.ABC):
             key: The machine's key of the round.
 
         Returns:
-            How far it moves the parameters, its new local state and its new message.
+            Its change of the parameters, its new local state and its new message.
         """
 
     @abc.abstractmethod
@@ -164,21 +164,21 @@ class AbstractMethod(abc.ABC):
                 given.
             callbacks: Called with the state and the record; if one returns a true value, the run ends.
             checkpoint: A folder. If it holds a checkpoint, the run resumes from it up to the same last round, bit for
-                bit as if it had not been interrupted, or returns it if it is already beyond; new checkpoints are
-                written there. A checkpoint that cannot be read is deleted with a warning, and the one before is used.
-                Samples are not stored. Needs `pip install 'jaxcode[train]'`.
+                bit as if it had not been interrupted, or returns it if it is of that round or a later one; new
+                checkpoints are written there. A checkpoint that cannot be read is deleted with a warning, and the one
+                before is used. Samples are not stored. Needs `pip install 'jaxcode[train]'`.
             progress: Whether to show a progress bar on standard error.
 
         Returns:
             The last state, and what was recorded.
 
         Raises:
-            DivergenceError: If a record finds parameters, or the objective where it is recorded, and at the end in any
-                case, not finite; or the objective more than a thousand times as large as that of the first
-                parameters and that of zeros. Take shorter steps.
-            ValueError: If a count is none, the state belongs to another method or number of machines, or the
-                checkpoint belongs to another method, loss or prox, to other settings or other samples, or none can be
-                read.
+            DivergenceError: If parameters are not finite at a record; or if the objective, which is compared where it
+                is recorded and at the end in any case, is not finite, or more than a thousand times as large as
+                both that of the first parameters and that of zeros. Take shorter steps.
+            ValueError: If num_rounds or every is no count, the state belongs to another method or number of machines,
+                or the checkpoint belongs to another method, loss or prox, to other settings or other samples, or none
+                can be read.
             ImportError: If checkpoint is given and orbax is not installed.
         """
         _check_state(self, state)
@@ -221,7 +221,7 @@ class AbstractMethod(abc.ABC):
 
 
 def check_method(method: AbstractMethod) -> None:
-    """Refuses settings that make no sense, where they are known, and makes them hashable.
+    """Checks a method's settings, unless they are traced, and makes them hashable.
 
     Raises:
         ValueError: If one makes no sense.
@@ -230,16 +230,16 @@ def check_method(method: AbstractMethod) -> None:
         check_count(name, getattr(method, name))
     if not callable(method.loss):
         raise ValueError(f"loss is {method.loss!r}; expected a function of parameters and one sample")
-    for name, least in (("ridge", "0 or more"), ("step_size", "above 0, or None"), ("decay", "0 or more")):
+    for name, expected in (("ridge", "0 or more"), ("step_size", "above 0, or None"), ("decay", "0 or more")):
         value = getattr(method, name, None)
         if value is None or static_value(value) is None:
             continue
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{name} is {value!r}; expected a number, {least}") from None
+            raise ValueError(f"{name} is {value!r}; expected a number, {expected}") from None
         if not (number >= 0 and np.isfinite(number)) or (name == "step_size" and number == 0):
-            raise ValueError(f"{name} is {value!r}; expected a number, {least}")
+            raise ValueError(f"{name} is {value!r}; expected a number, {expected}")
         # A Python number has no dtype that could be wider than the parameters'.
         object.__setattr__(method, name, number)
     if method.shard_sizes is not None:
@@ -296,9 +296,9 @@ def _check_machines(method, state):
 def _check_state(method, state):
     _check_machines(method, state)
     expected = local_shapes(method, state)
-    found, wanted = (jax.tree.map(np.shape, local) for local in (state.local, expected))
-    if found != wanted:
+    shapes, expected_shapes = (jax.tree.map(np.shape, local) for local in (state.local, expected))
+    if shapes != expected_shapes:
         raise ValueError(
-            f"state has local states of shapes {found}, but those of {type(method).__name__} have {wanted}; "
+            f"state has local states of shapes {shapes}, but those of {type(method).__name__} have {expected_shapes}; "
             "expected a state that began with this method's init"
         )

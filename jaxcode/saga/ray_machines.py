@@ -37,10 +37,10 @@ class NoMachines(RuntimeError):
 class RayMachines:
     """Runs each machine of a method in a Ray actor, a process with its own samples and table.
 
-    A round sends the parameters and the sum of messages to every machine, and receives how far each one moves the
-    parameters and its new message; samples stay where they are. A round goes on without machines that are late, dead,
-    or that send numbers that are not finite. The work of a late machine is discarded except for its table, of which its
-    next message tells the others. A machine that died, raised three times in succession or did not answer within the
+    A round sends the parameters and the sum of messages to every machine, and receives each one's change of
+    the parameters and its new message; samples stay where they are. A round goes on without machines that are late,
+    dead, or that send numbers that are not finite. The work of a late machine is discarded except for its table, whose
+    change its next message includes. A machine that died, raised three times in succession or did not answer within the
     time limit is restarted in the background, with a table of gradients at the current parameters.
 
     Without an address, and unless Ray already runs in this process, a cluster of this machine alone is started, which
@@ -97,7 +97,7 @@ class RayMachines:
         self._end_machines: Callable[[], None] = lambda: None
 
     def init(self, params: PyTree[Any], data: PyTree[Any]) -> State:
-        """Starts machines, as `AbstractMethod.init`; the state's data and tables are in them.
+        """Starts machines with their samples, as `AbstractMethod.init`; their tables are not in the state.
 
         Raises:
             NoMachines: If no machine could be started.
@@ -146,10 +146,10 @@ class RayMachines:
         if not moves:
             raise NoMachines(f"no machine did its part of round {number}: {self._reasons()}")
         active = sum(sizes[machine] for machine in moves)
-        moved = sum(moves[machine][0] * (sizes[machine] / active) for machine in sorted(moves))
-        params = unravel(w + jax.device_put(np.asarray(moved, w.dtype)))
-        following = jax.device_put(np.asarray(number + 1, np.int32))
-        return dataclasses.replace(state, params=params, round=following, **_fields_of(messages))
+        move = sum(moves[machine][0] * (sizes[machine] / active) for machine in sorted(moves))
+        params = unravel(w + jax.device_put(np.asarray(move, w.dtype)))
+        next_round = jax.device_put(np.asarray(number + 1, np.int32))
+        return dataclasses.replace(state, params=params, round=next_round, **_fields_of(messages))
 
     def run(
         self,
@@ -207,7 +207,7 @@ class RayMachines:
         self.close()
 
     def _wait_until(self, condition, end):
-        """Waits until a condition holds on the loop's thread, but not beyond that time; returns whether it holds."""
+        """Waits until a condition, tested on the loop's thread, holds or the end has come; returns whether it holds."""
         while True:
             self._changed.clear()
             if self._loop.ask(condition):
@@ -217,18 +217,20 @@ class RayMachines:
 
     def _reasons(self):
         states = self._supervisor.states()
-        late = {machine: "has not answered" for machine, state in enumerate(states) if state in ("starting", "busy")}
-        reasons = sorted({**late, **self._failures}.items())
+        late_machines = {
+            machine: "has not answered" for machine, state in enumerate(states) if state in ("starting", "busy")
+        }
+        reasons = sorted({**late_machines, **self._failures}.items())
         return "; ".join(f"machine {machine} {text}" for machine, text in reasons[:4])
 
     def _template(self, state):
-        """Returns the state with zeros for machines' local states."""
+        """Fills a state with zeros for machines' local states."""
         shapes = local_shapes(self.method, state)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         return dataclasses.replace(state, local=jax.device_put(zeros))
 
     def _collect(self, state):
-        """Returns the state with machines' local states, None if not all machines answer in time."""
+        """Collects machines' local states into a state; returns None if not all machines answer in time."""
         end, count = time.monotonic() + self._time_limit + self._start_limit, self.method.num_machines
         # If one dies, all are called again: it is restarted, with another message.
         while self._wait_until(lambda: len(self._supervisor.idle()) == count, end):
@@ -262,7 +264,7 @@ class RayMachines:
         return dataclasses.replace(state, local=(), **_fields_of(self._loop.ask(self._messages.copy)))
 
     def _prepare_machines(self, params, shards, step_size):
-        """Prepares a supervisor of actors, which is to be started."""
+        """Makes the machines' actors and their supervisor, without starting them."""
         shape = jax.eval_shape(_rounds.begin, self.method, params, shards, step_size)["messages"]
         # Messages are zero until machines have started. These and failures change on the loop's thread only.
         self._messages = np.zeros(shape.shape, shape.dtype)
@@ -272,11 +274,11 @@ class RayMachines:
         self._changed = threading.Event()
         # Parameters and step size at which machines start, replaced in every round.
         self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
-        problem = self.method, packed(params), shards.num_samples, self._around, x64_is_on()
+        shared_arguments = self.method, packed(params), shards.num_samples, self._around, x64_is_on()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
         def arguments(machine):
-            return machine, *problem, jax.tree.map(lambda leaf: leaf[machine], samples), sizes[machine]
+            return machine, *shared_arguments, jax.tree.map(lambda leaf: leaf[machine], samples), sizes[machine]
 
         machines = range(self.method.num_machines)
         actors = [RayActor(self._cluster, self._actor_class, functools.partial(arguments, m)) for m in machines]
@@ -300,7 +302,7 @@ class RayMachines:
         return self._call(self._supervisor.idle(), "work", lambda machine: arguments)
 
     def _call(self, slots, method, arguments=lambda machine: ()):
-        """Calls a method of idle actors with arguments by machine; returns where their answers will be."""
+        """Calls a method of idle actors with arguments by machine; returns the record of their answers."""
         answers = _Answers({slot.number for slot in slots})
         for slot in slots:
             submit = functools.partial(self._actors[slot.number].call, method, *arguments(slot.number))
@@ -333,12 +335,12 @@ class RayMachines:
 @final
 @dataclasses.dataclass
 class _Answers:
-    """Holds what actors return to a call; changes on the loop's thread only.
+    """Holds the answers of actors to a call; changes on the loop's thread only.
 
     Attributes:
         pending: Machines that may still answer.
-        values: What the others returned, a value and a message, by machine.
-        failures: What they raised, `WorkerDied` if they died, by machine.
+        values: The answers of the others, a value and a message each, by machine.
+        failures: The exceptions of those that failed, `WorkerDied` if they died, by machine.
     """
 
     pending: set[int]

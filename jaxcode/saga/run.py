@@ -39,10 +39,10 @@ class History:
 
 
 class DivergenceError(ArithmeticError):
-    """Reports that parameters or the objective are not finite, or that the objective is far above its start.
+    """Reports that parameters or the objective are not finite, or that the objective is far above its first value.
 
     Attributes:
-        history: What a run recorded until then, that of the last parameters included; a single round records nothing.
+        history: The records of the run, that of the last parameters included; not set where a single round diverges.
     """
 
     history: History
@@ -76,11 +76,11 @@ def run(
         checkpoint: See there.
         progress: See there.
         template: From a state to one with the shapes of all that is stored.
-        collect: From a state to one with all that is stored, or None if that cannot be had now.
+        collect: From a state to one with all that is stored, or None if it is not available.
         distribute: From a restored state to one that advance takes.
     """
     num_rounds, every = check_count("num_rounds", num_rounds, least=0), check_count("every", every)
-    start_time, first = time.monotonic(), _count(state)
+    start_time, first_round = time.monotonic(), _count(state)
     objective = _Objective(method, state)
     with contextlib.ExitStack() as stack:
         checkpoints = None
@@ -89,7 +89,7 @@ def run(
             restored = checkpoints.restore(template(state))
             state = state if restored is None else distribute(restored)
         bar = stack.enter_context(tqdm(total=num_rounds, desc="rounds", disable=not progress, file=sys.stderr))
-        bar.update(_count(state) - first)
+        bar.update(_count(state) - first_round)
         records = []
 
         def record(state, last):
@@ -107,22 +107,22 @@ def run(
                 raise error
             return records[-1]
 
-        done = _count(state) - first
-        record(state, last=done >= num_rounds)
-        while done < num_rounds:
-            count = min(every, num_rounds - done)
+        num_done = _count(state) - first_round
+        record(state, last=num_done >= num_rounds)
+        while num_done < num_rounds:
+            count = min(every, num_rounds - num_done)
             try:
                 state = advance(state, count)
             except DivergenceError as error:
                 error.history = _history(records)
                 raise
-            done = _count(state) - first
-            entry = record(state, last=done >= num_rounds)
+            num_done = _count(state) - first_round
+            entry = record(state, last=num_done >= num_rounds)
             stored = None if checkpoints is None else collect(state)
             if checkpoints is not None and stored is not None:
                 checkpoints.save(stored)
             bar.update(count)
-            bar.set_postfix(_shown(entry["values"]))
+            bar.set_postfix(_format_values(entry["values"]))
             # All callbacks are called, whatever the others return.
             if any([bool(callback(state, entry)) for callback in callbacks]):
                 break
@@ -143,7 +143,7 @@ class _Objective:
         return jax.device_get(self._method.objective(params, self._data))
 
     def divergence(self, params, value):
-        """Says what is wrong with parameters or their objective, None if nothing is."""
+        """Describes what is wrong with parameters or their objective; returns None if nothing is."""
         if not jax.device_get(_all_finite(params)):
             return "params are not finite"
         if value is None:
@@ -183,6 +183,6 @@ def _history(records):
     return History(**columns, values=values)
 
 
-def _shown(values):
-    named = values.items() if isinstance(values, Mapping) else [("objective", values)]
-    return {name: f"{float(value):.6g}" for name, value in named if np.ndim(value) == 0}
+def _format_values(values):
+    items = values.items() if isinstance(values, Mapping) else [("objective", values)]
+    return {name: f"{float(value):.6g}" for name, value in items if np.ndim(value) == 0}

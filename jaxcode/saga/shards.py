@@ -15,7 +15,7 @@ from ..checks import batch_size
 @final
 @pytree("num_samples", eq=False)
 class Shards:
-    """Holds the samples of K machines, each padded with its last sample to as many as the largest machine has.
+    """Holds the samples of K machines, each machine's padded with its last one to the number of the largest machine.
 
     Attributes:
         samples: Leaves (K, m, ...).
@@ -29,16 +29,16 @@ class Shards:
 
 
 def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> Shards:
-    """Divides samples, leaves (n, ...), into consecutive runs, one for each machine.
+    """Divides samples, leaves (n, ...), into consecutive parts, one for each machine.
 
     Raises:
         ValueError: If leading axes differ, or a machine would have no sample, or too many or few.
     """
     count = batch_size("data", data)
-    equal = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
+    equal_sizes = np.diff(np.arange(num_machines + 1) * count // num_machines).tolist()
     if sizes is None and num_machines > count:
         raise ValueError(f"num_machines is {num_machines} for {count} samples; expected at most as many")
-    sizes = list(equal if sizes is None else sizes)
+    sizes = list(equal_sizes if sizes is None else sizes)
     if len(sizes) != num_machines or sum(sizes) != count or min(sizes) < 1:
         raise ValueError(
             f"shard_sizes is {sizes} for {num_machines} machines and {count} samples; expected a number of at "

@@ -36,20 +36,20 @@ class SparseRows:
 
     @staticmethod
     def from_scipy(matrix: Any) -> "SparseRows":
-        """Converts a sparse matrix or array of SciPy; entries at one place are added up."""
+        """Converts a sparse matrix or array of SciPy; entries at the same position are added up."""
         rows = matrix.tocsr()
         if not rows.has_canonical_format:
             rows = rows.copy()
             rows.sum_duplicates()
         counts = np.diff(rows.indptr)
-        occupied = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
-        indices, values = np.zeros(occupied.shape, np.int32), np.zeros(occupied.shape, rows.dtype)
-        indices[occupied], values[occupied] = rows.indices, rows.data
+        has_entry = np.arange(max(1, counts.max(initial=0))) < counts[:, None]
+        indices, values = np.zeros(has_entry.shape, np.int32), np.zeros(has_entry.shape, rows.dtype)
+        indices[has_entry], values[has_entry] = rows.indices, rows.data
         return SparseRows(indices, values, rows.shape[1])
 
     @staticmethod
     def from_bcoo(matrix: Any) -> "SparseRows":
-        """Converts a `jax.experimental.sparse.BCOO` matrix, on the host; entries at one place are added up.
+        """Converts a `jax.experimental.sparse.BCOO` matrix, on the host; entries at the same position are added up.
 
         Raises:
             ValueError: If it is traced, or is no matrix whose entries are single numbers.
@@ -63,20 +63,20 @@ class SparseRows:
             )
         values, indices = np.asarray(matrix.data), np.asarray(matrix.indices)
         if matrix.n_batch:
-            of_row = np.broadcast_to(np.arange(matrix.shape[0])[:, None, None], indices.shape)
-            indices = np.concatenate([of_row, indices], axis=2).reshape(-1, 2)
+            row_numbers = np.broadcast_to(np.arange(matrix.shape[0])[:, None, None], indices.shape)
+            indices = np.concatenate([row_numbers, indices], axis=2).reshape(-1, 2)
             values = values.reshape(-1)
         # BCOO pads with entries outside of the matrix.
-        inside = np.all(indices < np.array(matrix.shape), axis=1)
-        rows, columns = indices[inside].T
+        valid = np.all(indices < np.array(matrix.shape), axis=1)
+        rows, columns = indices[valid].T
         # SciPy has no arrays of half-precision numbers.
-        values = values[inside] if values.dtype.itemsize > 2 else values[inside].astype(np.float32)
+        values = values[valid] if values.dtype.itemsize > 2 else values[valid].astype(np.float32)
         return SparseRows.from_scipy(scipy.sparse.coo_array((values, (rows, columns)), shape=matrix.shape))
 
 
 def is_foreign_sparse(x: Any) -> bool:
     """Returns whether x is a sparse array of SciPy or of `jax.experimental.sparse`."""
-    # Whoever has such an array has imported its module; importing it for everyone else takes a tenth of a second.
+    # Such an array exists only if its module is imported; an import just for this check takes a tenth of a second.
     module = sys.modules.get("jax.experimental.sparse")
     return scipy.sparse.issparse(x) or (module is not None and isinstance(x, module.JAXSparse))
 

@@ -1,4 +1,4 @@
-"""Defines what methods and their machines remember from round to round."""
+"""Defines the state of methods and of their machines between rounds."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class State:
 @final
 @pytree(eq=False)
 class Machine:
-    """Holds what one machine works with, or several machines with a leading axis.
+    """Holds the data of one machine in a round, or of several machines with a leading axis.
 
     Attributes:
         message: What it last sent to all others, shape (p,).
@@ -66,14 +66,14 @@ class Machine:
 @final
 @pytree("unravel", "num_samples", eq=False)
 class Common:
-    """Holds what all machines know when a round begins.
+    """Holds the data that all machines share when a round begins.
 
     Attributes:
         w: The parameters as one vector.
         message_sum: The sum of all machines' messages, shape (p,).
         step_size: The length of every step.
         round: The number of rounds so far.
-        unravel: From a vector to parameters.
+        unravel: From such a vector to parameters.
         num_samples: n.
     """
 

@@ -154,11 +154,11 @@ def _update(updates, state, index):
         state.compensation,
     )
 
-    def once(leaf, total):
+    def first_entries(leaf, total):
         return jnp.where(append_axes(first, leaf), leaf.astype(total.dtype), 0)
 
-    added, subtracted = (jax.tree.map(once, leaves, state.total) for leaves in (new, old))
-    change, error = two_sum(added, jax.tree.map(jnp.negative, subtracted))
+    new_entries, old_entries = (jax.tree.map(first_entries, leaves, state.total) for leaves in (new, old))
+    change, error = two_sum(new_entries, jax.tree.map(jnp.negative, old_entries))
     change, error = (jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), leaves) for leaves in (change, error))
     compensation = jax.tree.map(jnp.add, state.compensation, error)
     total, compensation = compensated_add(state.total, compensation, change)

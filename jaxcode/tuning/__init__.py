@@ -1,4 +1,4 @@
-"""Which code is best for a model: chosen by measurement on a sample of its inputs, or by moving worker nodes."""
+"""Chooses the code for a model by measurement on a sample of its inputs, or improves one by moving worker nodes."""
 
 from .losses import disagreement as disagreement
 from .losses import squared_error as squared_error

@@ -1,4 +1,4 @@
-"""What workers would answer to the groups of a sample, computed once for everything that is measured on them."""
+"""Computes workers' answers to the groups of a sample, once for all measurements."""
 
 import functools
 from typing import final
@@ -16,8 +16,8 @@ from ..linops import Dense, split
 from ..pipeline import encode, flatten_groups, pad, unflatten_groups
 from .smoothing import smoothing_of, with_smoothing
 
-# Combinations of inputs whose coefficients agree to so many decimals are one: coded inputs that differ by less get
-# answers that differ by rounding.
+# Combinations of inputs count as equal if their coefficients agree to this many decimals: coded inputs that differ by
+# less get answers that differ by rounding.
 _DECIMALS = 6
 
 
@@ -94,7 +94,7 @@ def _pull_back(fn, params, x, cotangents):
 
 @final
 class AnswerCache:
-    """Computes what workers answer to the groups of a sample, once for each combination of inputs.
+    """Computes workers' answers to the groups of a sample, once for each combination of inputs.
 
     What a worker computes is its row of the encoder's matrix applied to a group. Workers with equal rows, of one code
     or of several, give one answer; a row that is an input itself gives the model's answer to that input.
@@ -134,14 +134,16 @@ class AnswerCache:
         matrix = _encoder_matrix(code)
         rows = _rounded(matrix)
         _, first = np.unique(rows, axis=0, return_index=True)
-        known = np.array([self._num_groups_known(rows[n]) for n in first])
-        for start in np.unique(known[known < num_groups]):
-            workers = first[known == start]
+        counts = np.array([self._num_cached_groups(rows[n]) for n in first])
+        for start in np.unique(counts[counts < num_groups]):
+            workers = first[counts == start]
             answers = self._compute(code, matrix, workers, int(start), num_groups)
             for i, n in enumerate(workers):
                 self._append(rows[n], jax.tree.map(lambda leaf, i=i: leaf[i], answers))
-        of_workers = [jax.tree.map(lambda leaf: leaf[:num_groups], self._answers_of_row[row.tobytes()]) for row in rows]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *of_workers)
+        worker_answers = [
+            jax.tree.map(lambda leaf: leaf[:num_groups], self._answers_of_row[row.tobytes()]) for row in rows
+        ]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *worker_answers)
 
     def encoder_slope(self, code: AbstractCode, cotangents: PyTree[np.ndarray]) -> float:
         """Computes the derivative of a number with respect to the logarithm of the encoder's smoothing.
@@ -150,6 +152,9 @@ class AnswerCache:
             code: A code whose encoder has a smoothing above zero.
             cotangents: Derivatives of the number with respect to the answers of all workers to all groups, leaves
                 (N, groups, ...).
+
+        Returns:
+            The derivative.
 
         Raises:
             TypeError, ValueError, NotImplementedError: If the model has no derivatives.
@@ -160,7 +165,7 @@ class AnswerCache:
         worker = worker.reshape(-1)
 
         def sum_over_workers(leaf):
-            """Adds what concerns one answer, which all workers with equal rows give."""
+            """Sums the derivatives of workers with equal rows, which give one answer."""
             return np.stack([leaf[worker == i].sum(axis=0) for i in range(len(first))])
 
         x = jax.tree.map(jnp.asarray, self._x)
@@ -168,11 +173,11 @@ class AnswerCache:
             flatten_groups(encode(code, Dense(split(part[first].astype(np.float64))), x)) for part in (matrix, slopes)
         )
         cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
-        by_inputs = self._model.pull_back(jax.device_get(coded), cotangents)
-        products = jax.tree.map(lambda a, b: np.sum(np.float64(a) * b), by_inputs, jax.device_get(tangents))
+        input_cotangents = self._model.pull_back(jax.device_get(coded), cotangents)
+        products = jax.tree.map(lambda a, b: np.sum(np.float64(a) * b), input_cotangents, jax.device_get(tangents))
         return float(sum(jax.tree.leaves(products)))
 
-    def _num_groups_known(self, row: Float[np.ndarray, "data"]) -> int:
+    def _num_cached_groups(self, row: Float[np.ndarray, "data"]) -> int:
         answers = self._answers_of_row.get(row.tobytes())
         return 0 if answers is None else batch_size("answers", answers)
 

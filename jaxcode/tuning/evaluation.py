@@ -17,14 +17,14 @@ from ..pipeline import decode
 from .losses import Loss, disagreement, squared_error
 from .smoothing import smoothing_of, with_smoothing
 
-# Straggler sets that are decoded side by side.
+# Straggler sets that are decoded together.
 _MASKS_IN_A_BATCH = 32
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
-    """The losses of a code in one output space.
+    """Holds the losses of a code in one output space.
 
     Attributes:
         code: The code.
@@ -50,7 +50,7 @@ class Measurement:
         return (loss if np.isfinite(loss) else np.inf), (self.rmse if np.isfinite(self.rmse) else np.inf)
 
     def improves_on(self, other: "Measurement") -> bool:
-        """Whether the loss is smaller than another's by more than the standard error of the difference."""
+        """Returns whether the loss is smaller than another's by more than the standard error of the difference."""
         gain = other.losses - self.losses
         return bool(gain.mean() > standard_error(gain))
 
@@ -111,7 +111,7 @@ class Evaluator:
         """Differentiates the mean squared error.
 
         Args:
-            code: A code whose decoder has a smoothing above zero, or at least a smoothing.
+            code: A code whose decoder has a smoothing; the derivative is of use only where that is above zero.
             output: As for `measure`, with one space.
             answers: As for `measure`.
             targets: As for `measure`.
@@ -125,15 +125,15 @@ class Evaluator:
             smoothing = np.float64(smoothing_of(code, "decoder"))
             decoders, slopes, recovered = jax.device_get(_prepare_with_slopes(code, smoothing, self.masks))
         answers, targets = self._padded(answers, targets)
-        square, (by_decoders, by_answers) = _square_and_slopes(
+        square, (matrix_slopes, answer_slopes) = _square_and_slopes(
             code, decoders, recovered, answers, targets, self._mean, output, np.arange(self._num_groups) < num_groups
         )
-        by_smoothing = np.sum(np.float64(by_decoders) * slopes)
-        by_answers = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :num_groups], by_answers)
-        return float(square), float(by_smoothing), by_answers
+        smoothing_slope = np.sum(np.float64(matrix_slopes) * slopes)
+        answer_slopes = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :num_groups], answer_slopes)
+        return float(square), float(smoothing_slope), answer_slopes
 
     def _padded(self, *trees: PyTree[np.ndarray]) -> tuple[PyTree[np.ndarray], ...]:
-        """Pads the groups to the same number for all measurements, so that these are compiled once."""
+        """Pads groups to the same number for all measurements, which are then compiled once."""
 
         def pad_groups(leaf):
             return leaf[:, np.minimum(np.arange(self._num_groups), leaf.shape[1] - 1)]
@@ -147,7 +147,7 @@ def _prepare(code, masks):
 
     def prepare(returned):
         linop = code.decoder_linop(returned)
-        # Columns of absent workers are zero in the matrix, so that their rows need not be hidden set by set.
+        # Columns of absent workers are zero in the matrix, so that their answers need not be masked in each set.
         return _dense(linop.matrix()) if linop.mixes else linop
 
     return jax.vmap(prepare)(masks), jax.vmap(code.recovered)(masks)
@@ -185,15 +185,15 @@ def _measure(code, decoders, recovered, answers, targets, mean, loss, output):
         results = decode(code, decoder, answers, output)
 
         def fill_lost(result, mean):
-            lost = ~recovered.reshape(-1, *[1] * (result.ndim - 1))
+            is_lost = ~recovered.reshape(-1, *[1] * (result.ndim - 1))
             if jnp.issubdtype(result.dtype, jnp.inexact):
-                lost = lost | jnp.isnan(result)
-            return jnp.where(lost, jnp.broadcast_to(mean, result.shape), result)
+                is_lost = is_lost | jnp.isnan(result)
+            return jnp.where(is_lost, jnp.broadcast_to(mean, result.shape), result)
 
         filled = jax.tree.map(fill_lost, results, mean)
-        # Of a lost input, disagreement sees NaN, which is no class.
+        # Disagreement is given NaN for a lost input, which agrees with no class.
         losses = jax.vmap(loss, in_axes=1)(results if loss is disagreement else filled, targets)
         return losses, jax.vmap(squared_error, in_axes=1)(filled, targets)
 
-    # What derivatives need is computed again, set by set.
+    # Derivatives recompute the results of each set instead of storing them.
     return jax.lax.map(jax.checkpoint(measure), (decoders, recovered), batch_size=_MASKS_IN_A_BATCH)

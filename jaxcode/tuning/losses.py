@@ -1,4 +1,4 @@
-"""What tuning lowers: numbers that compare decoded results with the model's own answers."""
+"""Defines the losses that tuning lowers, which compare decoded results with the model's own answers."""
 
 import functools
 from collections.abc import Callable
@@ -22,6 +22,9 @@ def disagreement(results: Float[Array, "data classes"], targets: Float[Array, "d
         results: Decoded scores of the classes, shape (K, classes); the row of a lost input is NaN and disagrees.
         targets: The model's own, shape (K, classes).
 
+    Returns:
+        A number from 0 to 1.
+
     >>> float(disagreement(jnp.array([[0.1, 0.9], [0.6, 0.4]]), jnp.array([[0.0, 1.0], [0.0, 1.0]])))
     0.5
     """
@@ -35,15 +38,18 @@ def squared_error(results: PyTree[Array], targets: PyTree[Array]) -> Float[Array
         results: Decoded results, leaves (K, ...).
         targets: The model's own answers, leaves (K, ...).
 
+    Returns:
+        A number of at least 0.
+
     >>> float(squared_error(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1.0, 2.0], [3.0, 2.0]])))
     2.0
     """
 
-    def of_leaf(result, target):
+    def leaf_error(result, target):
         error = _widen(result) - _widen(target)
         return (jnp.sum(error**2) / result.shape[0]).astype(jnp.result_type(float))
 
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaf, results, targets)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_error, results, targets)))
 
 
 def _widen(leaf):

@@ -42,28 +42,28 @@ def optimise_nodes(
     r"""Moves beta by gradient, to lower the error that is expected under a straggler model.
 
     Without a model the expected posterior variance is lowered, that of an integrated Wiener process of scale 1 at
-    alpha given the answers that came,
+    alpha given the answers that returned,
 
     .. math::
         v_k = d^T K d - 2 d^T c + \mu |d|^2,
 
     with d the decoder's row for :math:`\alpha_k`, K and c the values of :math:`\kappa(s, t) = |s - t|^3 / 12` between
-    worker nodes, and between them and :math:`\alpha_k`. With a model and inputs, the mean squared error of the
-    decoded answers, through the model's own derivative. Nodes move as angles :math:`\arcsin \beta`, by Adam, under new
-    straggler sets at every step.
+    worker nodes, and between them and :math:`\alpha_k`, and :math:`\mu` the decoder's smoothing times the number of
+    answers. With a model and inputs, the mean squared error of the decoded answers, through the model's own derivative.
+    Nodes move as angles :math:`\arcsin \beta`, by Adam, under new straggler sets at every step.
 
     Args:
         code: The code to start from; its alpha and interpolants stay. Without f, its decoder is a `Spline`.
         stragglers: Which workers are late.
         f: A model as `jaxcode.coded` takes it, differentiable; none for the posterior variance.
-        x_sample: Inputs, leaves (B, ...), B at least K, in the order in which they are to be coded. Needed with f.
+        x_sample: Inputs, leaves (B, ...), B at least num_data, in the order in which they are coded. Needed with f.
         steps: How many steps.
         num_masks: Straggler sets drawn at every step.
         key: Random key of the straggler sets.
         progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The code with its worker nodes moved; the code given if that errs no more, on other straggler sets.
+        The code with its worker nodes moved, or the given code if its error on other straggler sets is no larger.
 
     Raises:
         ValueError: If arguments do not fit together, the code has no nodes, or worker nodes are not on [-1, 1].
@@ -86,8 +86,8 @@ def optimise_nodes(
     error = _posterior_variance if f is None else _decoding_error(f, x_sample, code)
 
     def expected_error(angles, masks):
-        moved = _with_workers(code, jnp.sort(jnp.sin(angles)))
-        return jnp.mean(jax.vmap(functools.partial(error, moved))(masks))
+        candidate = _with_workers(code, jnp.sort(jnp.sin(angles)))
+        return jnp.mean(jax.vmap(functools.partial(error, candidate))(masks))
 
     def draw(key, count):
         return jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))
@@ -98,24 +98,24 @@ def optimise_nodes(
     @jax.jit
     def step(angles, state, masks):
         value, gradient = jax.value_and_grad(expected_error)(angles, masks)
-        # Optax divides its counts of steps by floats, whatever promotion is allowed here.
+        # Optax divides step counts by floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
         return optax.apply_updates(angles, updates), state, value
 
-    draws, comparison = jax.random.split(key)
+    draw_key, comparison_key = jax.random.split(key)
     start = angles = jnp.asarray(np.arcsin(code.nodes.workers))
     state = optimizer.init(angles)
     for i in trange(steps, desc="moving nodes", unit="step", disable=not progress):
-        angles, state, _ = step(angles, state, draw(jax.random.fold_in(draws, i), num_masks))
+        angles, state, _ = step(angles, state, draw(jax.random.fold_in(draw_key, i), num_masks))
 
     def error_at(angles):
-        # By the step itself, which is compiled.
-        keys = jax.random.split(comparison, -(-_MASKS_TO_COMPARE // num_masks))
+        # The step, which is already compiled, returns the error too.
+        keys = jax.random.split(comparison_key, -(-_MASKS_TO_COMPARE // num_masks))
         return np.mean([float(step(angles, state, draw(key, num_masks))[2]) for key in keys])
 
-    before, after = error_at(start), error_at(angles)
-    if not after < before:
+    start_error, end_error = error_at(start), error_at(angles)
+    if not end_error < start_error:
         return code
     return _with_workers(code, np.sort(np.sin(np.asarray(angles, np.float64))))
 
@@ -130,9 +130,9 @@ def _check_code(code: AbstractCode, needs_smoothing: bool) -> None:
             f"code.decoder is {getattr(code, 'decoder', None)!r}, which has no posterior variance; expected "
             "jaxcode.interpolants.Spline, or f and x_sample, to lower the error of the decoded answers instead"
         )
-    farthest = np.max(np.abs(code.nodes.workers))  # pyright: ignore[reportOptionalMemberAccess]
-    if farthest > 1:
-        raise ValueError(f"code.nodes.workers reach {farthest}; expected nodes on [-1, 1]")
+    largest = np.max(np.abs(code.nodes.workers))  # pyright: ignore[reportOptionalMemberAccess]
+    if largest > 1:
+        raise ValueError(f"code.nodes.workers reach {largest}; expected nodes on [-1, 1]")
 
 
 def _with_workers(code: InterpolatingCode, workers: Float[Array | np.ndarray, "workers"]) -> InterpolatingCode:
@@ -152,8 +152,8 @@ def _decoding_error(f, x_sample, code):
     num_groups = batch_size("x_sample", x_sample) // code.num_data
     if not num_groups:
         raise ValueError(f"x_sample has fewer inputs than a group; expected at least num_data, {code.num_data}")
-    complete = jax.tree.map(lambda leaf: jnp.asarray(leaf[: num_groups * code.num_data]), x_sample)
-    x, _ = group(complete, code.num_data, None)
+    sample = jax.tree.map(lambda leaf: jnp.asarray(leaf[: num_groups * code.num_data]), x_sample)
+    x, _ = group(sample, code.num_data, None)
     targets = jax.jit(fn)(params, flatten_groups(x))
 
     def error(moved, returned):

@@ -1,4 +1,4 @@
-"""The result of tuning: the chosen code and all candidates, as a table and as a plot."""
+"""Reports the result of tuning: the chosen code and all candidates, as a table and as a plot."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ __all__ = ["Candidate", "Tuned"]
 @final
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One combination of code, order and output space, and its loss.
+    """Holds one combination of code, order and output space, and its loss.
 
     Attributes:
         layout: Name of the layout.
-        order: Name of the order in which a batch is cut into groups.
+        order: Name of the order in which a batch is grouped.
         code: The code.
         output: In which space answers are decoded.
         loss: Mean loss over straggler sets and groups of inputs.
@@ -46,7 +46,7 @@ class Candidate:
 @final
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """The code that `tune` chose, and the candidates that it chose from.
+    """Holds the code that `tune` chose, and the candidates that it chose from.
 
     Attributes:
         code: The code.
@@ -77,7 +77,7 @@ class Tuned:
         return coded(f, self.code, order=self.order, output=self.output)
 
     def table(self) -> str:
-        """Formats the candidates as text, one a line, under a heading."""
+        """Formats the candidates as text, one on each line, under a heading."""
         rows = [("layout", "order", "decodes", "smoothing", "loss", "RMSE", "groups")]
         for c in self.candidates:
             loss = f"{c.loss:.4f} ± {c.half_width:.4f}"

@@ -1,4 +1,4 @@
-"""The choice of code, order and output space for a model, measured on a sample of its inputs, without labels."""
+"""Chooses the code, order and output space for a model by measurement on a sample of its inputs, without labels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ from .trials import Option, Trial, select
 
 __all__ = ["standard_layouts", "standard_orders", "tune"]
 
-# Of the workers beyond one for each input, the shares that sit between inputs; the others hold second copies.
+# The shares of the N - K surplus workers whose nodes lie between data nodes; the others' repeat data nodes.
 _SHARES_BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -53,11 +53,11 @@ def tune(
     classifier's answers can be decoded. All of them decode under the same straggler sets, and are compared with what
     the model itself answers to the sample; no labels are needed.
 
-    The model runs once on what a worker computes, whatever the number of stragglers, and once for all candidates
-    that would have it compute the same. By successive halving, all candidates are measured on a quarter of the sample,
-    the better half of them on half of it, the better half of those on all of it. The best few are then tried with
-    smoothing of the decoder, on a grid and from there by the gradient of the squared error, and the best with smoothing
-    of the encoder too; that by gradient where the model has derivatives.
+    The model runs once on each coded input, whatever the number of straggler sets, and once for all candidates that
+    have the same coded inputs. By successive halving, all candidates are measured on a quarter of the sample, the
+    better half of them on half of it, the better half of those on all of it. The best few are then tried with smoothing
+    of the decoder, on a grid and from there by the gradient of the squared error, and the best with smoothing of the
+    encoder too; that by the gradient where the model has derivatives.
 
     Replication, and any other code whose workers compute the inputs themselves and mix nothing, is measured to the end.
     It is chosen unless another candidate loses less by more than the standard error of the difference. Smoothing has to
@@ -65,8 +65,9 @@ def tune(
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
-        x_sample: Inputs as they will come, leaves (B, ...), at least two groups of num_data. Batches as large as those
-            to come tell most: the longer a batch, the closer its neighbours. A few hundred inputs are enough.
+        x_sample: Inputs as they will come, leaves (B, ...), at least two groups of num_data. A sample as large as the
+            batches to come is best: the larger a batch, the closer its neighbours when it is ordered. A few hundred
+            inputs are enough.
         num_data: K, inputs coded together, at least 2.
         num_workers: N, at least 2.
         stragglers: Which workers are late, such as `jaxcode.stragglers.Uniform(5)`.
@@ -95,7 +96,7 @@ def tune(
         2402.04377): the two smoothings of the paper's code, tuned to the model.
 
     References:
-        Karnin, Koren and Somekh, ICML 2013, for successive halving. arXiv 2406.00300, section 5, tunes smoothing so.
+        Karnin, Koren and Somekh, ICML 2013, for successive halving; arXiv 2406.00300, section 5, for smoothing.
 
     >>> from jaxcode import stragglers
     >>> x = jnp.linspace(0.0, 3.0, 32)[:, None]
@@ -148,7 +149,7 @@ def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]
 
     Args:
         num_data: K, at least 2.
-        num_workers: N, at least 2; with fewer than K only the last of these kinds.
+        num_workers: N, at least 2; where it is less than K, only the last two layouts are made.
 
     Returns:
         Replication; for data nodes that are Chebyshev's and for uniform ones, worker nodes from repeated data nodes in
@@ -205,17 +206,17 @@ def _grouped(x, targets, order, num_data):
 
     tree = jax.tree.map(jnp.asarray, (x, targets))
     grouped, grouping = group(tree, num_data, None if order is None else order_of_inputs)
-    chosen = np.random.default_rng(0).permutation(grouping.size // num_data)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, chosen], grouped)
+    group_order = np.random.default_rng(0).permutation(grouping.size // num_data)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, group_order], grouped)
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:
-    """Returns the best trial if it improves on the best that only copies inputs, else the latter."""
+    """Chooses the best trial if it improves on the best of those that only copy inputs, else the latter."""
     copies = [trial for trial in ranked if trial.option.copies_only]
     if not copies:
         return ranked[0]
-    safe = min(copies, key=lambda trial: trial.rank)
-    return ranked[0] if ranked[0].measurement.improves_on(safe.measurement) else safe
+    best_copy = min(copies, key=lambda trial: trial.rank)
+    return ranked[0] if ranked[0].measurement.improves_on(best_copy.measurement) else best_copy
 
 
 def _candidate(trial: Trial) -> Candidate:

@@ -1,4 +1,4 @@
-"""The smoothings of a code, as numbers that can be tuned."""
+"""Reads and changes the smoothings of a code."""
 
 import dataclasses
 from typing import TypeVar
@@ -31,8 +31,11 @@ def with_smoothing(code: Code, **smoothings: ArrayLike) -> Code:
     Args:
         code: A code whose interpolants have them.
         **smoothings: By side, "encoder" or "decoder"; may be traced.
+
+    Returns:
+        The code with these smoothings.
     """
-    changed = {
+    interpolants = {
         side: dataclasses.replace(getattr(code, side), smoothing=smoothing) for side, smoothing in smoothings.items()
     }
-    return dataclasses.replace(code, **changed)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(code, **interpolants)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Candidates in competition: successive halving, then smoothing of the best."""
+"""Ranks candidates by successive halving, then tunes the smoothings of the best."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ _FINALISTS = 3
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Option:
-    """A layout in an order of the batch, to be measured.
+    """Holds a layout and an order of the batch, to be measured.
 
     Attributes:
         layout: The layout's name.
         order: The order's name.
         code: The code.
-        cache: What workers answer to the sample in that order.
+        cache: Workers' answers to the sample in that order.
     """
 
     layout: str
@@ -49,7 +49,7 @@ class Option:
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trial:
-    """An option and how well it did in the best of the output spaces.
+    """Holds an option and its measurement in the best of the output spaces.
 
     Attributes:
         option: The option.
@@ -85,7 +85,7 @@ def select(
         progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The trials from best to worst: those measured on all groups first, then by when they were dropped.
+        The trials from best to worst: those measured on all groups first, then the last dropped.
 
     References:
         Karnin, Koren and Somekh, Almost optimal exploration in multi-armed bandits, ICML 2013.
@@ -104,8 +104,8 @@ def select(
 
         trials = advance(options, lambda option: measure(evaluator, option, outputs, counts[0]))
         for count in counts[1:]:
-            kept, lost = _halve(trials)
-            dropped = lost + dropped
+            kept, newly_dropped = _halve(trials)
+            dropped = newly_dropped + dropped
             trials = advance(kept, functools.partial(_measure_again, evaluator, num_groups=count))
         trials.sort(key=lambda trial: trial.rank)
         finalists = [trial for trial in trials if smoothing_of(trial.option.code, "decoder") is not None][:_FINALISTS]
@@ -122,8 +122,8 @@ def smooth_decoder(evaluator: Evaluator, trial: Trial) -> Trial:
     Returns:
         The best trial; the one given unless the grid improves on it.
     """
-    tried = [_with_smoothing(evaluator, trial, decoder=smoothing) for smoothing in _grid(trial)]
-    best = min(tried, key=lambda trial: trial.rank)
+    candidates = [_with_smoothing(evaluator, trial, decoder=smoothing) for smoothing in _grid(trial)]
+    best = min(candidates, key=lambda trial: trial.rank)
     if not best.measurement.improves_on(trial.measurement):
         return trial
     return _descend(evaluator, best, ("decoder",))
@@ -141,11 +141,11 @@ def smooth_encoder(evaluator: Evaluator, trial: Trial) -> Trial:
         return trial
     best = trial
     for smoothing in _grid(trial):
-        tried = smooth_decoder(evaluator, _with_smoothing(evaluator, best, encoder=smoothing))
+        candidate = smooth_decoder(evaluator, _with_smoothing(evaluator, best, encoder=smoothing))
         # Each has to improve: the best of many would win on a small sample by chance.
-        if not tried.measurement.improves_on(best.measurement):
+        if not candidate.measurement.improves_on(best.measurement):
             break
-        best = tried
+        best = candidate
     return trial if best is trial else _descend(evaluator, best, ("encoder", "decoder"))
 
 
@@ -158,7 +158,7 @@ def _halve(trials):
     """Splits trials into those that stay, the better half and all that only copy, and those that are dropped."""
     trials = sorted(trials, key=lambda trial: trial.rank)
     count = max(_FINALISTS, -(-len(trials) // 2))
-    # What everything is compared with is measured on all groups; it never runs the model.
+    # Others are compared with trials that only copy, which stay to the end and do not run the model.
     stays = [i < count or trial.option.copies_only for i, trial in enumerate(trials)]
     kept = [trial for trial, stay in zip(trials, stays, strict=True) if stay]
     return kept, [trial for trial, stay in zip(trials, stays, strict=True) if not stay]
@@ -191,19 +191,19 @@ def _descend(evaluator, trial, sides):
         return dict(zip(smoothings, np.exp(logarithms), strict=True))
 
     def logarithm_and_slopes(logarithms):
-        """Returns the logarithm of the squared error, and its derivatives by the logarithms of the smoothings."""
+        """Computes the logarithm of the squared error, and its derivatives by the logarithms of the smoothings."""
         option = _change_smoothing(trial.option, **with_logarithms(logarithms))
-        square, by_decoder, by_answers = evaluator.squared_error_slopes(
+        square, decoder_slope, answer_slopes = evaluator.squared_error_slopes(
             option.code, output, *_answers_and_targets(option, num_groups)
         )
-        slopes = {"decoder": by_decoder}
+        slopes = {"decoder": decoder_slope}
         if "encoder" in smoothings:
-            slopes["encoder"] = option.cache.encoder_slope(option.code, by_answers)
+            slopes["encoder"] = option.cache.encoder_slope(option.code, answer_slopes)
         return np.log(square), np.nan_to_num([slopes[side] / square for side in smoothings])
 
     start = np.log(list(smoothings.values()))
     try:
-        found = optimize.minimize(
+        optimum = optimize.minimize(
             logarithm_and_slopes,
             start,
             jac=True,
@@ -213,8 +213,8 @@ def _descend(evaluator, trial, sides):
         )
     except NO_DERIVATIVES:
         return trial
-    moved = _with_smoothing(evaluator, trial, **with_logarithms(found.x))
-    return moved if moved.rank < trial.rank else trial
+    candidate = _with_smoothing(evaluator, trial, **with_logarithms(optimum.x))
+    return candidate if candidate.rank < trial.rank else trial
 
 
 def _answers_and_targets(option, num_groups):

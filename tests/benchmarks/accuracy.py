@@ -1,4 +1,4 @@
-"""How far every spline is from its oracle: `python -m tests.benchmarks.accuracy`.
+"""Measures how far every spline is from its oracle: `python -m tests.benchmarks.accuracy`.
 
 One row for each number of knots n and smoothing mu, the worst over Chebyshev and random knots, eleven masks and three
 kinds of data of the error (largest error over largest magnitude). The oracle is SciPy in float64 where SciPy is right
@@ -34,15 +34,15 @@ def main(argv=None):
                     leave=False,
                     unit="mask",
                 )
-                for mask, found in progress:
-                    for program, error in found.items():
+                for mask, errors_of_mask in progress:
+                    for program, error in errors_of_mask.items():
                         worst[program] = max(worst[program], (error, f"{layout}, {mask}"))
             oracle = "SciPy" if scipy_is_right(n, smoothing) else "60 digits"
             figures = "  ".join(f"{worst[program][0]:14.1e}" for program in PROGRAMS)
             print(f"{n:5d} {smoothing:7.0e}  {figures}   {oracle}", flush=True)
             missed += [(n, smoothing, p, *worst[p]) for p in PROGRAMS if not worst[p][0] <= bar(p)]
-    for n, smoothing, program, error, where in missed:
-        print(f"missed: {program} at n={n}, mu={smoothing:g}: {error:.1e} > {bar(program):.0e} ({where})")
+    for n, smoothing, program, error, case in missed:
+        print(f"missed: {program} at n={n}, mu={smoothing:g}: {error:.1e} > {bar(program):.0e} ({case})")
     if not missed:
         print("every error within its bar: 1e-9 in float64, 1e-5 in float32")
     return 1 if missed else 0

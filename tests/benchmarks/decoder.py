@@ -1,4 +1,4 @@
-"""The decoder for a fresh mask, beside other splines: `python -m tests.benchmarks.decoder`.
+"""Times the decoder for a fresh mask against other splines: `python -m tests.benchmarks.decoder`.
 
 What a server pays between the last answer and the first decoded result. The others are given the identity as data, at
 the knots that returned; interpax measures smoothing in its own units, which makes no difference to its time.
@@ -82,42 +82,42 @@ def one_large_mask(report):
 
 
 def cost_against_size(report):
-    """A fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
-    found: dict[str, dict[int, float]] = {}
+    """Times a fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
+    medians: dict[str, dict[int, float]] = {}
     memory = {}
     for n in progress(SIZES, "N"):
         t, points = nodes.chebyshev_second(n), nodes.chebyshev_first(n // 4)
         mask = np.random.default_rng(0).permutation(n) >= n // 4
         y = jnp.asarray(np.random.default_rng(1).normal(size=(n, COLUMNS)), jnp.float32)
-        wide = np.asarray(y, np.float64)
+        y_float64 = np.asarray(y, np.float64)
         ours = jax.jit(functools.partial(_fit, t, points))
-        lowered = ours.lower(y, jnp.asarray(mask)).compile()
-        memory[n] = lowered.memory_analysis().temp_size_in_bytes / n
+        compiled = ours.lower(y, jnp.asarray(mask)).compile()
+        memory[n] = compiled.memory_analysis().temp_size_in_bytes / n
         on_device, knots = jnp.asarray(mask), jnp.asarray(t[mask])
         contenders = {
             "jaxcode": functools.partial(ours, y, on_device),
-            "SciPy": functools.partial(scipy_values, t[mask], wide[mask], points, SMOOTHING),
-            "csaps": functools.partial(csaps_values, t[mask], wide[mask], points, 1 / (1 + SMOOTHING)),
+            "SciPy": functools.partial(scipy_values, t[mask], y_float64[mask], points, SMOOTHING),
+            "csaps": functools.partial(csaps_values, t[mask], y_float64[mask], points, 1 / (1 + SMOOTHING)),
             "interpax": functools.partial(jax.jit(interpax_values), knots, y[mask], points, 1 / (1 + SMOOTHING)),
         }
         for name, seconds in race(contenders, seconds=1.5).items():
-            found.setdefault(name, {})[n] = float(np.median(seconds))
-    ours = found["jaxcode"]
-    large = [n for n in SIZES if n >= 256]
+            medians.setdefault(name, {})[n] = float(np.median(seconds))
+    ours = medians["jaxcode"]
+    large_sizes = [n for n in SIZES if n >= 256]
     report.add(
         f"seconds ~ N^x from N=256 to 8192, {COLUMNS} columns: x",
-        np.polyfit(np.log(large), np.log([ours[n] for n in large]), 1)[0],
+        np.polyfit(np.log(large_sizes), np.log([ours[n] for n in large_sizes]), 1)[0],
         at_most=1.15,
     )
     report.add(
         "bytes of memory ~ N^x from N=256 to 8192: x",
-        np.polyfit(np.log(large), np.log([n * memory[n] for n in large]), 1)[0],
+        np.polyfit(np.log(large_sizes), np.log([n * memory[n] for n in large_sizes]), 1)[0],
         at_most=1.15,
     )
     report.add("  bytes per knot at N=8192", memory[8192])
-    for name, by_size in found.items():
+    for name, by_size in medians.items():
         report.add(f"  {name} at N=8192", by_size[8192] * 1e3, "ms")
-    report.series["seconds against N"] = found
+    report.series["seconds against N"] = medians
 
 
 def _fit(t, points, y, mask):

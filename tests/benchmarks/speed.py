@@ -1,6 +1,6 @@
-"""Every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
+"""Measures every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
 
-Runs the scripts beside it one after the other, each in a process of its own, whose contenders all have the same cores:
+Runs scripts of this folder one after the other, each in a process of its own, whose contenders all have the same cores:
 every one of the machine's but in `training`, or as many as `--cores` says. Writes their figures to `speed.json` and a
 plot of cost against size to `speed.png`. Exits with 1 where a bar is missed by more than noise: by the better quartile
 of the rounds, and again when its script is run once more, for a shared machine can be slow for many rounds on end.
@@ -42,9 +42,9 @@ def main(argv=None):
     if not reports:
         return 1
     (options.out / "speed.json").write_text(json.dumps(reports, indent=1))
-    about = next(iter(reports.values()))["machine"]
-    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in about.items()))
-    plot({k: v for report in reports.values() for k, v in report["series"].items()}, about, options.out / "speed.png")
+    machine = next(iter(reports.values()))["machine"]
+    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in machine.items()))
+    plot({k: v for report in reports.values() for k, v in report["series"].items()}, machine, options.out / "speed.png")
     print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
     for report in reports.values():
         for figure in report["figures"]:

@@ -1,4 +1,4 @@
-"""Timing contenders side by side, and figures with their bars."""
+"""Times contenders side by side, and reports figures with their bars."""
 
 import argparse
 import dataclasses
@@ -25,13 +25,13 @@ def race(
     rounds: int = 7,
     between: Callable[[], Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Times contenders in rounds, each in another order, so that what else the machine does meets them alike.
+    """Times contenders in rounds, each in another order, so that other load on the machine affects them alike.
 
     Args:
         contenders: Functions of nothing; each is run twice beforehand, and waited for until its result is ready.
-        seconds: Go on with rounds until so much time has passed.
-        rounds: At least so many rounds.
-        between: What is done before each call and not timed. Nothing if not given: they follow each other at once.
+        seconds: Rounds continue until this time has passed.
+        rounds: The least number of rounds.
+        between: Called before each call and not timed; calls follow each other immediately if not given.
 
     Returns:
         For each contender its seconds in every round.
@@ -43,7 +43,7 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names, rng, end = list(contenders), random.Random(0), time.perf_counter() + seconds
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
-        # What ran before leaves its mark on caches and on free memory.
+        # The state of caches and free memory depends on what ran before.
         rng.shuffle(names)
         for name in names:
             times[name].append(_time(contenders[name], repeats[name], between))
@@ -63,7 +63,7 @@ def _time(run, repeats, between):
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A measured number, its quartiles over rounds, and the bar it must keep to."""
+    """Holds a measured number, its quartiles over rounds, and the bar it must keep to."""
 
     what: str
     low: float
@@ -74,13 +74,13 @@ class Figure:
     at_most: float | None = None
 
     def missed(self) -> bool:
-        """Whether the bar is missed by more than noise: by the better quartile, too."""
+        """Returns whether the bar is missed by more than noise: by the better quartile, too."""
         if self.at_least is not None:
             return not self.high >= self.at_least
         return self.at_most is not None and not self.low <= self.at_most
 
     def verdict(self) -> str:
-        """The bar and how the median stands to it."""
+        """Formats the bar and how the median compares with it."""
         if self.at_least is None and self.at_most is None:
             return ""
         met = self.median >= self.at_least if self.at_least is not None else self.median <= (self.at_most or 0.0)
@@ -89,7 +89,7 @@ class Figure:
 
 
 class Report:
-    """The figures of one script: printed as they come, written as JSON at the end."""
+    """Collects the figures of one script: prints each one when it is added, and writes all as JSON at the end."""
 
     def __init__(self, title: str):
         self.title = title
@@ -111,7 +111,7 @@ class Report:
             self.add(f"  {name}", seconds * 1e3, "ms")
 
     def finish(self, path: Path | None) -> int:
-        """Writes the report where asked, and returns what the process should exit with: 1 if a bar is missed."""
+        """Writes the report to the path if one is given, and returns the exit code: 1 if a bar is missed."""
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             figures = [dataclasses.asdict(f) | {"missed": f.missed()} for f in self.figures]
@@ -125,7 +125,7 @@ def _number(value):
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describes the machine that the figures were measured on."""
     return {
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
@@ -144,12 +144,12 @@ def _processor():
 
 
 def progress(items, what: str):
-    """A progress bar that leaves nothing behind in the table."""
+    """Makes a progress bar that leaves nothing behind in the table."""
     return tqdm(items, desc=what, leave=False, disable=None)
 
 
 def run_script(measure: Callable[[Report], None], description: str, cores: int | None = None) -> int:
-    """What each script does when it is run: measures, prints, and writes JSON with `--json`.
+    """Runs one script: measures, prints, and writes JSON with `--json`.
 
     With `--cores`, by default as many as `cores` says, all contenders are bound to some of the machine's cores.
     """
@@ -160,12 +160,12 @@ def run_script(measure: Callable[[Report], None], description: str, cores: int |
     if not hasattr(os, "sched_setaffinity"):
         if options.cores is not None:
             parser.error("--cores needs Linux")
-    elif wanted := options.cores if options.cores is not None else cores:
+    elif num_cores := options.cores if options.cores is not None else cores:
         available = sorted(os.sched_getaffinity(0))
-        if not 1 <= wanted <= len(available):
-            parser.error(f"--cores is {wanted}; this machine offers {len(available)}")
+        if not 1 <= num_cores <= len(available):
+            parser.error(f"--cores is {num_cores}; this machine offers {len(available)}")
         # Threads are made with the first computation.
-        os.sched_setaffinity(0, available[:wanted])
+        os.sched_setaffinity(0, available[:num_cores])
     report = Report(description.splitlines()[0].split(":")[0])
     measure(report)
     return report.finish(options.json)

@@ -1,6 +1,6 @@
-"""Encoders and decoders applied to wide data, beside a plain matrix product: `python -m tests.benchmarks.wide`.
+"""Times encoders and decoders of wide data against a plain matrix product: `python -m tests.benchmarks.wide`.
 
-Also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/interpolants/spline/linop.py`.
+Measures also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/interpolants/spline/linop.py`.
 """
 
 import functools
@@ -28,7 +28,7 @@ def measure(report: Report):
 
 
 def images(report, dtype):
-    """20 images of 224 x 224 x 3 to 60 workers and back, a third of whom did not return."""
+    """Times 20 images of 224 x 224 x 3 to 60 workers and back, a third of whom did not return."""
     num_data, num_workers = 20, 60
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def images(report, dtype):
 
 
 def many_workers(report):
-    """Blocks against one matrix where there are many knots."""
+    """Times blocks against one matrix where there are many knots."""
     num_data, num_workers, features = 1024, 4096, 4096
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
     rng = np.random.default_rng(0)
@@ -91,9 +91,9 @@ def many_workers(report):
 
 
 def matrix_or_blocks(report):
-    """Decoding wide data from a fresh mask in either form, K = N / 3."""
+    """Times the decoding of wide data from a fresh mask in either form, K = N / 3."""
     columns = 65_536
-    found: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
+    medians: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
     limit = linop.MOST_IN_ONE_MATRIX
     for n in progress((96, 192, 288, 384, 480, 768, 1152), "N"):
         code = SplineCode.chebyshev(n // 3, n, decoder_smoothing=SMOOTHING)
@@ -108,17 +108,19 @@ def matrix_or_blocks(report):
                 linop.MOST_IN_ONE_MATRIX = limit
             contenders[form] = functools.partial(decode, y, mask)
         for form, seconds in race(contenders, seconds=1).items():
-            found[form][n + n // 3] = float(np.median(seconds))
-    for size in found["blocks"]:
+            medians[form][n + n // 3] = float(np.median(seconds))
+    for size in medians["blocks"]:
         chosen, other = ("one matrix", "blocks") if size <= limit else ("blocks", "one matrix")
-        report.add(f"n + p = {size}, {columns} columns: {chosen} / {other}", found[chosen][size] / found[other][size])
-    report.series["seconds against n + p"] = found
+        report.add(
+            f"n + p = {size}, {columns} columns: {chosen} / {other}", medians[chosen][size] / medians[other][size]
+        )
+    report.series["seconds against n + p"] = medians
 
 
 def _memory(compiled, *args):
-    found = compiled.lower(*args).compile().memory_analysis()
-    needed = found.argument_size_in_bytes + found.output_size_in_bytes
-    return (needed + found.temp_size_in_bytes) / needed
+    analysis = compiled.lower(*args).compile().memory_analysis()
+    input_and_output = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return (input_and_output + analysis.temp_size_in_bytes) / input_and_output
 
 
 if __name__ == "__main__":
