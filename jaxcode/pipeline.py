@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, final
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,11 +125,15 @@ def encode(
 
     Raises:
         ValueError: If a dtype cannot be mixed.
+        AssertionError: If the code's encoder does not give N coded inputs.
     """
     if plans is None:
         encoder = code.encoder_linop() if encoder is None else encoder
-        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
-    return jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
+        coded = apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
+    else:
+        coded = jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
+    chex.assert_tree_shape_prefix(coded, (code.num_workers,))
+    return coded
 
 
 def decode(
@@ -154,6 +159,7 @@ def decode(
 
     Raises:
         ValueError: If a dtype cannot be mixed.
+        AssertionError: If the code's decoder does not give K results.
     """
     answers = output.of_answers(answers)
     if plans is None:
@@ -164,6 +170,7 @@ def decode(
     else:
         assert returned is not None
         results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
+    chex.assert_tree_shape_prefix(results, (code.num_data,))
     return output.to_results(results)
 
 
