@@ -54,10 +54,9 @@ def coded(
         code: How inputs become coded inputs and answers become results.
         order: In which order the batch is cut into groups: a function from (x, K) to a permutation of the batch, traced
             with the rest; no derivatives pass through it. `jaxcode.ordering.greedy` puts similar inputs next to each
-            other, which with a code that mixes inputs is where most of the accuracy is. Results come in the order of
-            the batch all the same.
+            other; with a code that mixes inputs, most of the accuracy is due to it. Results keep the batch's order.
         output: In which space answers are decoded; `jaxcode.outputs.logits` for a model that returns probabilities.
-            Results are what the model returns all the same.
+            Results are in the space of what the model returns.
         defence: Detects wrong answers: `jaxcode.robust.leave_one_out` flags faulty workers by their answers to the
             whole batch, and these are treated as if they had not returned. If None, all workers are trusted.
         planner: Plans each group: a function, traced, from (code, group of inputs) to the `Plan` with which the group

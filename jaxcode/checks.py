@@ -1,4 +1,4 @@
-"""Checks arguments: their shapes and dtypes always, their values where the host knows them.
+"""Checks arguments: their shapes and dtypes always, their values where they are static.
 
 Every `check_` function takes the name and the value of an argument. It raises a `ValueError` that names the argument,
 its value, what was expected and the remedy.
@@ -75,7 +75,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 def check_scalar(
     name: str, value: Any, valid: Callable[[np.ndarray], Any], expected: str, *, integer: bool = False
 ) -> None:
-    """Checks that a value, which may be traced, is one real number, and a valid one where the host knows it.
+    """Checks that a value, which may be traced, is one real number, and a valid one where it is static.
 
     Args:
         name: Name of the argument.

@@ -1,4 +1,4 @@
-"""Pure functions of parameters and a batch, made from callables, nnx modules and linen modules."""
+"""Makes pure functions of parameters and a batch from callables, nnx modules and linen modules."""
 
 import dataclasses
 import functools

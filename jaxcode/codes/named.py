@@ -185,7 +185,7 @@ def BSplineCode(nodes: Nodes, encoder: AbstractInterpolant = Berrut()):  # noqa:
     return InterpolatingCode(nodes, encoder, NotAKnot())
 
 
-# Doctests of objects that are neither functions nor classes are only found here.
+# doctest finds the docstrings of objects that are neither functions nor classes only by this dictionary.
 __test__ = {
     "SplineCode": SplineCode.__doc__,
     "BerrutCode": BerrutCode.__doc__,

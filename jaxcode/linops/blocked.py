@@ -90,7 +90,9 @@ class Blocked(AbstractLinop):
         return self.product(rows), True
 
     def amplification(self) -> Float[Array, ""]:
-        """Bounds the amplification by a block's rows and states, with states as large as unit noise in all rows makes them.
+        """Bounds the amplification by each block's rows and states.
+
+        States count by their standard deviations when every row of data is unit noise.
 
         Returns:
             The largest bound over all results.

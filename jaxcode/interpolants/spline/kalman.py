@@ -1,14 +1,14 @@
 r"""The natural cubic smoothing spline as the smoothed state of an integrated Wiener process.
 
-The minimiser of :math:`\sum_i w_i (g(t_i) - y_i)^2 + \mu \int g''^2` is the posterior mean of a process with :math:`g''
-=` white noise, observed with noise of variance :math:`\mu / w_i`, with a flat prior on its value and slope (Wahba
-1978). One Kalman filter runs over the sequence of knots and points from the left, one from the right, and at a point
-their two estimates of (value, slope) are combined, each with its covariance (Fraser and Potter 1969).
+The minimiser of :math:`\sum_i w_i (g(t_i) - y_i)^2 + \mu \int g''^2` is the posterior mean of a process whose
+:math:`g''` is white noise, observed with noise of variance :math:`\mu / w_i`, with a flat prior on its value and slope
+(Wahba 1978). One Kalman filter runs over the sequence of knots and points from the left, one from the right, and at a
+point their two estimates of (value, slope) are combined, each with its covariance (Fraser and Potter 1969).
 
-A filter carries the covariance P of its estimate x as :math:`(p_{11}, p_{12}, p_{22}, \delta, q)` with :math:`P = p /
-q` and :math:`\det P = \delta / q`, up to a common factor. So infinite variances, of which there are two before the
-first site and one before the second, are represented by q = 0 without a limit. Both steps of the filter are linear in
-them, and no coefficient is below zero. Over a gap h
+A filter carries the covariance P of its estimate x as five numbers :math:`(p_{11}, p_{12}, p_{22}, \delta, q)` with
+:math:`P = p / q` and :math:`\det P = \delta / q`, up to a common factor. So infinite variances, of which there are two
+before the first site and one before the second, are represented by q = 0 without a limit. Both steps of the filter are
+linear in the five numbers, and no coefficient is below zero. Over a gap h they become
 
 .. math::
     p_{11} + 2 h p_{12} + h^2 p_{22} + \tfrac{h^3}{3} q, \quad p_{12} + h p_{22} + \tfrac{h^2}{2} q, \quad
@@ -19,9 +19,9 @@ and through an observation of weight w
 .. math::
     \mu p_{11}, \quad \mu p_{12}, \quad w \delta + \mu p_{22}, \quad \mu \delta, \quad w p_{11} + \mu q.
 
-The estimate is carried, with the same factor, as :math:`a = q x` for what is certain and as :math:`b = (p_{22} x_1 -
-p_{12} x_2, \; p_{12} x_1 - p_{11} x_2)` for what is not: two sites close together determine a slope that is large and
-uncertain, on which b does not depend. Over a gap
+The estimate is carried, with the same factor, as :math:`a = q x` for what is certain and as
+:math:`b = (p_{22} x_1 - p_{12} x_2, \; p_{12} x_1 - p_{11} x_2)` for what is not: two sites close together determine a
+slope that is large and uncertain, on which b does not depend. Over a gap
 
 .. math::
     a_1 + h a_2, \quad a_2, \quad b_1 + h a_1 + \tfrac{h^2}{2} a_2, \quad
