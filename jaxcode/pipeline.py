@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._pytree import pytree
 from .checks import batch_size
 from .codes import AbstractCode, Plan
+from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
 from .linops.abstract import prepare_eagerly, transfers_allowed
 from .ordering import Ordering
@@ -166,6 +167,8 @@ def decode(
         if decoder is None:
             assert returned is not None
             decoder = code.decoder_linop(returned)
+        if decoder.mixes:
+            check_answers(answers, code.num_workers)
         results = apply_to_tree("f's result", decoder, answers, code.num_workers, precisely=False, one_pass=one_pass)
     else:
         assert returned is not None

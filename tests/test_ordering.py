@@ -397,7 +397,7 @@ def test_derivatives_with_an_order():
 
 
 def test_pytrees_with_any_function_as_order():
-    x = {"a": jnp.asarray(normal(7, 2)), "b": jnp.arange(7)}
+    x = {"a": jnp.asarray(normal(7, 2)), "b": jnp.arange(7.0)}
     predict = coded(
         lambda x: {"sum": x["a"].sum(axis=1) + x["b"]}, CODE, order=lambda x, num_data: jnp.argsort(-x["b"])
     )

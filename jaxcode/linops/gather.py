@@ -42,6 +42,7 @@ class Gather(AbstractLinop):
 
     def matrix(self) -> Float[Array, "results rows"]:
         with transfers_allowed():
-            chosen = jnp.asarray(self.index)[:, None] == jnp.arange(self.num_rows)[None]
+            index = jnp.asarray(self.index)
+            chosen = index[:, None] == jnp.arange(self.num_rows, dtype=index.dtype)[None]
             entries = chosen.astype(jnp.result_type(float))
             return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)

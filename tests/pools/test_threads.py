@@ -244,7 +244,7 @@ def test_what_makes_no_sense_is_refused(pool, unchecked):
         (lambda: pools.ThreadPool(jnp.sin, devices=[]), "devices is empty"),
         (lambda: pools.ThreadPool("sin", 2), "expected a callable"),
         (lambda: pools.ThreadPool(lambda x: x.sum(), 2, example=BATCH[0]), "expected the batch as its leading axis"),
-        (lambda: pools.ThreadPool(lambda x: x.argmax(-1), 2, example=BATCH[0]), "logits, not classes"),
+        (lambda: pools.ThreadPool(lambda x: 1j * x, 2, example=BATCH[0]), "expected real numbers"),
         (lambda: pools.ThreadPool(lambda x: {}, 2, example=BATCH[0]), "expected at least one array"),
         (lambda: pools.ThreadPool(lambda x: 1.0, 2, example=BATCH[0]), "expected the batch as its leading axis"),
     ):
