@@ -119,7 +119,7 @@ def encode(
 
     Args:
         code: The code.
-        encoder: Its encoder, prepared if None; not read with plans, each of which may change it.
+        encoder: Its encoder, or some rows of it; prepared if None. Not read with plans, each of which may change it.
         grouped: The inputs.
         plans: The plans of all groups, from `make_plans`.
         one_pass: As for `decode`.
@@ -128,8 +128,10 @@ def encode(
         ValueError: If a dtype cannot be mixed.
         AssertionError: If the code's encoder does not give N coded inputs.
     """
+    if plans is None and encoder is not None:
+        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
     if plans is None:
-        encoder = code.encoder_linop() if encoder is None else encoder
+        encoder = code.encoder_linop()
         coded = apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
     else:
         coded = jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)

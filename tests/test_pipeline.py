@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcode import SplineCode, outputs, pipeline
+from jaxcode import InterpolatingCode, SplineCode, outputs, pipeline
 
 CODE = SplineCode.systematic(5, 12)
 
@@ -24,11 +24,13 @@ def test_consecutive_inputs_are_in_one_group():
     np.testing.assert_array_equal(grouped, [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]])
 
 
-def test_operators_of_another_size_are_refused():
-    """A code of somebody's own may prepare an operator that does not go with its numbers."""
-    smaller = SplineCode.systematic(5, 11)
-    with pytest.raises(AssertionError, match="12"):
-        pipeline.encode(CODE, smaller.encoder_linop(), jnp.ones((5, 2, 3)))
+def test_operators_of_another_size_are_refused(monkeypatch):
+    """A user's own code may prepare an operator that does not fit its numbers of inputs and workers."""
+    smaller = SplineCode.systematic(5, 11).encoder_linop()
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpolatingCode, "encoder_linop", lambda self, plan=None: smaller)
+        with pytest.raises(AssertionError, match="12"):
+            pipeline.encode(CODE, None, jnp.ones((5, 2, 3)))
     fewer = SplineCode.systematic(4, 12).decoder_linop(np.ones(12, bool))
     with pytest.raises(AssertionError, match="5"):
         pipeline.decode(CODE, fewer, jnp.ones((12, 2, 3)), outputs.as_returned)

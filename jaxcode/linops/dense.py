@@ -71,6 +71,9 @@ def matmul(matrix: Array, rows: Rows) -> Results:
     """Multiplies at the highest precision: in float64, or accumulated in float32 for narrower rows."""
     # Float64 is not requested by name: batched with x64 off, the name would be taken for float32.
     narrow = jnp.finfo(rows.dtype).bits < 32
+    if narrow:
+        # Fused with what computes the matrix, some products of narrow numbers are refused by jaxlib 0.12 on CPUs.
+        matrix = jax.lax.optimization_barrier(matrix)
     return jax.lax.dot(
         matrix,
         rows,
