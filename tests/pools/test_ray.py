@@ -123,7 +123,7 @@ def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
 @pytest.mark.long
 def test_what_never_answers_is_replaced(tmp_path, pool):
     faults = FileFaults(tmp_path)
-    with pools.RayPool(jnp.sin, 2, around=faults, stuck_after=1.0, progress=False) as two:
+    with pools.RayPool(jnp.sin, 2, example=BATCH[0], around=faults, stuck_after=5.0, progress=False) as two:
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
         stuck = faults.pid(1)
         faults.tell("wait 1000", 1)
