@@ -240,7 +240,5 @@ def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     if setting.defence is not None:
         detection = setting.defence(code, setting.output.of_answers(answers), returned)
         returned = detection.trusted
-    if decoder is None and plans is None:
-        decoder = code.decoder_linop(returned)
     results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.spread)
     return ungroup(results, grouping), detection
