@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._float64 import x64_is_on
 from ._pytree import pytree
 from ._sharding import with_auto_axes
-from .checks import check_mask, is_static, static_value
+from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
 from .ordering import Ordering
@@ -168,7 +168,7 @@ class Coded:
 
         Args:
             x: The batch, leaves (B, ...). With a code that mixes inputs, one that is NaN or infinite makes the results
-                of its whole group NaN.
+                of its whole group NaN; of those in NumPy arrays a `RuntimeWarning` tells which they are.
             returned: Which workers returned, bool (N,); all if not given.
 
         Returns:
@@ -202,6 +202,7 @@ class Coded:
         if returned is None:
             returned = np.ones(num_workers, bool)
         check_mask("returned", returned, num_workers)
+        warn_not_finite("x", x, lambda: self.code.encoder_linop().mixes)
         # A copy: what is dispatched may run after the caller has changed the array.
         mask = static_value(returned)
         if mask is None:

@@ -5,6 +5,7 @@ its value, what was expected and the remedy.
 """
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -224,6 +225,52 @@ def batch_size(name: str, tree: Any) -> int:
             "of the same length in all and at least 1"
         )
     return sizes.pop()
+
+
+def finite_inputs(x: Any, size: int) -> np.ndarray:
+    """Returns which inputs of a batch have finite numbers only, bool (size,); only NumPy leaves are read."""
+    finite = np.ones(size, bool)
+    for leaf in jax.tree.leaves(x):
+        if isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            # A sum is several times faster than looking at every number, and finite for nearly all batches.
+            with np.errstate(over="ignore", invalid="ignore"):
+                is_sum_finite = np.isfinite(leaf.sum())
+            if not is_sum_finite:
+                finite &= np.isfinite(leaf).reshape(size, -1).all(axis=1)
+    return finite
+
+
+def warn_not_finite(name: str, x: Any, mixes: Callable[[], bool], *, stacklevel: int = 3) -> None:
+    """Warns of inputs with a NaN or an infinite number, which spoil those they are mixed with; reads NumPy leaves only.
+
+    Args:
+        name: Name of the batch.
+        x: The batch, leaves (B, ...).
+        mixes: Whether the code mixes inputs; called only if there are such inputs.
+        stacklevel: As for `warnings.warn`, called from here.
+    """
+    leading_axes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    if len(leading_axes) != 1 or () in leading_axes:
+        return  # is an error where the batch is used
+    finite = finite_inputs(x, *leading_axes.pop())
+    if not finite.all() and mixes():
+        warnings.warn(
+            f"{name} has a NaN or an infinite number in inputs {list_indices(~finite)} of {len(finite)}: the results "
+            "of all inputs that are encoded together with one of these are NaN; remove them first, or use "
+            "jaxcode.CodedServer, which leaves them out",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def list_indices(mask: np.ndarray) -> str:
+    """Lists the indices at which a mask is True, at most twenty of them.
+
+    >>> list_indices(np.array([False, True, True]))
+    '1, 2'
+    """
+    indices = np.flatnonzero(mask)
+    return ", ".join(map(str, indices[:20])) + (", ..." if len(indices) > 20 else "")
 
 
 def _dtype(value):

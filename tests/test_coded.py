@@ -1,4 +1,5 @@
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,22 @@ def test_an_input_that_is_nan_spoils_its_group_where_inputs_are_mixed():
         np.testing.assert_array_equal(spoilt[name], np.arange(2 * K) >= K)
     for name in ("replication", "uncoded", "outside"):
         np.testing.assert_array_equal(spoilt[name], np.arange(2 * K) == K + 1)
+
+
+def test_inputs_of_a_numpy_batch_that_are_not_finite_are_named_where_they_are_mixed():
+    x = normal(2 * K, 2)
+    x[K + 1, 0], x[0] = np.nan, np.inf
+    with pytest.warns(RuntimeWarning, match=rf"x has a NaN or an infinite number in inputs 0, {K + 1} of {2 * K}"):
+        coded(curve, SPLINE)(x)
+    with pytest.warns(RuntimeWarning, match=f"inputs 0 of {K}"):
+        SPLINE.encode({"a": x[:K], "b": np.full(K, 3e38, np.float32)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("replication", "uncoded", "outside"):
+            coded(curve, CODES[name])(x)
+            CODES[name].encode(x[:K])
+        coded(curve, SPLINE)(np.full((K, 2), 3e38, np.float32))
+        coded(curve, SPLINE)(jnp.asarray(x))
 
 
 # ---- transformations ---------------------------------------------------------------------------------------

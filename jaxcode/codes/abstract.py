@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._sharding import with_auto_axes
+from ..checks import warn_not_finite
 from ..linops import AbstractLinop, apply_to_tree
 from ..nodes import Nodes
 from .plan import Plan
@@ -131,7 +132,8 @@ class AbstractCode(abc.ABC):
 
         Args:
             x: Leaves of shape (K, ...). Real numbers where the code mixes inputs (unsigned bytes become float32): a
-                NaN makes that feature NaN in every coded input. Of any dtype where it does not.
+                NaN makes that feature NaN in every coded input, of which a `RuntimeWarning` tells if it is a NumPy
+                array. Of any dtype where it does not.
             plan: The plan of these inputs; None for codes and uses that need none.
 
         Returns:
@@ -142,7 +144,9 @@ class AbstractCode(abc.ABC):
         """
 
         def encode(x):
-            return apply_to_tree("x", self.encoder_linop(plan), x, self.num_data)
+            linop = self.encoder_linop(plan)
+            warn_not_finite("x", x, lambda: linop.mixes, stacklevel=5)
+            return apply_to_tree("x", linop, x, self.num_data)
 
         return with_auto_axes(encode, x, specs=_replicate_rows)
 

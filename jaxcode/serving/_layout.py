@@ -8,11 +8,10 @@ import dataclasses
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ..checks import batch_size
+from ..checks import batch_size, finite_inputs
 from ..linops.application import undefined_value
 from ..pipeline import pad
 
@@ -91,10 +90,7 @@ def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
         ValueError: If none has, or x is not a batch.
     """
     size = batch_size("x", x)
-    finite = np.ones(size, bool)
-    for leaf in jax.tree.leaves(x):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite &= np.isfinite(leaf).reshape(size, -1).all(axis=1)
+    finite = finite_inputs(x, size)
     if not finite.any():
         raise ValueError(
             f"x has a NaN or an infinite number in every one of its {size} inputs; expected at least one input of "

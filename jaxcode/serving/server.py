@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from .._float64 import x64_is_on
-from ..checks import batch_size, check_count, is_static
+from ..checks import batch_size, check_count, is_static, list_indices
 from ..codes import AbstractCode
 from ..ordering import Ordering
 from ..outputs import OutputSpace, as_returned
@@ -104,7 +104,7 @@ class CodedServer:
     >>> with ThreadPool(jnp.sin, num_workers=12) as pool:
     ...     server = CodedServer(code, pool, stop.answers(9))
     ...     prediction = server(x)
-    >>> int(prediction.returned.sum()) >= 9, bool(np.max(np.abs(prediction.values - np.sin(x))) < 0.01)
+    >>> int(prediction.returned.sum()) >= 9, bool(np.max(np.abs(prediction.values - np.sin(x))) < 0.02)
     (True, True)
     """
 
@@ -346,11 +346,9 @@ class CodedServer:
 
 
 def _log_not_finite(finite):
-    numbers = np.flatnonzero(~finite)
-    listing = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
     log.warning(
         "inputs %s of a batch of %d have a NaN or an infinite number: their results are NaN",
-        listing,
+        list_indices(~finite),
         len(finite),
         extra={"kind": "not finite", "batch": len(finite)},
     )
