@@ -17,7 +17,7 @@ from ..interpolants.spline.wiener import (
     innovations,
     normalise,
     posteriors,
-    reweighted,
+    reweight,
     uniform_noise,
 )
 
@@ -125,7 +125,7 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
         sites, is_at, same_node, noiseless_posteriors.means[0], noiseless_posteriors.variances[0], outputs, floor, unit
     )
     weights = jnp.where(live, 1 / noise, 0)
-    sites = reweighted(sites, weights)
+    sites = reweight(sites, weights)
     precision = data_precision(sites, posteriors(sites, site_innovations, jnp.ones(1), 2).precision[0], weights)
 
     scale = jnp.diagonal(precision)
