@@ -5,6 +5,8 @@ import pytest
 
 from jaxcode import SplineCode, coded, outputs
 
+from .strict_modes import STRICT_MODES
+
 K, N = 4, 8
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(K, 3)), jnp.float32)
@@ -23,7 +25,7 @@ SPACES = [outputs.as_returned, outputs.probabilities, outputs.logits]
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
-def test_there_and_back(space):
+def test_results_in_the_space_of_answers_are_the_answers(space):
     y = jax.nn.log_softmax(logits_of(X)) if space is outputs.probabilities else probabilities_of(X)
     np.testing.assert_allclose(space.to_results(space.of_answers(y)), y, atol=1e-6)
 
@@ -45,14 +47,6 @@ def test_probabilities_of_zero_have_finite_logits():
     logits = outputs.logits.of_answers(certain)
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(outputs.logits.to_results(logits), certain)
-
-
-STRICT_MODES = {
-    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
-    "nans": lambda: jax.debug_nans(True),
-}
 
 
 @pytest.mark.parametrize("mode", STRICT_MODES)
