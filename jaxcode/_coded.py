@@ -238,7 +238,7 @@ def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None
     if setting.defence is not None:
-        detection = setting.defence(code, setting.output.of_answers(answers), returned)
+        detection = setting.defence(code, setting.output.transform(answers), returned)
         returned = detection.trusted
     results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.spread)
     return ungroup(results, grouping), detection

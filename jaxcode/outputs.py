@@ -20,19 +20,19 @@ __all__ = ["OutputSpace", "as_returned", "logits", "probabilities"]
 
 
 @final
-@pytree("name", "of_answers", "to_results")
+@pytree("name", "transform", "inverse_transform")
 class OutputSpace:
     """Transforms answers before they are decoded, and results back.
 
     Attributes:
         name: Its name in reports.
-        of_answers: From the answers as the model returns them, leaves (B, ...), to the space in which they are decoded.
-        to_results: The inverse, from decoded answers, leaves (B, ...), to results.
+        transform: From the answers as the model returns them, leaves (B, ...), to the space in which they are decoded.
+        inverse_transform: The inverse, from decoded answers, leaves (B, ...), to results.
     """
 
     name: str
-    of_answers: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
-    to_results: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    transform: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    inverse_transform: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
 
 
 def _identity(tree: PyTree[ArrayLike]) -> PyTree[ArrayLike]:
