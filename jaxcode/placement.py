@@ -31,10 +31,10 @@ class AbstractPlacement(abc.ABC):
     """Places the batch on devices and computes the workers' answers there. Hashable: a static argument of `jit`.
 
     Attributes:
-        spread: Whether data lie on several devices, so that products of a part of their features would move them.
+        is_distributed: Whether data lie on several devices, so that products of a part of their features would move them.
     """
 
-    spread: bool
+    is_distributed: bool
 
     @abc.abstractmethod
     def place(self, x: PyTree[Array]) -> PyTree[Array]:
@@ -106,7 +106,7 @@ def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
 @final
 @dataclasses.dataclass(frozen=True)
 class _Vmap(AbstractPlacement):
-    spread = False
+    is_distributed = False
 
     def place(self, x):
         return x
@@ -120,7 +120,7 @@ class _Vmap(AbstractPlacement):
 class _ShardMap(AbstractPlacement):
     mesh: Mesh
     axes: tuple[str, ...]
-    spread = True
+    is_distributed = True
 
     def place(self, x):
         return jax.tree.map(lambda leaf: self._spread_features(leaf, 1), x)
@@ -170,7 +170,7 @@ class _ShardMap(AbstractPlacement):
 @dataclasses.dataclass(frozen=True)
 class _Pmap(AbstractPlacement):
     devices: tuple[Any, ...] | None
-    spread = True
+    is_distributed = True
 
     def place(self, x):
         return x
