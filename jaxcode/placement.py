@@ -31,7 +31,7 @@ class AbstractPlacement(abc.ABC):
     """Places the batch on devices and computes the workers' answers there. Hashable: a static argument of `jit`.
 
     Attributes:
-        is_distributed: Whether data lie on several devices, so that products of a part of their features would move them.
+        is_distributed: Whether data lie on several devices, so that products of some of their features would move them.
     """
 
     is_distributed: bool
