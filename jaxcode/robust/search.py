@@ -312,8 +312,8 @@ def _prune_outliers(problem, outliers, threshold):
 def _scores(problem, outliers, threshold):
     """Computes each worker's pooled residual in units of the largest that passes for a correct worker's."""
     fit = _fit(problem, outliers)
-    # Leaving out all workers at a node, as those at one node agree too well to show how rough the curve is. The small
-    # number stands for a prior where without this node nothing would be known.
+    # All workers at a node are left out together, since they agree too well to show how rough the curve is. The small
+    # number is the precision of a prior, for where nothing is known without this node.
     block = jnp.where(problem.same_node, fit.precision, 0) + jnp.diag(jnp.where(fit.inliers, 1e-9, 1.0))
     inverse = _solve(block, jnp.eye(len(outliers)))
     # The block's diagonal is at most 1, but for the prior and rounding.
