@@ -235,11 +235,11 @@ def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
     placement = setting.placement
     grouped, grouping = group(placement.place(x), code.num_data, setting.order)
     plans = make_plans(code, setting.planner, grouped)
-    coded_inputs = encode(code, None, grouped, plans, one_pass=placement.spread)
+    coded_inputs = encode(code, None, grouped, plans, one_pass=placement.is_distributed)
     answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None
     if setting.defence is not None:
-        detection = setting.defence(code, setting.output.of_answers(answers), returned)
+        detection = setting.defence(code, setting.output.transform(answers), returned)
         returned = detection.trusted
-    results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.spread)
+    results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.is_distributed)
     return ungroup(results, grouping), detection

@@ -51,7 +51,7 @@ def rmse(
     >>> float(rmse(jnp.array([[3.0, 4.0], [0.0, 0.0]]), jnp.zeros((2, 2)), where=jnp.array([True, False])))
     5.0
     """
-    return _rmse(*_checked_errors(estimates, targets, where))
+    return _rmse(*_as_error_arguments(estimates, targets, where))
 
 
 def mean_error_norm(
@@ -82,7 +82,7 @@ def mean_error_norm(
     >>> float(mean_error_norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), jnp.zeros((2, 2))))
     2.5
     """
-    return _mean_error_norm(*_checked_errors(estimates, targets, where))
+    return _mean_error_norm(*_as_error_arguments(estimates, targets, where))
 
 
 def accuracy(logits: Float[ArrayLike, "..."], labels: Integer[ArrayLike, "..."]) -> Float[Array, ""]:
@@ -101,7 +101,7 @@ def accuracy(logits: Float[ArrayLike, "..."], labels: Integer[ArrayLike, "..."])
     >>> float(accuracy(jnp.array([[0.1, 0.9], [jnp.nan, jnp.nan]]), jnp.array([1, 0])))
     0.5
     """
-    logits, labels = _checked_outputs("logits", logits), as_arrays("labels", labels)
+    logits, labels = _as_outputs("logits", logits), as_arrays("labels", labels)
     _check_labels(labels, "logits", logits)
     return _accuracy(logits, labels)
 
@@ -133,7 +133,7 @@ def relative_accuracy(
     >>> float(relative_accuracy(base.at[0].set(jnp.nan), base, jnp.arange(4)))
     0.75
     """
-    estimates, targets = _checked_pair(estimates, targets)
+    estimates, targets = _as_output_pair(estimates, targets)
     labels = as_arrays("labels", labels)
     _check_labels(labels, "estimates", estimates)
     return _accuracy(estimates, labels) / _accuracy(targets, labels)
@@ -158,7 +158,7 @@ def agreement(estimates: Float[ArrayLike, "..."], targets: Float[ArrayLike, "...
     >>> float(agreement(base.at[0].set(jnp.nan), base))
     0.75
     """
-    return _agreement(*_checked_pair(estimates, targets))
+    return _agreement(*_as_output_pair(estimates, targets))
 
 
 # Each is compiled as one function. Evaluated eagerly, its constants would be implicit transfers, and a NaN in a masked
@@ -199,8 +199,8 @@ def _squared_error_norm(estimates, targets, where):
 
 def _sqrt(x):
     """Computes a square root whose gradient at 0 is 0 instead of NaN, for exact estimates."""
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
 def _is_decoded(outputs):
@@ -208,9 +208,9 @@ def _is_decoded(outputs):
     return ~jnp.isnan(outputs).any(axis=-1)
 
 
-def _checked_errors(estimates, targets, where):
-    """Returns estimates, targets and the mask of the inputs that count as arrays of fitting shapes and dtypes."""
-    estimates, targets = _checked_pair(estimates, targets)
+def _as_error_arguments(estimates, targets, where):
+    """Converts estimates, targets and the mask of the inputs that count to arrays of shapes and dtypes that fit."""
+    estimates, targets = _as_output_pair(estimates, targets)
     if where is None:
         return estimates, targets, None
     where = as_arrays("where", where)
@@ -220,9 +220,9 @@ def _checked_errors(estimates, targets, where):
     return estimates, targets, where
 
 
-def _checked_pair(estimates, targets):
-    """Returns estimates and targets as arrays of one shape."""
-    estimates, targets = _checked_outputs("estimates", estimates), _checked_outputs("targets", targets)
+def _as_output_pair(estimates, targets):
+    """Converts estimates and targets to arrays of one shape."""
+    estimates, targets = _as_outputs("estimates", estimates), _as_outputs("targets", targets)
     if estimates.shape != targets.shape:
         raise ValueError(
             f"targets has shape {targets.shape}; expected that of estimates, {estimates.shape}: give one row of "
@@ -231,8 +231,8 @@ def _checked_pair(estimates, targets):
     return estimates, targets
 
 
-def _checked_outputs(name, outputs):
-    """Returns outputs as an array of real numbers, shape (..., K, m)."""
+def _as_outputs(name, outputs):
+    """Converts outputs to an array of real numbers, shape (..., K, m)."""
     outputs = as_arrays(name, outputs)
     if not isinstance(outputs, jax.Array):
         raise ValueError(f"{name} is {outputs!r}; expected one array: measure each leaf of a tree by itself")

@@ -4,13 +4,14 @@ A decoder fits a curve to the answers, and a classifier's logits usually bend le
 probabilities computed from them. Results are transformed back to the space in which the model answers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import final
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ._arrays import as_arrays
 from ._pytree import pytree
@@ -19,20 +20,19 @@ __all__ = ["OutputSpace", "as_returned", "logits", "probabilities"]
 
 
 @final
-@pytree("name", "of_answers", "to_results")
+@pytree("name", "transform", "inverse_transform")
 class OutputSpace:
     """Transforms answers before they are decoded, and results back.
 
     Attributes:
         name: Its name in reports.
-        of_answers: From the answers as the model returns them, leaves (B, ...), to the space in which
-            they are decoded.
-        to_results: The inverse, from decoded answers, leaves (B, ...), to results.
+        transform: From the answers as the model returns them, leaves (B, ...), to the space in which they are decoded.
+        inverse_transform: The inverse, from decoded answers, leaves (B, ...), to results.
     """
 
     name: str
-    of_answers: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
-    to_results: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    transform: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
+    inverse_transform: Callable[[PyTree[ArrayLike]], PyTree[ArrayLike]]
 
 
 def _identity(tree: PyTree[ArrayLike]) -> PyTree[ArrayLike]:
@@ -40,19 +40,20 @@ def _identity(tree: PyTree[ArrayLike]) -> PyTree[ArrayLike]:
 
 
 def _softmax(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    return _softmax_of_arrays(_checked("outputs", tree))
+    return _softmax_leaves(_as_class_scores("outputs", tree))
 
 
-def _log(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    return _log_of_answers(_checked("answers", tree))
+def _log_answers(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    return _log_leaves(_as_class_scores("answers", tree), "tiny")
 
 
-def _log_of_decoded(tree: PyTree[ArrayLike]) -> PyTree[Array]:
-    return _log_of_results(_checked("results", tree))
+def _log_results(tree: PyTree[ArrayLike]) -> PyTree[Array]:
+    # Decoded probabilities may be 0 or negative, and their last digits are noise.
+    return _log_leaves(_as_class_scores("results", tree), "eps")
 
 
-def _checked(name, tree):
-    """Returns a tree of floating-point arrays with at least one axis."""
+def _as_class_scores(name, tree):
+    """Converts leaves to floating-point arrays with at least one axis."""
     tree = as_arrays(name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.ndim < 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -64,25 +65,20 @@ def _checked(name, tree):
 
 
 @jax.jit
-def _softmax_of_arrays(tree):
+def _softmax_leaves(tree):
     return jax.tree.map(lambda leaf: jax.nn.softmax(leaf, axis=-1), tree)
 
 
-@jax.jit
-def _log_of_answers(tree):
-    return jax.tree.map(lambda leaf: _log_above(jnp.finfo(leaf.dtype).tiny, leaf), tree)
+@functools.partial(jax.jit, static_argnums=1)
+def _log_leaves(tree, minimum):
+    """Computes logarithms, of `tiny` or `eps` of a leaf's dtype where its numbers are smaller."""
 
+    def log(leaf):
+        return jnp.log(jnp.maximum(leaf, jnp.asarray(getattr(jnp.finfo(leaf.dtype), minimum), leaf.dtype)))
 
-@jax.jit
-def _log_of_results(tree):
-    # Decoded probabilities may be 0 or negative, and their last digits are noise.
-    return jax.tree.map(lambda leaf: _log_above(jnp.finfo(leaf.dtype).eps, leaf), tree)
-
-
-def _log_above(least, leaf: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.log(jnp.maximum(leaf, jnp.asarray(least, leaf.dtype)))
+    return jax.tree.map(log, tree)
 
 
 as_returned = OutputSpace("as returned", _identity, _identity)
-probabilities = OutputSpace("probabilities", _softmax, _log_of_decoded)
-logits = OutputSpace("logits", _log, _softmax)
+probabilities = OutputSpace("probabilities", _softmax, _log_results)
+logits = OutputSpace("logits", _log_answers, _softmax)

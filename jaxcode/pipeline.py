@@ -164,7 +164,7 @@ def decode(
         ValueError: If a dtype cannot be mixed.
         AssertionError: If the code's decoder does not give K results.
     """
-    answers = output.of_answers(answers)
+    answers = output.transform(answers)
     if plans is None:
         if decoder is None:
             assert returned is not None
@@ -176,7 +176,7 @@ def decode(
         assert returned is not None
         results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
     chex.assert_tree_shape_prefix(results, (code.num_data,))
-    return output.to_results(results)
+    return output.inverse_transform(results)
 
 
 def predict_errors(
@@ -196,7 +196,7 @@ def predict_errors(
     Returns:
         The root mean square, over an input's outputs, of their standard errors in that space, shape (K, groups).
     """
-    rows = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), output.of_answers(answers))
+    rows = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), output.transform(answers))
     _, errors = code.decode_with_error(rows, returned)  # pyright: ignore[reportAttributeAccessIssue]
     squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)
     return jnp.sqrt(jnp.mean(squares, axis=-1))

@@ -21,19 +21,20 @@ from .pipeline import flatten_groups, unflatten_groups
 
 __all__ = ["AbstractPlacement", "pmap", "shard_map", "vmap"]
 
-# Answers of at least this many numbers are decoded in parts, one on each device; narrower ones are not worth spreading.
+# Answers of at least this many numbers are decoded in parts, one on each device. Narrower ones are too little work to
+# exchange between devices; where the limit is best was not measured.
 _WIDE = 1024
 _NO_MESH = AbstractMesh((), ())
 
 
 class AbstractPlacement(abc.ABC):
-    """Places the batch on devices and computes the workers' answers there; hashable, for use inside of `jit`.
+    """Places the batch on devices and computes the workers' answers there. Hashable: a static argument of `jit`.
 
     Attributes:
-        spread: Whether data lie on several devices, so that products of a part of their features would move them.
+        is_distributed: Whether data lie on several devices, so that products of some of their features would move them.
     """
 
-    spread: bool
+    is_distributed: bool
 
     @abc.abstractmethod
     def place(self, x: PyTree[Array]) -> PyTree[Array]:
@@ -58,7 +59,7 @@ class AbstractPlacement(abc.ABC):
 
 def vmap() -> AbstractPlacement:
     """Computes all workers as one batch on the device that runs the program."""
-    return _OneBatch()
+    return _Vmap()
 
 
 def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlacement:
@@ -75,7 +76,7 @@ def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlac
         axis: The axis, or axes, over which workers are spread.
 
     Raises:
-        ValueError: If the mesh has no such axis.
+        ValueError: If the mesh has no such axis, or no axis is given.
 
     >>> mesh = jax.make_mesh((len(jax.devices()),), ("workers",))
     >>> double = lambda _, batch: 2 * batch
@@ -87,7 +88,7 @@ def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlac
         raise ValueError(f"axis is {axis!r}, but the mesh's axes are {mesh.axis_names}; expected some of them")
     # The compiler places all data that are not constrained explicitly below.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return _OverMesh(mesh, axes)
+    return _ShardMap(mesh, axes)
 
 
 def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
@@ -99,13 +100,13 @@ def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
     Raises:
         ValueError: On use inside a mesh of another number of devices.
     """
-    return _OverDevices(None if devices is None else tuple(devices))
+    return _Pmap(None if devices is None else tuple(devices))
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _OneBatch(AbstractPlacement):
-    spread = False
+class _Vmap(AbstractPlacement):
+    is_distributed = False
 
     def place(self, x):
         return x
@@ -116,58 +117,60 @@ class _OneBatch(AbstractPlacement):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _OverMesh(AbstractPlacement):
+class _ShardMap(AbstractPlacement):
     mesh: Mesh
     axes: tuple[str, ...]
-    spread = True
+    is_distributed = True
 
     def place(self, x):
         return jax.tree.map(lambda leaf: self._spread_features(leaf, 1), x)
 
     def answer(self, fn, params, coded):
-        devices = math.prod(self.mesh.shape[name] for name in self.axes)
+        num_devices = self._num_devices()
         num_workers = jax.tree.leaves(coded)[0].shape[0]
-        per_device = -(-num_workers // devices)
-        by_worker = PartitionSpec(self.axes)
+        shard_size = -(-num_workers // num_devices)
+        spec = PartitionSpec(self.axes)
 
-        def compute(params, share):
-            if num_workers % devices:
+        def compute(params, shard):
+            if num_workers % num_devices:
                 # Beyond the last worker, compute a copy of a worker on this device: padding might not be in f's domain.
-                worker = jax.lax.axis_index(self.axes) * per_device + np.arange(per_device, dtype=np.int32)
-                local = jnp.maximum(jnp.minimum(worker, num_workers - 1) - worker[0], 0)
-                share = jax.tree.map(lambda leaf: leaf[local], share)
-            return _answer_groups(fn, params, share)
+                worker = jax.lax.axis_index(self.axes) * shard_size + np.arange(shard_size, dtype=np.int32)
+                row = jnp.maximum(jnp.minimum(worker, num_workers - 1) - worker[0], 0)
+                shard = jax.tree.map(lambda leaf: leaf[row], shard)
+            return _answer_groups(fn, params, shard)
 
-        mapped = jax.shard_map(
+        compute_shards = jax.shard_map(
             compute,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), by_worker),
-            out_specs=by_worker,
+            in_specs=(PartitionSpec(), spec),
+            out_specs=spec,
             axis_names=set(self.axes),
             check_vma=False,
         )
-        sharding = NamedSharding(self.mesh, by_worker)
-        padded = jax.lax.with_sharding_constraint(_pad_workers(coded, devices), sharding)
-        answers = jax.tree.map(lambda leaf: leaf[:num_workers], mapped(params, padded))
+        inputs = jax.lax.with_sharding_constraint(_pad_workers(coded, num_devices), NamedSharding(self.mesh, spec))
+        answers = jax.tree.map(lambda leaf: leaf[:num_workers], compute_shards(params, inputs))
         return jax.tree.map(
             lambda leaf: self._spread_features(leaf, 2) if math.prod(leaf.shape[2:]) >= _WIDE else leaf, answers
         )
 
     def _spread_features(self, leaf, first_axis):
         """Spreads a leaf over the devices by the first of its feature axes that can be divided."""
-        devices = math.prod(self.mesh.shape[name] for name in self.axes)
+        num_devices = self._num_devices()
         for axis, size in enumerate(leaf.shape):
-            if axis >= first_axis and size > 1 and size % devices == 0:
+            if axis >= first_axis and size > 1 and size % num_devices == 0:
                 spec = PartitionSpec(*[None] * axis, self.axes)
                 return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
         return leaf
 
+    def _num_devices(self):
+        return math.prod(self.mesh.shape[name] for name in self.axes)
+
 
 @final
 @dataclasses.dataclass(frozen=True)
-class _OverDevices(AbstractPlacement):
+class _Pmap(AbstractPlacement):
     devices: tuple[Any, ...] | None
-    spread = True
+    is_distributed = True
 
     def place(self, x):
         return x
@@ -180,14 +183,16 @@ class _OverDevices(AbstractPlacement):
                 f"placement is pmap over {len(devices)} devices inside a mesh of {mesh.size} devices; expected all "
                 "devices of the mesh, or no mesh: leave out devices, or use shard_map(mesh)"
             )
-        mapped = jax.pmap(lambda params, share: _answer_groups(fn, params, share), in_axes=(None, 0), devices=devices)
+        compute_shards = jax.pmap(
+            lambda params, shard: _answer_groups(fn, params, shard), in_axes=(None, 0), devices=devices
+        )
         num_workers = jax.tree.leaves(coded)[0].shape[0]
-        shares = jax.tree.map(
+        shards = jax.tree.map(
             lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _pad_workers(coded, len(devices))
         )
         # pmap sets a mesh of its own, which must not conflict with the caller's.
         with jax.sharding.use_abstract_mesh(_NO_MESH):
-            answers = mapped(params, shares)
+            answers = compute_shards(params, shards)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_workers], answers)
 
 
@@ -199,13 +204,11 @@ def _answer_groups(fn, params, coded):
     return unflatten_groups(answers, num_workers)
 
 
-def _pad_workers(coded, devices):
+def _pad_workers(coded, num_devices):
     """Pads leaves (N, ...) with ones to a multiple of the devices."""
 
     def pad_leaf(leaf):
-        num_padding = -leaf.shape[0] % devices
-        return (
-            jnp.pad(leaf, [(0, num_padding)] + [(0, 0)] * (leaf.ndim - 1), constant_values=1) if num_padding else leaf
-        )
+        num_rows = -leaf.shape[0] % num_devices
+        return jnp.pad(leaf, [(0, num_rows)] + [(0, 0)] * (leaf.ndim - 1), constant_values=1) if num_rows else leaf
 
     return jax.tree.map(pad_leaf, coded)

@@ -39,7 +39,7 @@ def inputs(count=4):
     return np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
 
 
-def trained():
+def trained_module():
     """An nnx module whose running averages are not what they began as."""
     module = Nnx(nnx.Rngs(0))
     module.norm.mean[...] = jnp.linspace(-1.0, 1.0, 5, dtype=jnp.float32)
@@ -60,7 +60,7 @@ def as_linen(module):
     }
 
 
-def by_hand(variables, x):
+def evaluate_in_numpy(variables, x):
     """What the module computes in evaluation mode, in NumPy."""
     p, stats = variables["params"], variables["batch_stats"]["BatchNorm_0"]
     hidden = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
@@ -80,23 +80,25 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @each_kind
 def test_all_kinds_evaluate_the_same(kind):
-    module, x = trained(), inputs()
+    module, x = trained_module(), inputs()
     module.train()
     fn, params = as_pure_function(KINDS[kind](module))
-    np.testing.assert_allclose(fn(params, x), by_hand(as_linen(module), x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fn(params, x), evaluate_in_numpy(as_linen(module), x), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(fn(params, x), fn(params, x))
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_all_kinds_decode_the_same(kind):
-    module, x = trained(), inputs()
-    expected = CODE.decode(jnp.float32(by_hand(as_linen(module), np.asarray(CODE.encode(jnp.asarray(x))))), RETURNED)
+    module, x = trained_module(), inputs()
+    expected = CODE.decode(
+        jnp.float32(evaluate_in_numpy(as_linen(module), np.asarray(CODE.encode(jnp.asarray(x))))), RETURNED
+    )
     found = coded(KINDS[kind](module), CODE)(jnp.asarray(x), RETURNED)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_are_pytrees():
-    module = trained()
+    module = trained_module()
     assert as_pure_function(jnp.sin)[1] == ()
     for kind in ("nnx", "linen"):
         leaves = jax.tree.leaves(as_pure_function(KINDS[kind](module))[1])
@@ -108,7 +110,7 @@ def test_parameters_are_pytrees():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_an_nnx_module_is_left_as_it_was(training):
-    module = trained()
+    module = trained_module()
     (module.train if training else module.eval)()
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngState))))
     coded(module, CODE)(jnp.asarray(inputs()), RETURNED)
@@ -121,7 +123,7 @@ def test_an_nnx_module_is_left_as_it_was(training):
 
 
 def test_parameters_are_those_of_the_moment():
-    module, x = trained(), jnp.asarray(inputs())
+    module, x = trained_module(), jnp.asarray(inputs())
     predict = coded(module, CODE)
     before = predict(x, RETURNED)
     module.last.bias[...] = module.last.bias[...] + 1
@@ -145,7 +147,7 @@ def linen_gradient(module, x):
 
 
 def test_nnx_gradients_are_linens():
-    module, x = trained(), jnp.asarray(inputs())
+    module, x = trained_module(), jnp.asarray(inputs())
     expected = linen_gradient(module, x)
     found = nnx.jit(nnx.grad(nnx_loss))(module, x)
     named = {"Dense_0": found.first, "BatchNorm_0": found.norm, "Dense_1": found.last}
@@ -158,7 +160,7 @@ def test_nnx_gradients_are_linens():
 
 def test_linen_gradients_are_finite_differences():
     with jax.enable_x64(True):
-        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), as_linen(trained()))
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), as_linen(trained_module()))
         x, step = inputs().astype(np.float64), 1e-6
         gradient = jax.jit(jax.grad(linen_loss))(variables, x)
         loss = jax.jit(linen_loss)
@@ -166,16 +168,16 @@ def test_linen_gradients_are_finite_differences():
             leaf = variables["params"][layer][name]
             move = np.cos(np.arange(leaf.size)).reshape(leaf.shape)
 
-            def moved(by, layer=layer, name=name, leaf=leaf, move=move):
-                changed = {**variables["params"][layer], name: leaf + by * move}
+            def loss_at(distance, layer=layer, name=name, leaf=leaf, move=move):
+                changed = {**variables["params"][layer], name: leaf + distance * move}
                 return float(loss({**variables, "params": {**variables["params"], layer: changed}}, x))
 
-            slope = (moved(step) - moved(-step)) / (2 * step)
+            slope = (loss_at(step) - loss_at(-step)) / (2 * step)
             np.testing.assert_allclose(np.sum(np.asarray(gradient["params"][layer][name]) * move), slope, rtol=1e-6)
 
 
 def test_an_nnx_module_made_outside_and_used_inside_nnx_jit():
-    module, x = trained(), jnp.asarray(inputs())
+    module, x = trained_module(), jnp.asarray(inputs())
 
     @nnx.jit
     def closed_over(x):
@@ -217,13 +219,13 @@ def train(module):
     return module
 
 
-def deeper():
+def deeper_module():
     module = Nnx(nnx.Rngs(0))
     module.last = nnx.Sequential(nnx.Linear(5, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
     return module
 
 
-def undropped():
+def module_of_other_rate():
     module = Nnx(nnx.Rngs(0))
     module.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
     return module
@@ -234,16 +236,16 @@ SAME_STRUCTURE = {
     "nnx": (lambda: Nnx(nnx.Rngs(0)), lambda: Nnx(nnx.Rngs(1))),
     "nnx-trained": (lambda: Nnx(nnx.Rngs(0)), lambda: train(Nnx(nnx.Rngs(0)))),
     "nnx-evaluating": (lambda: Nnx(nnx.Rngs(0)), lambda: nnx.view(Nnx(nnx.Rngs(0)), deterministic=True)),
-    "linen": (lambda: (Linen(), as_linen(trained())), lambda: (Linen(), as_linen(train(trained())))),
+    "linen": (lambda: (Linen(), as_linen(trained_module())), lambda: (Linen(), as_linen(train(trained_module())))),
     "linen-unhashable": (lambda: (UNHASHABLE, {}), lambda: (UNHASHABLE, {})),
     "callable": (lambda: double, lambda: double),
 }
 OTHER_STRUCTURE = {
     "nnx-width": (lambda: Nnx(nnx.Rngs(0)), lambda: Nnx(nnx.Rngs(0), width=6)),
-    "nnx-depth": (lambda: Nnx(nnx.Rngs(0)), deeper),
-    "nnx-rate": (lambda: Nnx(nnx.Rngs(0)), undropped),
+    "nnx-depth": (lambda: Nnx(nnx.Rngs(0)), deeper_module),
+    "nnx-rate": (lambda: Nnx(nnx.Rngs(0)), module_of_other_rate),
     "linen": (lambda: (Scaled(2.0), {}), lambda: (Scaled(3.0), {})),
-    "linen-class": (lambda: (Linen(), as_linen(trained())), lambda: (linen.Dense(3), {})),
+    "linen-class": (lambda: (Linen(), as_linen(trained_module())), lambda: (linen.Dense(3), {})),
     "linen-unhashable": (lambda: (UNHASHABLE, {}), lambda: (Scaled(np.full(2, 3.0, np.float32)), {})),
     "callable": (lambda: jnp.tanh, lambda: jnp.sin),
     "kinds": (lambda: (Scaled(2.0), {}), lambda: Scaled(2.0).__call__),
@@ -285,9 +287,9 @@ def test_models_of_different_structure_are_unequal(case):
 @pytest.mark.parametrize("case", SAME_STRUCTURE)
 def test_functions_can_be_sent_to_other_processes(case):
     fn, params = as_pure_function(SAME_STRUCTURE[case][1]())
-    received, its_params = cloudpickle.loads(cloudpickle.dumps((fn, params)))
+    received, received_params = cloudpickle.loads(cloudpickle.dumps((fn, params)))
     x = jnp.asarray(inputs())
-    np.testing.assert_array_equal(received(its_params, x), fn(params, x))
+    np.testing.assert_array_equal(received(received_params, x), fn(params, x))
     assert (received == fn) == (case != "linen-unhashable")
     assert hash(received) == hash(cloudpickle.loads(cloudpickle.dumps(fn))) or case == "linen-unhashable"
 

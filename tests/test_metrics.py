@@ -9,6 +9,8 @@ from sklearn.metrics import accuracy_score, root_mean_squared_error
 
 from jaxcode import metrics
 
+from .strict_modes import STRICT_MODES
+
 ERRORS = [metrics.rmse, metrics.mean_error_norm]
 each_error = pytest.mark.parametrize("error", ERRORS)
 
@@ -21,7 +23,7 @@ def data():
     return estimates, targets, rng.integers(5, size=(3, 20))
 
 
-def lose(estimates, lost):
+def drop_rows(estimates, lost):
     return np.where(lost[..., None], np.nan, estimates)
 
 
@@ -48,7 +50,7 @@ whole = st.integers(-1000, 1000)
 def test_where_selects_inputs(estimates, where):
     targets = np.zeros_like(estimates)
     norms = np.linalg.norm(estimates[where].astype(np.float64), axis=-1)
-    rmse, mean = (jax.jit(error)(lose(estimates, ~where), targets, where=where) for error in ERRORS)
+    rmse, mean = (jax.jit(error)(drop_rows(estimates, ~where), targets, where=where) for error in ERRORS)
     np.testing.assert_allclose(rmse, np.sqrt(np.mean(norms**2)), rtol=1e-5)
     np.testing.assert_allclose(mean, norms.mean(), rtol=1e-5)
     assert mean <= rmse * (1 + 1e-5)
@@ -58,8 +60,8 @@ def test_where_selects_inputs(estimates, where):
 def test_a_lost_input_shows_unless_it_does_not_count(data, error):
     estimates, targets, _ = data
     lost = np.arange(20) % 7 == np.zeros((3, 1))
-    assert np.isnan(error(lose(estimates, lost), targets))
-    assert np.isfinite(error(lose(estimates, lost), targets, where=~lost))
+    assert np.isnan(error(drop_rows(estimates, lost), targets))
+    assert np.isfinite(error(drop_rows(estimates, lost), targets, where=~lost))
     assert np.isnan(error(estimates, targets, where=np.zeros((3, 20), bool)))
 
 
@@ -68,7 +70,7 @@ def test_gradient_is_right_where_it_exists_and_never_nan(data, error):
     estimates, targets, _ = data
     where = np.arange(20) % 7 != np.zeros((3, 1))
     estimates = np.where(np.arange(20)[:, None] == 1, targets, estimates)  # exact: a kink
-    gradient = np.asarray(jax.grad(error)(lose(estimates, ~where), targets, where=where))
+    gradient = np.asarray(jax.grad(error)(drop_rows(estimates, ~where), targets, where=where))
     difference = estimates - targets
     norms = np.linalg.norm(difference, axis=-1, keepdims=True)
     scale = (
@@ -167,14 +169,6 @@ def test_jit_and_vmap_agree_with_eager(data, call):
     np.testing.assert_allclose(jax.vmap(call)(*data), each, rtol=1e-6)
 
 
-STRICT_MODES = {
-    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
-    "nans": lambda: jax.debug_nans(True),
-}
-
-
 @pytest.mark.parametrize("mode", STRICT_MODES)
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -192,7 +186,7 @@ def test_inputs_that_do_not_count_are_no_nans_to_debug(data, error, differentiat
     estimates, targets, _ = data
     lost = np.arange(20) % 7 == np.zeros((3, 1))
     with jax.debug_nans(True):
-        found = differentiate(error)(lose(estimates, lost), targets, where=~lost)
+        found = differentiate(error)(drop_rows(estimates, lost), targets, where=~lost)
     assert np.isfinite(found).all()
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from jaxcode import SplineCode, coded, outputs
 
+from .strict_modes import STRICT_MODES
+
 K, N = 4, 8
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(K, 3)), jnp.float32)
@@ -23,9 +25,9 @@ SPACES = [outputs.as_returned, outputs.probabilities, outputs.logits]
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
-def test_there_and_back(space):
+def test_results_in_the_space_of_answers_are_the_answers(space):
     y = jax.nn.log_softmax(logits_of(X)) if space is outputs.probabilities else probabilities_of(X)
-    np.testing.assert_allclose(space.to_results(space.of_answers(y)), y, atol=1e-6)
+    np.testing.assert_allclose(space.inverse_transform(space.transform(y)), y, atol=1e-6)
 
 
 def test_decoding_is_done_in_the_space():
@@ -42,17 +44,9 @@ def test_decoding_is_done_in_the_space():
 
 def test_probabilities_of_zero_have_finite_logits():
     certain = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    logits = outputs.logits.of_answers(certain)
+    logits = outputs.logits.transform(certain)
     assert np.isfinite(logits).all()
-    np.testing.assert_array_equal(outputs.logits.to_results(logits), certain)
-
-
-STRICT_MODES = {
-    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
-    "nans": lambda: jax.debug_nans(True),
-}
+    np.testing.assert_array_equal(outputs.logits.inverse_transform(logits), certain)
 
 
 @pytest.mark.parametrize("mode", STRICT_MODES)
@@ -61,19 +55,19 @@ STRICT_MODES = {
 def test_the_same_in_strict_modes(space, on_device, mode):
     y = {"a": np.asarray(probabilities_of(X)), "b": np.eye(5, dtype=np.float32)}
     y = jax.device_put(y) if on_device else y
-    expected = jax.tree.map(np.asarray, [transform(y) for transform in (space.of_answers, space.to_results)])
+    expected = jax.tree.map(np.asarray, [f(y) for f in (space.transform, space.inverse_transform)])
     with STRICT_MODES[mode]():
-        found = [transform(y) for transform in (space.of_answers, space.to_results)]
+        found = [f(y) for f in (space.transform, space.inverse_transform)]
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_float64_of_numpy_has_finite_logits():
-    assert np.isfinite(outputs.logits.of_answers(np.eye(3))).all()
+    assert np.isfinite(outputs.logits.transform(np.eye(3))).all()
 
 
 @pytest.mark.parametrize("bad", [np.eye(3, dtype=bool), np.arange(3), jnp.float32(1), 0.5, "cat"])
 @pytest.mark.parametrize("space", SPACES[1:], ids=lambda s: s.name)
 def test_what_has_no_classes_is_named(unchecked, space, bad):
-    for transform, name in ((space.of_answers, "answers|outputs"), (space.to_results, "results|outputs")):
+    for f, name in ((space.transform, "answers|outputs"), (space.inverse_transform, "results|outputs")):
         with pytest.raises(ValueError, match=rf"({name})\['a'\] (has|is) .*; expected"):
-            transform({"a": bad})
+            f({"a": bad})

@@ -59,7 +59,7 @@ PLACEMENTS = {
 each_placement = pytest.mark.parametrize("name", PLACEMENTS)
 
 
-def close(found, expected):
+def assert_close(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
@@ -72,14 +72,14 @@ def test_values_and_derivatives_are_those_of_one_device(name):
     def derivatives(**spread):
         return jax.jit(jax.value_and_grad(lambda x, v: total(x, v, **spread), (0, 1), has_aux=True))(X, VARIABLES)
 
-    close(derivatives(placement=PLACEMENTS[name]()), derivatives())
+    assert_close(derivatives(placement=PLACEMENTS[name]()), derivatives())
 
 
 @pytest.mark.parametrize("code", [SplineCode.repeated(4, 7), ReplicationCode(2, 16), UncodedCode(3)], ids=str)
 @pytest.mark.parametrize("name", ["eight devices", "pmap"])
 def test_any_number_of_workers_runs_on_any_number_of_devices(name, code):
     mask = np.arange(code.num_workers) != 1
-    close(
+    assert_close(
         coded((NETWORK, VARIABLES), code, placement=PLACEMENTS[name]())(X, mask),
         coded((NETWORK, VARIABLES), code)(X, mask),
     )
@@ -90,11 +90,11 @@ def test_it_composes_with_order_defence_and_vmap(name):
     options = {"order": ordering.greedy, "defence": robust.only_finite}
     masks = np.stack([MASK, np.roll(MASK, 1)])
 
-    def predicted(**spread):
+    def predict_all(**spread):
         predict = coded((NETWORK, VARIABLES), CODE, **options, **spread)
         return jax.jit(jax.vmap(lambda mask: predict(X, mask)))(masks)
 
-    close(predicted(placement=PLACEMENTS[name]()), predicted())
+    assert_close(predict_all(placement=PLACEMENTS[name]()), predict_all())
 
 
 def test_parameters_may_be_spread_already():
@@ -106,7 +106,7 @@ def test_parameters_may_be_spread_already():
 
     variables = jax.tree.map(spread, VARIABLES)
     found = coded((NETWORK, variables), CODE, placement=placement.shard_map(both))(X, MASK)
-    close(found, coded((NETWORK, VARIABLES), CODE)(X, MASK))
+    assert_close(found, coded((NETWORK, VARIABLES), CODE)(X, MASK))
 
 
 @pytest.mark.parametrize("order", [None, ordering.greedy], ids=["unordered", "ordered"])
@@ -161,8 +161,8 @@ def linear(batch):
     return jnp.tanh(batch @ WEIGHTS)
 
 
-def placed(spec, on):
-    return jnp.asarray(BATCH) if spec is None else jax.device_put(BATCH, NamedSharding(on, spec))
+def place(spec, mesh):
+    return jnp.asarray(BATCH) if spec is None else jax.device_put(BATCH, NamedSharding(mesh, spec))
 
 
 @pytest.mark.parametrize("name", ["vmap", "shard_map", "pmap"])
@@ -170,11 +170,11 @@ def placed(spec, on):
 @pytest.mark.parametrize("is_set", [False, True], ids=["mesh not set", "mesh set"])
 def test_explicit_axes_change_no_value(name, spec, is_set):
     explicit = mesh(8, kind=AxisType.Explicit)
-    over = {"vmap": placement.vmap, "shard_map": lambda: placement.shard_map(explicit), "pmap": placement.pmap}
-    x, order = placed(SPECS[spec], explicit), ordering.greedy if spec == "by input" else None
+    makers = {"vmap": placement.vmap, "shard_map": lambda: placement.shard_map(explicit), "pmap": placement.pmap}
+    x, order = place(SPECS[spec], explicit), ordering.greedy if spec == "by input" else None
     with jax.set_mesh(explicit) if is_set else contextlib.nullcontext():
-        found = coded(linear, CODE, order=order, placement=over[name]())(x, MASK)
-    close(found, coded(linear, CODE, order=order)(jnp.asarray(BATCH), MASK))
+        found = coded(linear, CODE, order=order, placement=makers[name]())(x, MASK)
+    assert_close(found, coded(linear, CODE, order=order)(jnp.asarray(BATCH), MASK))
     if spec == "by input":
         assert found.sharding.spec == PartitionSpec("workers", None)
 
@@ -183,9 +183,9 @@ def test_explicit_axes_change_no_value(name, spec, is_set):
 def test_automatic_axes_may_be_set(name):
     automatic = mesh(8)
     with jax.set_mesh(automatic):
-        over = placement.shard_map(automatic) if name == "shard_map" else placement.pmap()
-        found = coded(linear, CODE, placement=over)(jnp.asarray(BATCH), MASK)
-    close(found, coded(linear, CODE)(jnp.asarray(BATCH), MASK))
+        spread = placement.shard_map(automatic) if name == "shard_map" else placement.pmap()
+        found = coded(linear, CODE, placement=spread)(jnp.asarray(BATCH), MASK)
+    assert_close(found, coded(linear, CODE)(jnp.asarray(BATCH), MASK))
 
 
 def test_inside_of_manual_axes_each_device_answers_its_own_inputs():
@@ -196,7 +196,7 @@ def test_inside_of_manual_axes_each_device_answers_its_own_inputs():
 
     spread = jax.shard_map(predict, mesh=manual, in_specs=PartitionSpec("workers"), out_specs=PartitionSpec("workers"))
     expected = np.concatenate([predict(jnp.asarray(share)) for share in np.split(BATCH, 4)])
-    close(jax.jit(spread)(BATCH), expected)
+    assert_close(jax.jit(spread)(BATCH), expected)
 
 
 def test_derivatives_pass_through_explicit_axes():
@@ -207,9 +207,9 @@ def test_derivatives_pass_through_explicit_axes():
 
     expected = jax.grad(total)(jnp.asarray(BATCH))
     with jax.set_mesh(explicit):
-        x = placed(PartitionSpec("workers"), explicit)
+        x = place(PartitionSpec("workers"), explicit)
         found = jax.jit(jax.grad(lambda x: total(x, placement=placement.shard_map(explicit))))(x)
-    close(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("code", [CODE, ReplicationCode(5, 12)], ids=["spline", "replication"])
@@ -220,8 +220,8 @@ def test_codes_encode_and_decode_along_explicit_axes(code, spec):
     sent = code.encode(x)
     results = jax.jit(lambda sent: code.decode(sent, MASK))(sent)
     assert sent.sharding.spec == results.sharding.spec == PartitionSpec(None, *spec[1:2] or [None])
-    close(sent, code.encode(BATCH[:5]))
-    close(results, code.decode(code.encode(BATCH[:5]), MASK))
+    assert_close(sent, code.encode(BATCH[:5]))
+    assert_close(results, code.decode(code.encode(BATCH[:5]), MASK))
 
 
 def test_pmap_over_part_of_a_mesh_that_is_set_is_refused():

@@ -1,4 +1,4 @@
-"""One of two processes that run a coded model over the devices of both: its arguments are a port and which it is."""
+"""Runs one of two processes that compute a coded model over the devices of both, given a port and its number."""
 
 import sys
 
@@ -24,8 +24,8 @@ def main(port: str, number: str) -> None:
     def predict(x, **options):
         return coded(f, code, order=ordering.greedy, **options)(x, mask)
 
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = jax.jit(lambda x: predict(x, placement=placement.shard_map(mesh)), out_shardings=everywhere)(x)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found = jax.jit(lambda x: predict(x, placement=placement.shard_map(mesh)), out_shardings=replicated)(x)
     expected = predict(x)
     error = np.abs(np.asarray(found.addressable_data(0)) - np.asarray(expected)).max()
     print(f"{jax.device_count()} devices, the values of one: {error < 1e-6}")

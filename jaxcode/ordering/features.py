@@ -20,8 +20,8 @@ from ..functions import as_pure_function
 
 __all__ = ["LinearFeatures", "sensitivity"]
 
-# How many numbers all derivatives of a model have at most (256 MB).
-_MOST_NUMBERS = 2**26
+# Numbers in all derivatives together, 256 MB of float32: fewer limit the directions that large inputs get.
+_MAX_NUMBERS = 2**26
 
 
 def sensitivity(
@@ -46,8 +46,9 @@ def sensitivity(
     Args:
         f: A differentiable model, as `jaxcode.coded` takes it.
         x_sample: Inputs, leaves (B, ...) of real numbers.
-        num_probes: n, how many derivatives are computed, each at the cost of two to three runs of the model; reduced
-            for large inputs, so that the derivatives have at most 2^26 numbers. More of them resolve more directions.
+        num_probes: n, how many derivatives are computed, each at the cost of two to three runs of the model on one
+            input. More of them resolve more directions. For large inputs there are fewer, so that the derivatives have
+            at most 2^26 numbers.
         model_batch: How many inputs the model is differentiated on at a time.
         key: Random key of the directions; that of seed 0 if not given.
 
@@ -55,7 +56,9 @@ def sensitivity(
         A function from a batch to its features, (B, n) in float32: `Greedy(key=sensitivity(...))`.
 
     Raises:
-        ValueError: If x_sample has no leaves, leading axes that differ or numbers that are not real.
+        ValueError: If x_sample has no leaves, leading axes that differ or numbers that are not real, num_probes or
+            model_batch is not a whole number of at least 1, or f is no model.
+        TypeError, ValueError, NotImplementedError: If the model has no derivatives.
 
     References:
         Constantine, Dow and Wang, Active subspace methods in theory and practice, arXiv 1304.2070.
@@ -75,18 +78,18 @@ def sensitivity(
             raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which have derivatives")
     fn, params = as_pure_function(f)
     numbers_per_input = sum(leaf.size for leaf in jax.tree.leaves(x)) // size
-    num_probes = max(1, min(num_probes, _MOST_NUMBERS // max(1, numbers_per_input)))
+    num_probes = max(1, min(num_probes, _MAX_NUMBERS // max(1, numbers_per_input)))
 
     # All runs have one size, so that they compile once, and repeat the sample as often as needed.
     x, model_batch = unsharded(x), min(model_batch, size)
     key = jax.random.key(jax.device_put(np.uint32(0))) if key is None else key
     keys = jax.random.split(key, -(-num_probes // model_batch))
     rows = (np.arange(len(keys) * model_batch, dtype=np.int32) % size).reshape(-1, model_batch)
-    runs = [
-        _probes(fn, params, x, *jax.device_put((batch_rows, np.int32(run))), keys)
+    batches = [
+        _pull_back_probes(fn, params, x, *jax.device_put((batch_rows, np.int32(run))), keys)
         for run, batch_rows in enumerate(rows)
     ]
-    return LinearFeatures(_concatenated(runs, num_probes))
+    return LinearFeatures(_concatenate(batches, num_probes))
 
 
 @final
@@ -120,7 +123,7 @@ class LinearFeatures:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _probes(fn, params, x, rows, run, keys):
+def _pull_back_probes(fn, params, x, rows, run, keys):
     """Computes derivatives at some rows of x, each along a random direction of the answers."""
     batch = jax.tree.map(lambda leaf: leaf[rows], x)
     answers, pull_back = jax.vjp(lambda batch: fn(params, batch), batch)
@@ -134,8 +137,8 @@ def _probes(fn, params, x, rows, run, keys):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _concatenated(runs, num_probes):
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *runs)
+def _concatenate(batches, num_probes):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_probes].astype(jnp.float32), *batches)
 
 
 @jax.jit

@@ -21,12 +21,14 @@ __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
 
 # Maps a batch, leaves (B, ...), and K to a permutation of the batch: entry i is the index of the input in place i.
 Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
+# Maps the features of two inputs, without batch axis, to their distance.
 Metric = Callable[[Any, Any], Float[Array, ""]]
 
-# Longer batches are split into parts, so that only one part's distances are in memory at a time (16 MB).
-MOST_IN_ONE_PATH = 2048
-# Each pass tries the moves of every input; tours stop getting shorter after five to ten passes.
-MOST_PASSES = 16
+# Inputs in a path. Longer batches are split into parts, which keeps the matrix of distances to 16 MB of float32 and the
+# time linear in B; each split costs the path one long step.
+MAX_PATH_LENGTH = 2048
+# Passes of 2-opt over all edges. A pass that finds nothing ends the search; the limit bounds the time.
+MAX_PASSES = 16
 
 
 def greedy(
@@ -38,9 +40,9 @@ def greedy(
 ) -> Int[Array, "batch"]:
     """Finds a short path through the batch and splits it into groups where its steps are longest.
 
-    The path is found by greedy nearest neighbour and shortened by 2-opt moves, which reverse a stretch of it, until
-    none helps. Closed by a step from its end to its start it can be split into groups in num_data ways; the one with
-    the longest steps between groups is returned.
+    The path is found by greedy nearest neighbour and shortened by 2-opt moves, which reverse a segment of it, until
+    none helps or after 16 passes. Closed by a step from its end to its start it can be split into groups in num_data
+    ways; the one with the longest steps between groups is returned.
 
     A batch of more than 2048 is first split into parts of similar inputs, by repeated bisection across the direction of
     largest variance, and each part gets its own path: memory O(B D + 2048^2), time O(2048 B D).
@@ -85,22 +87,10 @@ def greedy(
         num_rows = batch_size(name, features)
         if num_rows != size:
             raise ValueError(f"{name} has {num_rows} rows; expected one for each of the {size} inputs in x")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(features):
-        if not (
-            leaf.dtype == np.bool_ or any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer))
-        ):
-            raise ValueError(
-                f"{name + jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers: give a key that "
-                "returns real features"
-            )
-    if metric is not None:
-        row = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), unsharded(features))
-        distance = jax.eval_shape(metric, row, row)
-        if np.shape(distance) != ():
-            raise ValueError(
-                f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
-            )
+    _check_real(name, features)
     features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
+    if metric is not None:
+        _check_distance(metric, features)
 
     def order(features):
         return _greedy(features, size, min(num_data, size), metric)
@@ -138,30 +128,30 @@ class Greedy:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _greedy(features, size, num_data, metric):
-    vectors = _as_vectors(features, size)
+    vectors = _flatten_features(features, size)
     if metric is None:
         features, metric = vectors, _euclidean
     # The number of parts is a power of two; copies of the last input pad them to equal sizes.
-    levels = max(0, math.ceil(math.log2(size / MOST_IN_ONE_PATH)))
+    levels = max(0, math.ceil(math.log2(size / MAX_PATH_LENGTH)))
     num_parts = 2**levels
-    members = jnp.minimum(jnp.arange(-(-size // num_parts) * num_parts, dtype=jnp.int32), size - 1).reshape(1, -1)
+    parts = jnp.minimum(jnp.arange(-(-size // num_parts) * num_parts, dtype=jnp.int32), size - 1).reshape(1, -1)
     for _ in range(levels):
-        members = jax.vmap(lambda part: _bisected(part, vectors[part]))(members).reshape(2 * len(members), -1)
+        parts = jax.vmap(lambda part: _sort_part(part, vectors[part]))(parts).reshape(2 * len(parts), -1)
 
-    def path_of(part):
-        distances = _distances(jax.tree.map(lambda leaf: leaf[part], features), metric)
-        # The tour starts and ends at an added place, at distance 0 from all inputs, so that the path between is free.
+    def find_path(part):
+        distances = _pairwise_distances(jax.tree.map(lambda leaf: leaf[part], features), metric)
+        # The tour starts and ends at a dummy place at distance 0 from all inputs, so that the path has free ends.
         distances = jnp.pad(distances, (0, 1))
-        return part[_shortened(_nearest_neighbours(distances), distances)[1:]]
+        return part[_two_opt(_nearest_neighbour_tour(distances), distances)[1:]]
 
-    path = jax.lax.map(path_of, members).reshape(-1) if levels else path_of(members[0])
+    path = jax.lax.map(find_path, parts).reshape(-1) if levels else find_path(parts[0])
     if len(path) > size:
-        path = _without_copies(path, size)
-    return _rotated(path, features, num_data, metric)
+        path = _remove_copies(path, size)
+    return _rotate(path, features, num_data, metric)
 
 
-def _as_vectors(features, size):
-    """Concatenates all leaves, shape (B, D), and subtracts the mean; in float32, or in the leaves' dtype if wider."""
+def _flatten_features(features, size):
+    """Concatenates all leaves, shape (B, D), and subtracts the mean; in float32, or the leaves' dtype if wider."""
     leaves = [leaf.reshape(size, -1) for leaf in jax.tree.leaves(features)]
     vectors = jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
     mean = jnp.mean(vectors, axis=0, where=jnp.isfinite(vectors), keepdims=True)
@@ -172,22 +162,22 @@ def _euclidean(a, b):
     return jnp.sqrt(jnp.sum((a - b) ** 2))
 
 
-def _distances(features, metric):
+def _pairwise_distances(features, metric):
     """Computes the distance of every row to every row."""
     if metric is _euclidean:
         products = jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
         squares = jnp.sum(features**2, axis=1)
-        return _finite(jnp.sqrt(jnp.maximum(squares[:, None] + squares[None] - 2 * products, 0)))
-    return _finite(jax.vmap(lambda a: jax.vmap(lambda b: metric(a, b))(features))(features))
+        return _replace_nonfinite(jnp.sqrt(jnp.maximum(squares[:, None] + squares[None] - 2 * products, 0)))
+    return _replace_nonfinite(jax.vmap(lambda a: jax.vmap(lambda b: metric(a, b))(features))(features))
 
 
-def _finite(distances):
+def _replace_nonfinite(distances):
     """Replaces NaN and infinity by twice the largest finite distance."""
     is_finite = jnp.isfinite(distances)
     return jnp.where(is_finite, distances, 2 * jnp.max(distances, where=is_finite, initial=0.5))
 
 
-def _bisected(part, vectors):
+def _sort_part(part, vectors):
     """Sorts a part along the direction of largest variance of its vectors, found by power iteration."""
     vectors = jnp.nan_to_num(vectors, posinf=0, neginf=0)
     vectors = vectors - jnp.mean(vectors, axis=0, keepdims=True)
@@ -198,7 +188,7 @@ def _bisected(part, vectors):
     return part[jnp.argsort(vectors @ direction)]
 
 
-def _nearest_neighbours(distances):
+def _nearest_neighbour_tour(distances):
     """Finds a tour that starts at the last place and always goes on to the nearest place not visited."""
 
     def step(carry, _):
@@ -211,8 +201,8 @@ def _nearest_neighbours(distances):
     return jax.lax.scan(step, start, length=len(distances))[1]
 
 
-def _shortened(tour, distances):
-    """Shortens a closed tour by 2-opt: the best move of each step in turn, until a pass finds none.
+def _two_opt(tour, distances):
+    """Shortens a closed tour by 2-opt: the best move of each edge in turn, until a pass finds none.
 
     The first place stays the first.
     """
@@ -220,50 +210,50 @@ def _shortened(tour, distances):
     index = jnp.arange(size, dtype=jnp.int32)
     tolerance = 1e-6 * jnp.max(distances)
 
-    def lengths(tour):
+    def edge_lengths(tour):
         return distances[tour, jnp.roll(tour, -1)]
 
-    def try_step(i, carry):
-        tour, steps, changed = carry
-        # Steps a -> b and c -> d become a -> c and b -> d, and the stretch between them is reversed.
+    def try_edge(i, carry):
+        tour, edges, is_changed = carry
+        # Edges a-b and c-d are replaced by a-c and b-d, and the segment from b to c is reversed.
         a, b = tour[i], tour[jnp.where(i + 1 == size, 0, i + 1)]
-        saving = steps[i] + steps - distances[a][tour] - jnp.roll(distances[b][tour], -1)
+        saving = edges[i] + edges - distances[a][tour] - jnp.roll(distances[b][tour], -1)
         saving = jnp.where(index == i, 0, saving)
 
-        def reverse():
+        def reverse_segment():
             j = jnp.argmax(saving).astype(jnp.int32)
             first, last = jnp.minimum(i, j) + 1, jnp.maximum(i, j)
-            reversed_tour = tour[jnp.where((index >= first) & (index <= last), first + last - index, index)]
-            return reversed_tour, lengths(reversed_tour), jnp.ones_like(changed)
+            new_tour = tour[jnp.where((index >= first) & (index <= last), first + last - index, index)]
+            return new_tour, edge_lengths(new_tour), jnp.ones_like(is_changed)
 
-        # Most steps have no move that helps, and the search is far cheaper than the reversal.
-        return jax.lax.cond(jnp.max(saving) > tolerance, reverse, lambda: carry)
+        # Most edges have no move that helps, and the search is far cheaper than the reversal.
+        return jax.lax.cond(jnp.max(saving) > tolerance, reverse_segment, lambda: carry)
 
-    def one_pass(carry):
-        tour, steps, changed, num_passes = carry
-        return *jax.lax.fori_loop(0, size, try_step, (tour, steps, jnp.zeros_like(changed))), num_passes + 1
+    def run_pass(carry):
+        tour, edges, is_changed, num_passes = carry
+        return *jax.lax.fori_loop(0, size, try_edge, (tour, edges, jnp.zeros_like(is_changed))), num_passes + 1
 
     def can_shorten(carry):
-        return carry[2] & (carry[3] < MOST_PASSES)
+        return carry[2] & (carry[3] < MAX_PASSES)
 
-    start = tour, lengths(tour), jnp.ones_like(tour[0], dtype=bool), jnp.int32(0)
-    return jax.lax.while_loop(can_shorten, one_pass, start)[0]
+    start = tour, edge_lengths(tour), jnp.ones_like(tour[0], dtype=bool), jnp.int32(0)
+    return jax.lax.while_loop(can_shorten, run_pass, start)[0]
 
 
-def _without_copies(path, size):
-    """Removes the copies of the last input that padding has put into the path."""
+def _remove_copies(path, size):
+    """Removes the copies of the last input, with which parts were padded, from the path."""
     is_last = path == size - 1
     is_copy = is_last & (jnp.cumsum(is_last, dtype=jnp.int32) > 1)
     return path[jnp.argsort(is_copy, stable=True)[:size]]
 
 
-def _rotated(path, features, num_data, metric):
+def _rotate(path, features, num_data, metric):
     """Rotates the closed path so that its steps between groups are the longest."""
     size = len(path)
     path_features = jax.tree.map(lambda leaf: leaf[path], features)
-    steps = _finite(
-        jax.vmap(metric)(path_features, jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), path_features))
-    )
+    next_features = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), path_features)
+    steps = _replace_nonfinite(jax.vmap(metric)(path_features, next_features))
+    # Row i has the first places of all groups if the path is split at place i.
     starts = jnp.arange(num_data)[:, None] + jnp.arange(0, size, num_data)[None]
     gap_lengths = jnp.sum(steps[(starts - 1) % size], axis=1)
     return jnp.roll(path, -jnp.argmax(gap_lengths))
@@ -272,3 +262,21 @@ def _rotated(path, features, num_data, metric):
 def _check_function(name, value, expected):
     if value is not None and not callable(value):
         raise ValueError(f"{name} is {value!r}; expected {expected}, or None")
+
+
+def _check_real(name, features):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(features):
+        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise ValueError(
+                f"{name + jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers: give a key that "
+                "returns real features"
+            )
+
+
+def _check_distance(metric, features):
+    row = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), features)
+    distance = jax.eval_shape(metric, row, row)
+    if np.shape(distance) != ():
+        raise ValueError(
+            f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
+        )

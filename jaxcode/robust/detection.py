@@ -22,8 +22,12 @@ from ..checks import check_count, check_mask
 from ..codes import AbstractCode
 from .search import find_outliers
 
-# How many outputs, of all groups together, are examined, evenly spaced among all; more would add no evidence.
-MOST_OUTPUTS = 256
+# Outputs examined, of all groups together and evenly spaced among all: more are more evidence, and take more time.
+MAX_OUTPUTS = 256
+# Ratios of residuals up to MIN_RATIO exp(CHANCE / sqrt(groups)) pass for those of correct workers. Larger limits miss
+# small errors. Without CHANCE, correct workers are flagged where there are few groups: see
+# `test_hardly_any_correct_worker_is_flagged_for_one_group_and_output`. No command fitted them.
+MIN_RATIO, CHANCE = 1.2, 3.0
 
 
 class Detection(NamedTuple):
@@ -87,8 +91,8 @@ def only_finite(code: AbstractCode, answers: PyTree[Array], returned: Bool[Array
     Array([False,  True, False], dtype=bool)
     """
     check_mask("returned", returned, code.num_workers)
-    present = finite(answers, returned)
-    return _detection(jnp.asarray(returned), present, present)
+    valid = finite(answers, returned)
+    return _detection(jnp.asarray(returned), valid, valid)
 
 
 def leave_one_out(
@@ -96,34 +100,38 @@ def leave_one_out(
     answers: PyTree[Array],
     returned: Bool[ArrayLike, "workers"],
     *,
-    most: float = 1 / 3,
+    max_fraction: float = 1 / 3,
 ) -> Detection:
     r"""Flags workers whose answers are far from the curve through the answers of the others.
 
     Answers are modelled as noisy values of a curve with :math:`g'' = \sqrt{b} \rho^{3/2} \times` white noise, the
-    process whose posterior mean is the cubic spline. :math:`\rho` is the number of inputs that the code places per unit
-    of length, to which the speed of the curve is proportional. With P the precision of the answers y, straight lines
-    projected out, worker i's leave-one-out residual is :math:`(Py)_i / P_{ii}` and its variance :math:`b / P_{ii}`,
-    which is large where workers are sparse. A set L of outliers is left out as well by one solve of the size of L. The
-    noise of two workers at one node is comparable to what the curve around them predicts; that of three or more is the
-    median deviation of workers at one node.
+    process whose posterior mean is the cubic spline. :math:`\rho` is the density of the data nodes: where they are
+    dense, the curve moves fast through the inputs. With P the precision of the answers y, straight lines projected out,
+    worker i's leave-one-out residual is :math:`(Py)_i / P_{ii}` and its variance :math:`b / P_{ii}`, which is large
+    where workers are sparse. To leave out a set L of outliers takes one solve of the size of L.
+
+    The variance of the noise is a fraction of v, the median over workers of the variance without noise: 0.1 for a
+    worker alone at its node, 0.4 for each of two at one node, and for three or more what their deviations from their
+    mean show, from 0.01 to 0.4. More noise hides errors; less of it calls correct workers wrong.
 
     The search starts from trusting all workers and looks for the set L with the shortest description of all answers
 
     .. math::
         (n - 2) \log \frac{y^T P_{-L}\, y}{n - |L| - 2} + \sum_{i \in L} \log (1 + z_i^2) + 4 |L|,
 
-    in the mean over outputs and groups, where n workers returned and :math:`z_i` is an outlier's standardised distance
-    from the curve through the inliers: a Gaussian code for inliers, a heavy-tailed one for outliers. Each step makes a
-    run of one to three neighbouring inliers outliers, or one outlier an inlier, whichever shortens the description
-    most; so faulty workers that support each other are removed together, and correct workers next to a faulty one
-    return. Because of the logarithm no output dominates the others.
+    in the mean over outputs and groups, where n workers returned finite answers and :math:`z_i` is an outlier's
+    standardised distance from the curve through the inliers: a Gaussian code for inliers, a heavy-tailed one for
+    outliers. Each step makes a run of one to three neighbouring inliers outliers, or one outlier an inlier, whichever
+    shortens the description most; so faulty workers that support each other are removed together, and correct workers
+    next to a faulty one return. Because of the logarithm no output dominates the others.
 
-    Then outliers become inliers again, the lowest score first, until all exceed what the inliers' residuals explain.
-    Each worker's residuals are pooled as the mean of :math:`\log(1 + z^2)` and divided by the larger of the median of
-    its ten neighbours' and that of all, as residuals are large where f is rough. The ratio must exceed the inliers'
-    70 % quantile extrapolated to 4.5 standard deviations, and :math:`1.2 \exp(3 / \sqrt{\text{groups}})`, which chance
-    reaches with few groups. The score is the ratio in units of the larger of these.
+    A worker's score compares its residuals with those of the inliers. Standardised residuals z are pooled over groups
+    and outputs in the mean of :math:`\log(1 + z^2)`, and divided by a typical one, since residuals are large where f is
+    rough: the median of the worker's ten neighbours or of all inliers, whichever is larger. The score is this ratio
+    over the largest that passes for a correct worker's, the larger of two: the inliers' median plus 4.5 standard
+    deviations, estimated from their 70 % quantile, which is not moved by a few faulty workers that were not found; and
+    :math:`1.2 \exp(3 / \sqrt{\text{groups}})`, since ratios scatter more with few groups. Outliers become inliers
+    again, the lowest score first, until all of them score at least 1.
 
     Answers that are not finite are flagged in any case. Nothing here is differentiated: gradients through
     decoded results are those for the mask that was found. Computed in float64, in :math:`O(N^3)` time per step.
@@ -133,15 +141,15 @@ def leave_one_out(
         answers: Leaves of shape (N, groups, ...), real, in any units. More groups and outputs are more evidence. At
             most 256 outputs of all groups together are examined, evenly spaced among them.
         returned: Which workers returned, bool, shape (N,). Answers of the others are not read.
-        most: The largest fraction, from 0 to 1, of the workers that returned finite answers, less two, that may be
-            flagged.
+        max_fraction: The largest fraction, from 0 to 1, that may be flagged of the workers that returned finite
+            answers, less two.
 
     Returns:
-        The detection; a worker is flagged from a score of 1 on.
+        The detection; flagged workers score at least 1.
 
     Raises:
-        ValueError: If the code draws no curve, returned is not bool (N,), a leaf's leading axis is not N, or most is
-            not a number from 0 to 1.
+        ValueError: If the code draws no curve, returned is not bool (N,), a leaf's leading axis is not N, or
+            max_fraction is not a number from 0 to 1.
 
     References:
         arXiv 2502.08058 for spline codes against o(N) adversaries; Wahba, Journal of the Royal Statistical Society B 40
@@ -162,19 +170,19 @@ def leave_one_out(
     """
     nodes = _nodes_of("leave_one_out", code)
     check_mask("returned", returned, code.num_workers)
-    if not 0 <= most <= 1:
-        raise ValueError(f"most is {most!r}; expected the largest part of the workers to flag, from 0 to 1")
-    present = finite(answers, returned)
-    outputs, groups, rounding = _outputs(answers, present)
-    threshold = 1.2 * math.exp(3 / math.sqrt(groups))
+    if not 0 <= max_fraction <= 1:
+        raise ValueError(f"max_fraction is {max_fraction!r}; expected a number from 0 to 1")
+    valid = finite(answers, returned)
+    outputs, groups, rounding = _outputs(answers, valid)
+    threshold = MIN_RATIO * math.exp(CHANCE / math.sqrt(groups))
     outliers, score = constant_in_float64(
-        lambda *arrays: find_outliers(*arrays, rounding, most, threshold),
+        lambda *arrays: find_outliers(*arrays, rounding, max_fraction, threshold),
         nodes.workers,
         nodes.data,
         outputs,
-        present,
+        valid,
     )
-    return _detection(jnp.asarray(returned), present, present & ~outliers, score)
+    return _detection(jnp.asarray(returned), valid, valid & ~outliers, score)
 
 
 def error_locator(
@@ -199,7 +207,8 @@ def error_locator(
         The detection; the score is the fraction of the outputs that voted for the worker.
 
     Raises:
-        ValueError: As for `leave_one_out`, or if num_faulty is not a whole number of at least 1.
+        ValueError: If the code draws no curve, returned is not bool (N,), a leaf's leading axis is not N, or num_faulty
+            is not a whole number of at least 1.
 
     References:
         arXiv 2109.09868, section 4 and algorithm 2.
@@ -214,13 +223,13 @@ def error_locator(
     nodes = _nodes_of("error_locator", code)
     check_mask("returned", returned, code.num_workers)
     num_faulty = check_count("num_faulty", num_faulty)
-    present = finite(answers, returned)
-    outputs, _, _ = _outputs(answers, present)
+    valid = finite(answers, returned)
+    outputs, _, _ = _outputs(answers, valid)
     votes = constant_in_float64(
-        lambda *arrays: _locate(*arrays, code.num_data, num_faulty), nodes.workers, outputs, present
+        lambda *arrays: _locate(*arrays, code.num_data, num_faulty), nodes.workers, outputs, valid
     )
-    rank = jnp.argsort(jnp.argsort(jnp.where(present, -votes, 1)))
-    return _detection(jnp.asarray(returned), present, present & (rank >= num_faulty), votes)
+    rank = jnp.argsort(jnp.argsort(jnp.where(valid, -votes, 1)))
+    return _detection(jnp.asarray(returned), valid, valid & (rank >= num_faulty), votes)
 
 
 def _nodes_of(name, code):
@@ -233,7 +242,7 @@ def _nodes_of(name, code):
 
 
 def _per_worker(answers, returned):
-    """Returns every leaf (N, groups, ...) as (N, groups, features)."""
+    """Reshapes every leaf (N, groups, ...) to (N, groups, features)."""
     workers = np.size(returned)
     check_mask("returned", returned, workers)
     leaves = []
@@ -246,11 +255,11 @@ def _per_worker(answers, returned):
     return leaves
 
 
-def _outputs(answers, present):
-    """Selects outputs (N, outputs), zero where not present; returns the number of groups and the rounding too."""
-    leaves = [jax.lax.stop_gradient(leaf) for leaf in _per_worker(answers, present)]
+def _outputs(answers, valid):
+    """Selects outputs (N, outputs), zero where not valid; returns the number of groups and the rounding too."""
+    leaves = [jax.lax.stop_gradient(leaf) for leaf in _per_worker(answers, valid)]
     leaves = [leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32) for leaf in leaves]
-    max_outputs = max(1, MOST_OUTPUTS // max(1, len(leaves)))
+    max_outputs = max(1, MAX_OUTPUTS // max(1, len(leaves)))
     samples = []
     for leaf in leaves:
         rows = leaf.reshape(leaf.shape[0], -1)
@@ -259,25 +268,25 @@ def _outputs(answers, present):
         samples.append(rows.astype(jnp.promote_types(rows.dtype, jnp.float32)))
     dtype = jnp.result_type(*[rows.dtype for rows in samples], jnp.float32)
     rows = [rows.astype(dtype) for rows in samples]
-    outputs = jnp.concatenate(rows, axis=1) if rows else jnp.zeros((*np.shape(present), 0))
+    outputs = jnp.concatenate(rows, axis=1) if rows else jnp.zeros((*np.shape(valid), 0))
     groups = max((leaf.shape[1] for leaf in leaves), default=1)
     rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0)
-    return jnp.where(present[:, None], outputs, 0), groups, rounding
+    return jnp.where(valid[:, None], outputs, 0), groups, rounding
 
 
 @jax.jit
-def _detection(returned, present, trusted, score=None):
+def _detection(returned, valid, trusted, score=None):
     """Assembles a detection; scores are zero where not given, and infinite for answers that are not finite."""
-    score = jnp.zeros(present.shape, jnp.float32) if score is None else score.astype(jnp.float32)
-    return Detection(trusted, returned & ~trusted, jnp.where(present, score, jnp.where(returned, jnp.inf, 0)))
+    score = jnp.zeros(valid.shape, jnp.float32) if score is None else score.astype(jnp.float32)
+    return Detection(trusted, returned & ~trusted, jnp.where(valid, score, jnp.where(returned, jnp.inf, 0)))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _locate(nodes, outputs, live, num_data, num_faulty):
+def _locate(nodes, outputs, valid, num_data, num_faulty):
     n = len(nodes)
     angle = jnp.arccos(jnp.clip(2 * (nodes - nodes[0]) / (nodes[-1] - nodes[0]) - 1, -1, 1))[:, None]
     degree = jnp.arange(min(num_data + num_faulty, n), dtype=angle.dtype)[None]
-    basis = jnp.where(live[:, None], jnp.cos(degree * angle), 0)
+    basis = jnp.where(valid[:, None], jnp.cos(degree * angle), 0)
     numerators, _ = jnp.linalg.qr(basis)
     denominators = jnp.cos(jnp.arange(num_faulty + 1, dtype=angle.dtype)[None] * angle)
 
@@ -286,10 +295,10 @@ def _locate(nodes, outputs, live, num_data, num_faulty):
         product = (y / jnp.where(size > 0, size, 1))[:, None] * denominators
         # The component of Q times the answers that is orthogonal to all numerators.
         product = product - numerators @ (numerators.T @ product)
-        product = jnp.where(live[:, None], product, 0)
+        product = jnp.where(valid[:, None], product, 0)
         q = jnp.linalg.eigh(product.T @ product)[1][:, 0]
-        magnitude = jnp.where(live, jnp.abs(denominators @ q), jnp.inf)
-        return (jnp.argsort(jnp.argsort(magnitude)) < num_faulty) & live
+        magnitude = jnp.where(valid, jnp.abs(denominators @ q), jnp.inf)
+        return (jnp.argsort(jnp.argsort(magnitude)) < num_faulty) & valid
 
     votes = jax.vmap(vote, 1)(outputs).astype(angle.dtype)
     return jnp.mean(votes, axis=0) if outputs.shape[1] else jnp.zeros(n)

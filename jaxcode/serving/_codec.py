@@ -113,7 +113,7 @@ def _decode(static_code, output, decoder, answers):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _detect(static_code, output, defence, answers, returned):
-    return defence(static_code.code, output.of_answers(answers), returned)
+    return defence(static_code.code, output.transform(answers), returned)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

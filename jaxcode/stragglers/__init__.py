@@ -1,7 +1,8 @@
 """Models of stragglers: random masks and latencies, sampled under jit.
 
 A model of stragglers draws a mask over the workers, True where a worker's answer returned. `Uniform` and `Independent`
-draw the mask itself; `FirstToAnswer` and `Deadline` draw each worker's latency in seconds and a rule stops the wait.
+draw the mask itself; `FirstToAnswer` and `Deadline` draw each worker's latency in seconds and the end of the wait
+decides who returned.
 
 Every model is a frozen dataclass and a pytree. Its parameters are leaves: they may be traced, batched with `jax.vmap`
 and, for latencies, differentiated; only what fixes a shape is static. Arguments are checked where the host knows their

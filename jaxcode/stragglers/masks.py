@@ -138,7 +138,7 @@ class FirstToAnswer(AbstractStragglers):
         check_count("num_workers", num_workers)
         check_at_most("num_answers", self.num_answers, num_workers, "num_workers")
         seconds = self.latency.sample(key, num_workers)
-        # The latencies are those that the caller would draw with the same key, so the key for ties is folded from it.
+        # The latencies take the key itself, as a caller's own draw does, so ties take one derived from it.
         tie_breaker = jax.random.permutation(jax.random.fold_in(key, as_int(1)), num_workers)
         rank = jnp.argsort(jnp.lexsort((tie_breaker, seconds)))
         return (rank < as_int(self.num_answers)) & jnp.isfinite(seconds)

@@ -16,8 +16,8 @@ from ..linops import Dense, split
 from ..pipeline import encode, flatten_groups, pad, unflatten_groups
 from .smoothing import smoothing_of, with_smoothing
 
-# Combinations of inputs count as equal if their coefficients agree to this many decimals: coded inputs that differ by
-# less get answers that differ by rounding.
+# Combinations of inputs count as equal if their coefficients agree to this many decimals, about float32's precision:
+# coded inputs that differ by less get answers that differ by rounding.
 _DECIMALS = 6
 
 
@@ -111,11 +111,11 @@ class AnswerCache:
         # The answers of workers with this row to the first groups, leaves (groups, ...).
         self._answers_of_row: dict[bytes, PyTree[np.ndarray]] = {
             row.tobytes(): jax.tree.map(lambda leaf, k=k: leaf[k], targets)
-            for k, row in enumerate(_rounded(np.eye(num_data)))
+            for k, row in enumerate(_round_rows(np.eye(num_data)))
         }
 
-    def emptied(self) -> "AnswerCache":
-        """Returns a cache of the same groups that holds nothing but the model's answers to the inputs themselves."""
+    def empty_copy(self) -> "AnswerCache":
+        """Makes a cache of the same groups that holds nothing but the model's answers to the inputs themselves."""
         return AnswerCache(self._model, self._x, self.targets)
 
     def answers(self, code: AbstractCode, num_groups: int) -> PyTree[np.ndarray]:
@@ -129,14 +129,15 @@ class AnswerCache:
             Leaves (N, num_groups, ...).
 
         Raises:
-            ValueError: If the code mixes inputs and these are no real numbers.
+            ValueError: If the code mixes inputs and these are no real numbers, or as for `BatchedModel`.
         """
         matrix = _encoder_matrix(code)
-        rows = _rounded(matrix)
-        _, first = np.unique(rows, axis=0, return_index=True)
-        counts = np.array([self._num_cached_groups(rows[n]) for n in first])
+        rows = _round_rows(matrix)
+        # One worker of each distinct row.
+        _, representatives = np.unique(rows, axis=0, return_index=True)
+        counts = np.array([self._num_cached_groups(rows[n]) for n in representatives])
         for start in np.unique(counts[counts < num_groups]):
-            workers = first[counts == start]
+            workers = representatives[counts == start]
             answers = self._compute(code, matrix, workers, int(start), num_groups)
             for i, n in enumerate(workers):
                 self._append(rows[n], jax.tree.map(lambda leaf, i=i: leaf[i], answers))
@@ -161,19 +162,21 @@ class AnswerCache:
         """
         with jax.enable_x64(True):
             matrix, slopes = jax.device_get(_matrix_and_slope(code, np.float64(smoothing_of(code, "encoder"))))
-        _, first, worker = np.unique(_rounded(matrix), axis=0, return_index=True, return_inverse=True)
-        worker = worker.reshape(-1)
+        rows = _round_rows(matrix)
+        _, representatives, row_of_worker = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        row_of_worker = row_of_worker.reshape(-1)
 
         def sum_over_workers(leaf):
             """Sums the derivatives of workers with equal rows, which give one answer."""
-            return np.stack([leaf[worker == i].sum(axis=0) for i in range(len(first))])
+            return np.stack([leaf[row_of_worker == i].sum(axis=0) for i in range(len(representatives))])
 
         x = jax.tree.map(jnp.asarray, self._x)
         coded, tangents = (
-            flatten_groups(encode(code, Dense(split(part[first].astype(np.float64))), x)) for part in (matrix, slopes)
+            flatten_groups(encode(code, Dense(split(entries[representatives].astype(np.float64))), x))
+            for entries in (matrix, slopes)
         )
-        cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
-        input_cotangents = self._model.pull_back(jax.device_get(coded), cotangents)
+        answer_cotangents = flatten_groups(jax.tree.map(sum_over_workers, cotangents))
+        input_cotangents = self._model.pull_back(jax.device_get(coded), answer_cotangents)
         products = jax.tree.map(lambda a, b: np.sum(np.float64(a) * b), input_cotangents, jax.device_get(tangents))
         return float(sum(jax.tree.leaves(products)))
 
@@ -218,6 +221,6 @@ def _matrix_and_slope(code, smoothing: Float[Array, ""]):
     return jax.jvp(matrix, (smoothing,), (smoothing,))
 
 
-def _rounded(matrix: Float[np.ndarray, "rows data"]) -> Float[np.ndarray, "rows data"]:
+def _round_rows(matrix: Float[np.ndarray, "rows data"]) -> Float[np.ndarray, "rows data"]:
     """Rounds rows so that those of equal workers are equal bit for bit, zeros of both signs too."""
     return np.round(matrix, _DECIMALS).astype(np.float32) + np.float32(0)

@@ -17,7 +17,7 @@ from ..pipeline import decode
 from .losses import Loss, disagreement, squared_error
 from .smoothing import smoothing_of, with_smoothing
 
-# Straggler sets that are decoded together.
+# Straggler sets that are decoded together: more at a time take more memory, fewer do not fill the processor.
 _MASKS_IN_A_BATCH = 32
 
 
@@ -45,7 +45,7 @@ class Measurement:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What measurements are sorted by: the mean loss, then the error; what is not a number comes last."""
+        """What measurements are sorted by: the mean loss, then the error; those that are not finite come last."""
         loss = float(self.losses.mean())
         return (loss if np.isfinite(loss) else np.inf), (self.rmse if np.isfinite(self.rmse) else np.inf)
 
@@ -69,7 +69,7 @@ class Evaluator:
         masks: Which workers return in each straggler set, bool (masks, N).
         targets: The model's answers to the whole sample, leaves (B, ...), whose mean stands in for lost results.
         loss: The loss of one group.
-        num_groups: The most groups that a code is measured on.
+        num_groups: The largest number of groups that a code is measured on.
     """
 
     def __init__(self, masks: Bool[Array, "masks workers"], targets: PyTree[np.ndarray], loss: Loss, num_groups: int):
@@ -97,7 +97,7 @@ class Evaluator:
         num_groups = jax.tree.leaves(answers)[0].shape[1]
         with jax.enable_x64(True):
             decoders, recovered = jax.device_get(_prepare(code, self.masks))
-        answers, targets = self._padded(answers, targets)
+        answers, targets = self._pad_groups(answers, targets)
         measurements = []
         for output in outputs:
             values = _measure(code, decoders, recovered, answers, targets, self._mean, self._loss, output)
@@ -124,7 +124,7 @@ class Evaluator:
         with jax.enable_x64(True):
             smoothing = np.float64(smoothing_of(code, "decoder"))
             decoders, slopes, recovered = jax.device_get(_prepare_with_slopes(code, smoothing, self.masks))
-        answers, targets = self._padded(answers, targets)
+        answers, targets = self._pad_groups(answers, targets)
         square, (matrix_slopes, answer_slopes) = _square_and_slopes(
             code, decoders, recovered, answers, targets, self._mean, output, np.arange(self._num_groups) < num_groups
         )
@@ -132,7 +132,7 @@ class Evaluator:
         answer_slopes = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :num_groups], answer_slopes)
         return float(square), float(smoothing_slope), answer_slopes
 
-    def _padded(self, *trees: PyTree[np.ndarray]) -> tuple[PyTree[np.ndarray], ...]:
+    def _pad_groups(self, *trees: PyTree[np.ndarray]) -> tuple[PyTree[np.ndarray], ...]:
         """Pads groups to the same number for all measurements, which are then compiled once."""
 
         def pad_groups(leaf):
@@ -168,10 +168,10 @@ def _dense(matrix):
 
 
 @functools.partial(jax.jit, static_argnums=6)
-def _square_and_slopes(code, matrices, recovered, answers, targets, mean, output, counted):
+def _square_and_slopes(code, matrices, recovered, answers, targets, mean, output, is_measured):
     def square(matrices, answers):
         _, squares = _measure(code, _dense(matrices), recovered, answers, targets, mean, squared_error, output)
-        return jnp.mean(squares, where=counted)
+        return jnp.mean(squares, where=is_measured)
 
     return jax.value_and_grad(square, (0, 1))(matrices, answers)
 

@@ -28,7 +28,8 @@ def disagreement(results: Float[Array, "data classes"], targets: Float[Array, "d
     >>> float(disagreement(jnp.array([[0.1, 0.9], [0.6, 0.4]]), jnp.array([[0.0, 1.0], [0.0, 1.0]])))
     0.5
     """
-    return 1 - metrics.agreement(results, targets)
+    # Each input disagrees by exactly 0 or 1. One minus the share that agrees may round to a number below 0.
+    return jnp.mean(1 - jax.vmap(metrics.agreement)(results, targets))
 
 
 def squared_error(results: PyTree[Array], targets: PyTree[Array]) -> Float[Array, ""]:

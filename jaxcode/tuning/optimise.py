@@ -25,7 +25,8 @@ from .smoothing import smoothing_of
 
 __all__ = ["optimise_nodes"]
 
-_MASKS_TO_COMPARE = 256
+# Straggler sets on which the nodes before and after are compared: more tell smaller gains from chance.
+_NUM_COMPARISON_MASKS = 256
 
 
 def optimise_nodes(
@@ -39,7 +40,7 @@ def optimise_nodes(
     key: PRNGKeyArray | None = None,
     progress: bool = True,
 ) -> InterpolatingCode:
-    r"""Moves beta by gradient, to lower the error that is expected under a straggler model.
+    r"""Moves the worker nodes beta by gradient, to lower the error that is expected under a straggler model.
 
     Without a model the expected posterior variance is lowered, that of an integrated Wiener process of scale 1 at
     alpha given the answers that returned,
@@ -66,7 +67,9 @@ def optimise_nodes(
         The code with its worker nodes moved, or the given code if its error on other straggler sets is no larger.
 
     Raises:
-        ValueError: If arguments do not fit together, the code has no nodes, or worker nodes are not on [-1, 1].
+        ValueError: If only one of f and x_sample is given, x_sample is shorter than a group, steps or num_masks is not
+            a whole number or is too small, the code has no nodes, its decoder has no smoothing and f is not given, or
+            worker nodes are not on [-1, 1].
 
     References:
         Kanagawa et al., Gaussian processes and kernel methods, arXiv 1807.02582, section 3, for the variance.
@@ -111,7 +114,7 @@ def optimise_nodes(
 
     def error_at(angles):
         # The step, which is already compiled, returns the error too.
-        keys = jax.random.split(comparison_key, -(-_MASKS_TO_COMPARE // num_masks))
+        keys = jax.random.split(comparison_key, -(-_NUM_COMPARISON_MASKS // num_masks))
         return np.mean([float(step(angles, state, draw(key, num_masks))[2]) for key in keys])
 
     start_error, end_error = error_at(start), error_at(angles)
@@ -147,7 +150,7 @@ def _posterior_variance(code: InterpolatingCode, returned) -> Float[Array, "data
 
 
 def _decoding_error(f, x_sample, code):
-    """Makes the function from a code and a mask to the mean squared error of the decoded answers."""
+    """Makes the function of a code and a mask that computes the mean squared error of the decoded answers."""
     fn, params = as_pure_function(f)
     num_groups = batch_size("x_sample", x_sample) // code.num_data
     if not num_groups:
@@ -156,10 +159,10 @@ def _decoding_error(f, x_sample, code):
     x, _ = group(sample, code.num_data, None)
     targets = jax.jit(fn)(params, flatten_groups(x))
 
-    def error(moved, returned):
+    def error(candidate, returned):
         # The same for every straggler set: under vmap the model runs once.
-        answers = fn(params, flatten_groups(encode(moved, None, x)))
-        results = decode(moved, None, unflatten_groups(answers, code.num_workers), as_returned, returned)
+        answers = fn(params, flatten_groups(encode(candidate, None, x)))
+        results = decode(candidate, None, unflatten_groups(answers, code.num_workers), as_returned, returned)
         return squared_error(flatten_groups(results), targets)
 
     return error

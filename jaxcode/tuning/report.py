@@ -106,9 +106,9 @@ class Tuned:
 
         figure = Figure(figsize=(9, 1.2 + 0.25 * len(self.candidates)), layout="constrained")
         axes = figure.subplots()
-        most_groups = max(c.num_groups for c in self.candidates)
+        num_groups = max(c.num_groups for c in self.candidates)
         for row, c in enumerate(self.candidates):
-            color = "#0072B2" if row == 0 else "#444444" if c.num_groups == most_groups else "#aaaaaa"
+            color = "#0072B2" if row == 0 else "#444444" if c.num_groups == num_groups else "#aaaaaa"
             axes.errorbar(c.loss, row, xerr=c.half_width, color=color, marker="o", markersize=5, capsize=2)
         names = [f"{c.layout}, {c.order}, {c.output.name}" for c in self.candidates]
         axes.set_yticks(range(len(names)), names)

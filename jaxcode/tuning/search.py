@@ -26,7 +26,8 @@ from .trials import Option, Trial, select
 
 __all__ = ["standard_layouts", "standard_orders", "tune"]
 
-# The shares of the N - K surplus workers whose nodes lie between data nodes; the others' repeat data nodes.
+# The shares of the N - K surplus workers whose nodes lie between data nodes; the others' repeat data nodes. Smooth
+# models gain from the former, rough ones from the latter; each further share is one more candidate in every order.
 _SHARES_BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -88,8 +89,9 @@ def tune(
 
     Raises:
         ValueError: If the sample is shorter than two groups, numbers are not whole or too small, stragglers is no
-            straggler model, a layout is for other K and N, there is none, or inputs or answers are no real numbers
-            where a layout mixes them.
+            straggler model, there is no layout or no order, a layout is no code of K and N, an order returns no
+            permutation, f is no model, its results do not have the batch as leading axis, or inputs or answers are no
+            real numbers where a layout mixes them.
 
     Note:
         With layouts={"Chebyshev": SplineCode.chebyshev(K, N)} and orders={"as given": None} this is NeRCC (arXiv
@@ -130,7 +132,7 @@ def tune(
 
     options = []
     for name, order in orders.items():
-        cache = AnswerCache(model, *_grouped(x_sample, targets, order, num_data))
+        cache = AnswerCache(model, *_group_sample(x_sample, targets, order, num_data))
         options += [Option(layout, name, code, cache) for layout, code in layouts.items()]
     ranked = select(evaluator, options, _output_spaces(targets), num_groups, progress)
     chosen = _prefer_copies(ranked)
@@ -174,7 +176,7 @@ def standard_orders(
     x_sample: PyTree[ArrayLike],
     model_batch: int = 128,
 ) -> dict[str, Ordering | None]:
-    """Makes the orders that `tune` tries, by name.
+    """Makes the orders of a batch that `tune` tries, by name.
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
@@ -195,7 +197,7 @@ def standard_orders(
     return orders
 
 
-def _grouped(x, targets, order, num_data):
+def _group_sample(x, targets, order, num_data):
     """Groups a sample and the model's answers to it, leaves (K, groups, ...), without an incomplete last group.
 
     The groups are in random order, so that the first of them represent all.

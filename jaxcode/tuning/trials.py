@@ -17,10 +17,12 @@ from .answers import AnswerCache
 from .evaluation import Evaluator, Measurement
 from .smoothing import smoothing_of, with_smoothing
 
-# Smoothings that are tried, in units of K^-4: at one unit a curve through K data begins to miss each of them.
+# Smoothings that are tried, in units of K^-4: at one unit a curve through K data begins to miss each of them. The
+# gradient moves a smoothing tenfold at most, which bridges the steps.
 _SMOOTHINGS = (0.01, 0.1, 1.0, 10.0)
-# How many of the best are tried with smoothing; the best of them also with smoothing of the encoder.
-_FINALISTS = 3
+# How many of the best are tried with smoothing; the best of them also with smoothing of the encoder. More take longer,
+# fewer may leave out the one that gains most from smoothing.
+_NUM_FINALISTS = 3
 
 
 @final
@@ -85,7 +87,7 @@ def select(
         progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The trials from best to worst: those measured on all groups first, then the last dropped.
+        The trials from best to worst: those measured on all groups, then the dropped ones, the last of them first.
 
     References:
         Karnin, Koren and Somekh, Almost optimal exploration in multi-armed bandits, ICML 2013.
@@ -104,11 +106,12 @@ def select(
 
         trials = advance(options, lambda option: measure(evaluator, option, outputs, counts[0]))
         for count in counts[1:]:
-            kept, newly_dropped = _halve(trials)
-            dropped = newly_dropped + dropped
-            trials = advance(kept, functools.partial(_measure_again, evaluator, num_groups=count))
+            survivors, losers = _halve(trials)
+            dropped = losers + dropped
+            trials = advance(survivors, functools.partial(_measure_again, evaluator, num_groups=count))
         trials.sort(key=lambda trial: trial.rank)
-        finalists = [trial for trial in trials if smoothing_of(trial.option.code, "decoder") is not None][:_FINALISTS]
+        smoothable = [trial for trial in trials if smoothing_of(trial.option.code, "decoder") is not None]
+        finalists = smoothable[:_NUM_FINALISTS]
         others = [trial for trial in trials if trial not in finalists]
         finalists = advance(finalists, functools.partial(smooth_decoder, evaluator))
         finalists.sort(key=lambda trial: trial.rank)
@@ -155,13 +158,12 @@ def _measure_again(evaluator, trial, num_groups):
 
 
 def _halve(trials):
-    """Splits trials into those that stay, the better half and all that only copy, and those that are dropped."""
+    """Splits trials into survivors, the better half and all that only copy inputs, and the others."""
     trials = sorted(trials, key=lambda trial: trial.rank)
-    count = max(_FINALISTS, -(-len(trials) // 2))
-    # Others are compared with trials that only copy, which stay to the end and do not run the model.
-    stays = [i < count or trial.option.copies_only for i, trial in enumerate(trials)]
-    kept = [trial for trial, stay in zip(trials, stays, strict=True) if stay]
-    return kept, [trial for trial, stay in zip(trials, stays, strict=True) if not stay]
+    count = max(_NUM_FINALISTS, -(-len(trials) // 2))
+    # The choice compares the best with those that only copy inputs, which cost no run of the model.
+    losers = [trial for trial in trials[count:] if not trial.option.copies_only]
+    return [trial for trial in trials if trial not in losers], losers
 
 
 def _grid(trial):
@@ -177,7 +179,7 @@ def _with_smoothing(evaluator, trial, **smoothings):
 def _change_smoothing(option, **smoothings):
     code = with_smoothing(option.code, **{side: float(value) for side, value in smoothings.items()})
     # Answers to the inputs of one encoder are of no use to another; a cache of their own keeps memory bounded.
-    cache = option.cache.emptied() if "encoder" in smoothings else option.cache
+    cache = option.cache.empty_copy() if "encoder" in smoothings else option.cache
     return dataclasses.replace(option, code=code, cache=cache)
 
 
@@ -187,12 +189,12 @@ def _descend(evaluator, trial, sides):
     smoothings = {side: smoothing for side, smoothing in smoothings.items() if smoothing}
     output, num_groups = trial.measurement.output, trial.measurement.num_groups
 
-    def with_logarithms(logarithms):
+    def exponentiate(logarithms):
         return dict(zip(smoothings, np.exp(logarithms), strict=True))
 
     def logarithm_and_slopes(logarithms):
         """Computes the logarithm of the squared error, and its derivatives by the logarithms of the smoothings."""
-        option = _change_smoothing(trial.option, **with_logarithms(logarithms))
+        option = _change_smoothing(trial.option, **exponentiate(logarithms))
         square, decoder_slope, answer_slopes = evaluator.squared_error_slopes(
             option.code, output, *_answers_and_targets(option, num_groups)
         )
@@ -213,11 +215,11 @@ def _descend(evaluator, trial, sides):
         )
     except NO_DERIVATIVES:
         return trial
-    candidate = _with_smoothing(evaluator, trial, **with_logarithms(optimum.x))
+    candidate = _with_smoothing(evaluator, trial, **exponentiate(optimum.x))
     return candidate if candidate.rank < trial.rank else trial
 
 
 def _answers_and_targets(option, num_groups):
-    """Returns answers to the first groups: the workers', leaves (N, groups, ...), and the model's, (K, groups, ...)."""
+    """Computes answers to the first groups: the workers', leaves (N, groups, ...), and the model's (K, groups, ...)."""
     targets = jax.tree.map(lambda leaf: leaf[:, :num_groups], option.cache.targets)
     return option.cache.answers(option.code, num_groups), targets

@@ -22,9 +22,9 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def some_missing(seed, missing=6):
+def random_mask(seed, num_missing=6):
     """A mask (N,) of the workers that returned."""
-    return ~np.isin(np.arange(N), rng(seed).choice(N, missing, replace=False))
+    return ~np.isin(np.arange(N), rng(seed).choice(N, num_missing, replace=False))
 
 
 def network(x):
@@ -55,20 +55,20 @@ def correct_answers(code, f=network):
 
 def attacked_answers(code, attack, choose, number, seed, size=6.0):
     """Correct answers, the answers that are sent, the workers that returned, and the faulty ones."""
-    answers, returned = correct_answers(code), some_missing(seed)
+    answers, returned = correct_answers(code), random_mask(seed)
     faulty = choose(np.flatnonzero(returned), number, rng(seed + 50))
     return answers, attack(answers, faulty, size, rng(seed + 90)), returned, np.sort(faulty)
 
 
-def anywhere(workers, number, random):
+def choose_anywhere(workers, number, random):
     return random.choice(workers, number, replace=False)
 
 
-def neighbours(workers, number, random):
+def choose_neighbours(workers, number, random):
     first = random.integers(0, len(workers) - number + 1)
     return workers[first : first + number]
 
 
-def flagged(code, answers, returned, **options):
+def flagged_workers(code, answers, returned, **options):
     """Indices of the workers that `leave_one_out` flags."""
     return np.flatnonzero(leave_one_out(code, jnp.asarray(answers, jnp.float32), returned, **options).flagged)

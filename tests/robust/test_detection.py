@@ -10,7 +10,7 @@ import pytest
 from jaxcode import ReplicationCode, coded, robust
 from jaxcode.robust import error_locator, finite, leave_one_out, only_finite
 
-from .cases import LAYOUTS, K, N, correct_answers, rng, some_missing
+from .cases import LAYOUTS, K, N, correct_answers, random_mask, rng
 
 DEFENCES = {
     "only_finite": only_finite,
@@ -42,7 +42,7 @@ def test_a_worker_with_any_number_that_is_not_finite_is_flagged():
 
 @pytest.mark.parametrize("defence", ["leave_one_out", "error_locator"])
 def test_answers_that_are_not_finite_are_flagged_and_disturb_no_other(defence):
-    code, returned = LAYOUTS["chebyshev"], some_missing(0)
+    code, returned = LAYOUTS["chebyshev"], random_mask(0)
     faulty, broken = np.flatnonzero(returned)[[9, 20]]
     answers = correct_answers(code)
     answers[faulty] *= -3
@@ -62,8 +62,8 @@ FAULTY = 16
 
 def faulty_model(x):
     """The batch is all workers' inputs, worker after worker."""
-    of_faulty = jnp.arange(x.shape[0])[:, None] // (x.shape[0] // N) == FAULTY
-    return jnp.where(of_faulty, -3.0, 1.0) * jnp.tanh(x @ jnp.array([[1.0, -2.0], [0.5, 1.0]])) + 3 * of_faulty
+    is_of_faulty = jnp.arange(x.shape[0])[:, None] // (x.shape[0] // N) == FAULTY
+    return jnp.where(is_of_faulty, -3.0, 1.0) * jnp.tanh(x @ jnp.array([[1.0, -2.0], [0.5, 1.0]])) + 3 * is_of_faulty
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def batch():
 
 
 def test_flagged_workers_are_decoded_without(batch):
-    code, returned = LAYOUTS["chebyshev"], some_missing(1) | (np.arange(N) == FAULTY)
+    code, returned = LAYOUTS["chebyshev"], random_mask(1) | (np.arange(N) == FAULTY)
     predict = coded(faulty_model, code, defence=leave_one_out)
     expected = coded(faulty_model, code)(batch, returned & (np.arange(N) != FAULTY))
     assert np.abs(coded(faulty_model, code)(batch, returned) - expected).max() > 0.5
@@ -83,7 +83,7 @@ def test_flagged_workers_are_decoded_without(batch):
 
 
 def test_derivatives_are_those_for_the_mask_that_was_found(batch):
-    code, returned = LAYOUTS["chebyshev"], some_missing(1) | (np.arange(N) == FAULTY)
+    code, returned = LAYOUTS["chebyshev"], random_mask(1) | (np.arange(N) == FAULTY)
     masks = np.stack([returned, returned & (np.arange(N) != FAULTY)])
 
     def loss(predict):
@@ -124,7 +124,10 @@ REFUSED = {
     "short-mask": (lambda: leave_one_out(LAYOUTS["berrut"], ANSWERS, ALL[1:]), r"returned has shape \(39,\)"),
     "mask-of-numbers": (lambda: finite(ANSWERS, jnp.ones(N)), "returned has dtype float32"),
     "missing-rows": (lambda: finite({"a": ANSWERS[1:]}, ALL), r"answers\['a'\] has shape \(39, 2, 3\).*40"),
-    "most-of-all": (lambda: leave_one_out(LAYOUTS["berrut"], ANSWERS, ALL, most=1.5), "most is 1.5; .*from 0 to 1"),
+    "more-than-all": (
+        lambda: leave_one_out(LAYOUTS["berrut"], ANSWERS, ALL, max_fraction=1.5),
+        "max_fraction is 1.5; .*from 0 to 1",
+    ),
     "none-faulty": (lambda: error_locator(LAYOUTS["berrut"], ANSWERS, ALL, num_faulty=0), "num_faulty is 0"),
 }
 

@@ -51,7 +51,7 @@ def expected_results(computation):
     return COMPUTATIONS[computation](jnp.asarray(ANSWERS, jnp.float32), jnp.asarray(RETURNED))
 
 
-def computed(computation, way):
+def prepare(computation, way):
     returned = jnp.asarray(RETURNED)
     y = jnp.asarray(ANSWERS, jnp.float32)
     return WAYS[way](COMPUTATIONS[computation]), y, returned[None] if "vmap" in way else returned
@@ -62,7 +62,7 @@ def computed(computation, way):
 @pytest.mark.parametrize("computation", COMPUTATIONS)
 def test_strict_modes_change_nothing(computation, x64, way):
     with strictest(x64):
-        function, y, returned = computed(computation, way)
+        function, y, returned = prepare(computation, way)
         found = function(y, returned)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected_results(computation)), strict=True):
         ours, theirs = np.asarray(ours).reshape(np.shape(theirs)), np.asarray(theirs)
@@ -77,7 +77,7 @@ EAGER = [(computation, way) for computation in ("finite", "only_finite") for way
     ("computation", "way"), EAGER + [(name, way) for name in COMPUTATIONS for way in WAYS if "jit" in way]
 )
 def test_a_second_call_transfers_nothing_implicitly(computation, way):
-    function, y, returned = computed(computation, way)
+    function, y, returned = prepare(computation, way)
     expected = function(y, returned)
     with jax.transfer_guard("disallow"):
         found = function(y, returned)

@@ -349,11 +349,11 @@ def test_a_power_of_two_groups_is_compiled_for_here_and_in_the_workers():
         traces["order"] += 1
         return jnp.arange(len(x))
 
-    def of_answers(answers):
+    def count(answers):
         traces["decode"] += 1
         return answers
 
-    output = jc.outputs.OutputSpace("counted", of_answers, lambda results: results)
+    output = jc.outputs.OutputSpace("counted", count, lambda results: results)
     with pools.ThreadPool(model, 3) as pool:
         server = make_server(pool, stop.answers(3), SplineCode.systematic(2, 3), order=order, output=output)
         for size in range(1, 17):

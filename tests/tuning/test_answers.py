@@ -67,22 +67,22 @@ def test_the_error_has_derivatives_by_both_smoothings(layout, space):
     evaluator = Evaluator(masks, targets.reshape(-1, 3), squared_error, 5)
     cache = AnswerCache(model, x, targets)
 
-    def smoothed(encoder, decoder):
+    def smooth_code(encoder, decoder):
         smooth = with_smoothing(code, encoder=np.exp(encoder), decoder=np.exp(decoder))
         return smooth, cache.answers(smooth, 3)
 
     def square(*logarithms):
-        smooth, answers = smoothed(*logarithms)
+        smooth, answers = smooth_code(*logarithms)
         return evaluator.measure(smooth, [space], answers, targets)[0].rmse ** 2
 
     for encoder, decoder in ((-5.0, -9.0), (-8.0, -6.0)):
-        smooth, answers = smoothed(encoder, decoder)
-        found, by_decoder, by_answers = evaluator.squared_error_slopes(smooth, space, answers, targets)
+        smooth, answers = smooth_code(encoder, decoder)
+        found, decoder_slope, answer_slopes = evaluator.squared_error_slopes(smooth, space, answers, targets)
         assert found == pytest.approx(square(encoder, decoder), rel=1e-5)
         slope = (square(encoder, decoder + 0.05) - square(encoder, decoder - 0.05)) / 0.1
-        assert by_decoder == pytest.approx(slope, rel=0.02)
+        assert decoder_slope == pytest.approx(slope, rel=0.02)
         slope = (square(encoder + 0.05, decoder) - square(encoder - 0.05, decoder)) / 0.1
-        assert cache.encoder_slope(smooth, by_answers) == pytest.approx(slope, rel=0.02)
+        assert cache.encoder_slope(smooth, answer_slopes) == pytest.approx(slope, rel=0.02)
 
 
 def test_smoothing_is_asked_for():

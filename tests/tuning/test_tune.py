@@ -47,7 +47,7 @@ def test_replication_is_chosen_unless_another_loses_less():
     tuned = tune(smooth_classifier, inputs(), K, N, stragglers.Uniform(0))
     assert tuned.code == ReplicationCode(K, N)
     assert tuned.candidates[0].layout == "replication"
-    # Repeated nodes lose nothing either when every worker returns.
+    # Repeated nodes lose nothing either when every worker returns; a loss is never rounded to below zero.
     assert tuned.candidates[1].loss == tuned.candidates[0].loss == 0
 
 
@@ -63,10 +63,10 @@ def test_the_reported_loss_is_that_of_the_tuned_code():
 
 def test_replication_is_measured_on_all_groups_and_its_loss_is_the_share_of_lost_inputs():
     tuned = tune(smooth_classifier, inputs(), K, N, LATE)
-    of_replication = [c for c in tuned.candidates if c.layout == "replication"]
-    assert {c.num_groups for c in of_replication} == {12}
+    replications = [c for c in tuned.candidates if c.layout == "replication"]
+    assert {c.num_groups for c in replications} == {12}
     lost = 1 - np.mean(jax.vmap(ReplicationCode(K, N).recovered)(sample_masks(256, seed=0)))
-    np.testing.assert_allclose([c.loss for c in of_replication], lost, atol=1e-6)
+    np.testing.assert_allclose([c.loss for c in replications], lost, atol=1e-6)
 
 
 @jc.pytree("num_data", "num_workers")
@@ -180,19 +180,19 @@ def test_both_smoothings_are_found_by_gradient(monkeypatch):
     def without_derivatives(x):
         return jax.pure_callback(f, jax.ShapeDtypeStruct((x.shape[0], 1), x.dtype), x, vmap_method="sequential")
 
-    def in_units(tuned):
+    def smoothings_in_units(tuned):
         return np.array([tuned.code.encoder.smoothing, tuned.code.decoder.smoothing]) * 16**4
 
-    on_fine_grid = tuned(f)
+    fine_grid = tuned(f)
     monkeypatch.setattr(trials, "_SMOOTHINGS", (0.03, 0.6))
-    by_gradient, by_grid = tuned(f), tuned(without_derivatives)
-    assert in_units(by_grid)[0] == pytest.approx(0.03)
-    assert 0.04 < in_units(by_gradient)[0] < 0.3
-    error, of_fine, of_grid = (found.candidates[0].rmse for found in (by_gradient, on_fine_grid, by_grid))
-    assert error < of_grid
-    assert error < 1.001 * of_fine
+    gradient, grid = tuned(f), tuned(without_derivatives)
+    assert smoothings_in_units(grid)[0] == pytest.approx(0.03)
+    assert 0.04 < smoothings_in_units(gradient)[0] < 0.3
+    error, fine_error, grid_error = (found.candidates[0].rmse for found in (gradient, fine_grid, grid))
+    assert error < grid_error
+    assert error < 1.001 * fine_error
     masks = sample_masks(256, seed=0, num_stragglers=6, num_workers=16)
-    assert error == pytest.approx(root_mean_square(by_gradient.coded(f), f, x, masks), rel=1e-4)
+    assert error == pytest.approx(root_mean_square(gradient.coded(f), f, x, masks), rel=1e-4)
 
 
 def test_given_loss_orders_and_layouts():

@@ -173,7 +173,7 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
     return _weighted(place, num_present, is_member, weights)
 
 
-def reweighted(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
+def reweight(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
     """Replaces the weights of knots, which are positive where they were positive before."""
     return _weighted(sites.place, sites.num_present, sites.average > 0, weights)
 

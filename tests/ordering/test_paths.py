@@ -1,8 +1,9 @@
+"""Short paths through a batch, and batches that `coded` orders."""
+
 import contextlib
 import functools
 import itertools
 
-import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,10 @@ from sklearn.datasets import load_digits
 
 from jaxcode import SplineCode, coded, metrics, ordering, stragglers
 
+from ..strict_modes import STRICT_MODES
+from .cases import AXIS_TYPES, CODE, RETURNED, SPECS, model, normal
+
 greedy = jax.jit(ordering.greedy, static_argnums=1, static_argnames=("key", "metric"))
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def tour_length(x, order):
@@ -156,7 +156,7 @@ def test_parts_of_a_long_batch(monkeypatch, size):
     """Split into parts the tour is a little longer, and still visits each input once."""
     x = normal(size, 2)
     whole = tour_length(x, ordering.greedy(x, 10))
-    monkeypatch.setattr(ordering.paths, "MOST_IN_ONE_PATH", 64)
+    monkeypatch.setattr(ordering.paths, "MAX_PATH_LENGTH", 64)
     # Of another shape, which no other test compiles for, and as far from each other.
     order = ordering.greedy(np.pad(x, [(0, 0), (0, 7)]), 10)
     assert is_permutation(order, size)
@@ -213,85 +213,53 @@ def city_block(a, b):
     return jnp.sum(jnp.abs(a - b))
 
 
-def model(x):
-    return jnp.tanh(x @ jnp.asarray(normal(3, 4, seed=5)))
-
-
-FEATURES = ordering.sensitivity(model, normal(20, 3), num_probes=30)
 ORDERS = {
     "greedy": ordering.greedy,
     "metric": ordering.Greedy(metric=city_block),
-    "sensitivity": ordering.Greedy(key=FEATURES),
-}
-CALLS = {name: lambda x, order=order: order(x, 5) for name, order in ORDERS.items()} | {
-    "features": FEATURES,
-    "made-from": lambda x: ordering.sensitivity(model, x, num_probes=30, model_batch=8).directions,
-    "parts": lambda x: ordering.greedy(x, 5),
-}
-STRICT_MODES = {
-    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
-    "nans": lambda: jax.debug_nans(True),
+    "parts": ordering.greedy,
 }
 
 
-@pytest.fixture(params=CALLS)
-def call(request, monkeypatch):
+@pytest.fixture(params=ORDERS)
+def order(request, monkeypatch):
     if request.param == "parts":
-        monkeypatch.setattr(ordering.paths, "MOST_IN_ONE_PATH", 16)
-    return CALLS[request.param]
+        monkeypatch.setattr(ordering.paths, "MAX_PATH_LENGTH", 16)
+    return ORDERS[request.param]
 
 
 @pytest.mark.parametrize("mode", STRICT_MODES)
 @pytest.mark.parametrize("on_device", [False, True])
-def test_the_same_in_strict_modes(call, on_device, mode):
+def test_the_same_in_strict_modes(order, on_device, mode):
     x = jax.device_put(normal(40, 3)) if on_device else normal(40, 3)
-    expected = np.asarray(call(x))
+    expected = np.asarray(order(x, 5))
     with STRICT_MODES[mode]():
-        found = call(x)
+        found = order(x, 5)
     np.testing.assert_array_equal(found, expected)
 
 
-MESHES = {
-    "automatic": (AxisType.Auto, AxisType.Auto),
-    "explicit": (AxisType.Explicit, AxisType.Explicit),
-    "mixed": (AxisType.Explicit, AxisType.Auto),
-}
-SPECS = {
-    "not sharded": None,
-    "rows": PartitionSpec("i"),
-    "rows and columns": PartitionSpec("i", "j"),
-}
-
-
-@pytest.mark.parametrize("axis_types", MESHES)
-@pytest.mark.parametrize("spec", ["not sharded", "rows", "rows and columns"])
+@pytest.mark.parametrize("axis_types", AXIS_TYPES)
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("mesh_is_set", [False, True])
 def test_the_same_on_a_mesh(axis_types, spec, mesh_is_set):
-    x, weights = normal(40, 4), normal(4, 4, seed=5)
+    x = normal(40, 4)
 
-    def run(x):
-        features = ordering.sensitivity(lambda x: jnp.tanh(x @ weights), x, num_probes=30, model_batch=8)
-        key = ordering.Greedy(key=features)
-        orders = ordering.greedy(x, 5), ordering.Greedy(metric=city_block)(x, 5), key(x, 5)
-        return orders, features(x)
+    def find_orders(x):
+        return ordering.greedy(x, 5), ordering.Greedy(metric=city_block)(x, 5)
 
-    expected = run(jnp.asarray(x))
-    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=MESHES[axis_types])
+    expected = find_orders(jnp.asarray(x))
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=AXIS_TYPES[axis_types])
     with jax.set_mesh(mesh) if mesh_is_set else contextlib.nullcontext():
         sharded = x if SPECS[spec] is None else jax.device_put(x, NamedSharding(mesh, SPECS[spec]))
         # Compiled as one where the mesh is set, evaluated eagerly where it is not.
-        found = (jax.jit(run) if mesh_is_set else run)(sharded)
-    jax.tree.map(np.testing.assert_array_equal, found[0], expected[0])
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+        found = (jax.jit(find_orders) if mesh_is_set else find_orders)(sharded)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("axis_types", MESHES)
+@pytest.mark.parametrize("axis_types", AXIS_TYPES)
 @pytest.mark.parametrize("spec", ["rows", "rows and columns"])
 def test_vmap_on_a_mesh(axis_types, spec):
     batches = normal(4, 20, 3)
-    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=MESHES[axis_types])
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=AXIS_TYPES[axis_types])
     with jax.set_mesh(mesh):
         sharded = jax.device_put(batches, NamedSharding(mesh, SPECS[spec]))
         found = jax.jit(jax.vmap(lambda x: ordering.greedy(x, 5)))(sharded)
@@ -315,46 +283,21 @@ def test_shards_are_ordered_by_themselves_in_shard_map(axis_type):
 
 
 def test_orders_of_equal_settings_are_traced_once():
-    traced = []
+    traces = []
 
     @functools.partial(jax.jit, static_argnums=1)
-    def ordered(x, order):
-        traced.append(order)
+    def find_order(x, order):
+        traces.append(order)
         return order(x, 5)
 
     for _ in range(2):
-        for settings in ({}, {"key": FEATURES}, {"key": first_of_two, "metric": city_block}):
-            order = ordering.Greedy(**settings)
-            np.testing.assert_array_equal(ordered(normal(20, 3), order), ordering.greedy(normal(20, 3), 5, **settings))
-    assert len(traced) == len(set(traced)) == 3
-    assert ordering.Greedy(key=FEATURES) != ordering.Greedy(key=ordering.sensitivity(model, normal(20, 3)))
-
-
-def test_features_are_pytrees_of_their_directions():
-    leaves, structure = jax.tree.flatten(FEATURES)
-    assert [leaf.shape for leaf in leaves] == [(30, 3)]
-    doubled = jax.tree.unflatten(structure, [2 * leaves[0]])
-    x = normal(5, 3)
-    np.testing.assert_allclose(doubled(x), 2 * FEATURES(x), rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(lambda features, x: features(x))(FEATURES, x), FEATURES(x), rtol=1e-6)
-    np.testing.assert_array_equal(cloudpickle.loads(cloudpickle.dumps(ordering.Greedy(key=FEATURES)))(x, 2).shape, (5,))
-
-
-@pytest.mark.parametrize("x", [normal(5, 4), {"a": normal(5, 3)}, normal(5, 3, 1)], ids=["columns", "tree", "axes"])
-def test_features_of_other_inputs_are_refused(x):
-    with pytest.raises(ValueError, match=r"x has leaves of shapes .*; expected .*\(3,\)"):
-        FEATURES(x)
+        for settings in ({}, {"key": first_of_two}, {"key": first_of_two, "metric": city_block}):
+            order, x = ordering.Greedy(**settings), normal(20, 3)
+            np.testing.assert_array_equal(find_order(x, order), ordering.greedy(x, 5, **settings))
+    assert len(traces) == len(set(traces)) == 3
 
 
 # ---- in coded ----------------------------------------------------------------------------------------------
-
-
-def f(x):
-    return jnp.sin(x @ jnp.asarray(normal(3, 4, seed=5)))
-
-
-CODE = SplineCode.chebyshev(num_data=5, num_workers=12)
-RETURNED = np.arange(12) % 4 != 1
 
 
 @pytest.mark.parametrize("size", [4, 23])
@@ -363,8 +306,8 @@ def test_results_come_in_the_order_of_the_inputs(size):
     x = jnp.asarray(normal(size, 3))
     order = np.asarray(ordering.greedy(x, 5))
     expected = np.empty((size, 4), np.float32)
-    expected[order] = coded(f, CODE)(x[order], RETURNED)
-    np.testing.assert_allclose(coded(f, CODE, order=ordering.greedy)(x, RETURNED), expected, rtol=1e-5, atol=1e-5)
+    expected[order] = coded(model, CODE)(x[order], RETURNED)
+    np.testing.assert_allclose(coded(model, CODE, order=ordering.greedy)(x, RETURNED), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ordered_answers_are_better():
@@ -385,7 +328,7 @@ def test_derivatives_with_an_order():
     x, order = jnp.asarray(normal(20, 3)), ordering.Greedy(key=lambda x: x[:, :2])
     permutation = np.asarray(order(x, 5))
     inverse = np.argsort(permutation)
-    with_order, without = coded(f, CODE, order=order), coded(f, CODE)
+    with_order, without = coded(model, CODE, order=order), coded(model, CODE)
 
     def total(predict):
         return lambda x: jnp.sum(jnp.cos(predict(x, RETURNED)))
@@ -407,44 +350,4 @@ def test_pytrees_with_any_function_as_order():
 @pytest.mark.parametrize("order", [lambda x, k: jnp.arange(3), lambda x, k: x[:, 0], lambda x, k: 0])
 def test_an_order_that_is_no_permutation(order):
     with pytest.raises(ValueError, match="expected a permutation"):
-        coded(f, CODE, order=order)(jnp.asarray(normal(20, 3)))
-
-
-# ---- sensitivity -------------------------------------------------------------------------------------------
-
-
-def test_sensitivity_of_a_linear_model_gives_distances_of_its_answers():
-    weights = normal(6, 3, seed=1)
-    x = jnp.asarray(normal(50, 6))
-    features = ordering.sensitivity(lambda x: x @ weights, x, num_probes=20_000)(x)
-    np.testing.assert_allclose(cdist(features, features), cdist(x @ weights, x @ weights), rtol=0.05, atol=1e-5)
-
-
-def test_features_that_a_model_ignores_do_not_order():
-    x = jnp.asarray(np.concatenate([normal(40, 1), 100 * normal(40, 5, seed=1)], axis=1))
-
-    def f(x):
-        return {"only": jnp.tanh(x[:, :1])}
-
-    order = ordering.greedy(x, 8, key=ordering.sensitivity(f, x, num_probes=64))
-    places = np.asarray(x)[np.asarray(order), 0]
-    reversals = np.abs(np.diff(np.sign(np.diff(places)))).sum() / 2
-    assert reversals <= 1
-
-
-def test_sensitivity_of_trees_in_a_coded_call():
-    def f(x):
-        return jnp.sin(x["a"]).sum(axis=1) + x["b"]
-
-    x = {"a": jnp.asarray(normal(30, 2)), "b": jnp.asarray(normal(30, seed=3), jnp.bfloat16)}
-    order = ordering.Greedy(key=ordering.sensitivity(f, x))
-    results = coded(f, SplineCode.systematic(5, 8), order=order)(x)
-    np.testing.assert_allclose(results, f(x), atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("x", "message"), [({"a": jnp.arange(4)}, r"x_sample\['a'\] has dtype int32"), ({}, "x_sample is {}")]
-)
-def test_what_has_no_derivatives(x, message):
-    with pytest.raises(ValueError, match=message):
-        ordering.sensitivity(lambda x: x, x)
+        coded(model, CODE, order=order)(jnp.asarray(normal(20, 3)))
