@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays import as_arrays
-from .._sharding import unsharded, with_auto_axes
+from .._sharding import call_with_auto_axes, replicate
 from ..checks import batch_size, check_count
 
 __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
@@ -94,19 +94,19 @@ def greedy(
                 "returns real features"
             )
     if metric is not None:
-        row = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), unsharded(features))
+        row = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), replicate(features))
         distance = jax.eval_shape(metric, row, row)
         if np.shape(distance) != ():
             raise ValueError(
                 f"metric returned shape {np.shape(distance)} for two inputs; expected one number: sum over features"
             )
-    features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
+    features = replicate(jax.tree.map(jax.lax.stop_gradient, features))
 
     def order(features):
         return _greedy(features, size, min(num_data, size), metric)
 
     # Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
-    return with_auto_axes(order, features, specs=lambda _: PartitionSpec())
+    return call_with_auto_axes(order, features, specs=lambda _: PartitionSpec())
 
 
 @final
