@@ -129,10 +129,10 @@ def encode(
         AssertionError: If the code's encoder does not give N coded inputs.
     """
     if plans is None and encoder is not None:
-        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
+        return apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     if plans is None:
         encoder = code.encoder_linop()
-        coded = apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
+        coded = apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     else:
         coded = jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
     chex.assert_tree_shape_prefix(coded, (code.num_workers,))
@@ -171,7 +171,9 @@ def decode(
             decoder = code.decoder_linop(returned)
         if decoder.mixes:
             check_answers(answers, code.num_workers)
-        results = apply_to_tree("f's result", decoder, answers, code.num_workers, precisely=False, one_pass=one_pass)
+        results = apply_to_tree(
+            "f's result", decoder, answers, code.num_workers, float64_fallback=False, one_pass=one_pass
+        )
     else:
         assert returned is not None
         results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)

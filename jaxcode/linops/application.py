@@ -22,7 +22,7 @@ _CHEAP_TO_MASK = 2**20
 _NUMBERS_IN_A_PASS = 2**18
 
 
-def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Results:
+def apply(linop: AbstractLinop, rows: Rows, *, float64_fallback: bool = True) -> Results:
     """Computes the results in the data's dtype.
 
     Wide data are multiplied once, unmasked. Where an absent row holds NaN or infinities, or results are undefined, the
@@ -32,8 +32,8 @@ def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Result
         linop: The operator.
         rows: The data, shape (n, features), real; of any dtype where the operator only moves rows. Float32 stays
             float32, narrower data are multiplied in their own dtype and accumulated in float32.
-        precisely: Whether float32 products that lose digits by cancellation, those of operators with large entries of
-            both signs, are computed again in double precision.
+        float64_fallback: Whether float32 products are computed again in float64 where they lose digits by cancellation:
+            those of operators with large entries of both signs.
 
     Returns:
         Shape (p, features). Undefined results are NaN, of integers the lowest number of their dtype.
@@ -41,15 +41,15 @@ def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Result
     if not linop.mixes:
         with transfers_allowed():
             return apply_compiled(linop, rows)
-    precisely = precisely and rows.dtype == jnp.float32
-    if precisely and is_static(linop):
-        precisely = bool(linop.amplification() > _MAX_AMPLIFICATION)
+    float64_fallback = float64_fallback and rows.dtype == jnp.float32
+    if float64_fallback and is_static(linop):
+        float64_fallback = bool(linop.amplification() > _MAX_AMPLIFICATION)
     linop = as_arguments(linop)
     all_rows_and_results = linop.present is None and linop.defined is None
     with transfers_allowed():
-        if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or all_rows_and_results)):
+        if not rows.size or (not float64_fallback and (rows.size <= _CHEAP_TO_MASK or all_rows_and_results)):
             return apply_compiled(linop, rows)
-        return _apply_and_check_compiled(precisely, linop, rows)
+        return _apply_and_check_compiled(float64_fallback, linop, rows)
 
 
 def apply_directly(linop: AbstractLinop, rows: Rows) -> Results:
@@ -73,7 +73,7 @@ def undefined_value(dtype: jax.typing.DTypeLike) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply_and_check(precisely, linop, rows):
+def _apply_and_check(float64_fallback, linop, rows):
     if rows.size <= _CHEAP_TO_MASK:
         results = apply_directly(linop, rows)
     else:
@@ -83,7 +83,7 @@ def _apply_and_check(precisely, linop, rows):
         results = results.astype(rows.dtype)
         if intact is not True:
             results = _repeat_unless(intact, functools.partial(apply_directly, linop), rows, results)
-    if precisely:
+    if float64_fallback:
         exact_enough = linop.amplification() <= _MAX_AMPLIFICATION
         results = _repeat_unless(exact_enough, functools.partial(_apply_in_double, linop), rows, results)
     return results
@@ -113,8 +113,8 @@ def _repeat_unless(accepted, product, rows, results):
 
 
 @_apply_and_check.defjvp
-def _apply_and_check_jvp(precisely, primals, tangents):
-    return _apply_and_check(precisely, *primals), jax.jvp(apply_directly, primals, tangents)[1]
+def _apply_and_check_jvp(float64_fallback, primals, tangents):
+    return _apply_and_check(float64_fallback, *primals), jax.jvp(apply_directly, primals, tangents)[1]
 
 
 # Compiled, because outside of jit loops would be compiled at every call.
@@ -128,7 +128,7 @@ def apply_to_tree(
     tree: PyTree[ArrayLike],
     num_rows: int,
     *,
-    precisely: bool = True,
+    float64_fallback: bool = True,
     one_pass: bool = False,
 ) -> PyTree[Array]:
     """Applies an operator to every leaf of shape (n, ...), whose trailing axes are flattened for the product.
@@ -138,7 +138,7 @@ def apply_to_tree(
         linop: The operator.
         tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows.
         num_rows: n.
-        precisely: As for `apply`.
+        float64_fallback: As for `apply`.
         one_pass: Whether to compute one masked product, without the passes of `apply`; for data sharded over devices.
 
     Returns:
@@ -156,7 +156,7 @@ def apply_to_tree(
         if one_pass and leaf.ndim > 1:
             return _apply_along_axes(linop, leaf)
         rows = leaf.reshape(num_rows, math.prod(leaf.shape[1:]))
-        results = apply(linop, rows, precisely=precisely)
+        results = apply(linop, rows, float64_fallback=float64_fallback)
         return results.reshape(results.shape[0], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)

@@ -84,7 +84,7 @@ def test_products_that_cancel_keep_their_digits(form, width):
         expected = np.asarray(FORMS[form](present).matrix()) @ np.asarray(rows, np.float64)
     precise = np.asarray(jax.jit(lambda rows: apply(linop, rows))(rows), np.float64)
     assert np.abs(precise - expected).max() <= 0.6 * np.spacing(np.float32(1000))
-    imprecise = np.asarray(apply_to_tree("y", linop, rows, N, precisely=False), np.float64)
+    imprecise = np.asarray(apply_to_tree("y", linop, rows, N, float64_fallback=False), np.float64)
     assert np.abs(imprecise - expected).max() > 2e-7 * 1000
 
 
