@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..interpolants.spline.sites import find_sites, normalise, replace_weights
 from ..interpolants.spline.wiener import (
-    data_precision,
-    find_sites,
-    innovations,
-    normalise,
-    posteriors,
-    reweighted,
-    uniform_noise,
+    compute_data_precision,
+    compute_innovations,
+    compute_posteriors,
+    form_uniform_noise,
 )
 
 # How many neighbouring workers become outliers in one step at most: faulty neighbours support each other.
@@ -112,7 +110,7 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
     worker_nodes, data_nodes, _ = normalise(worker_nodes, data_nodes)
     sites = find_sites(worker_nodes, live)
     site_innovations = _innovations(sites, data_nodes)
-    noiseless_posteriors = posteriors(sites, site_innovations, jnp.zeros(1), 2)
+    noiseless_posteriors = compute_posteriors(sites, site_innovations, jnp.zeros(1), 2)
     is_at = (sites.average > 0).astype(float)
     # The median leave-one-out variance, the unit of the noise; 1 if there are no answers.
     unit = _quantile(is_at.T @ jnp.where(sites.present, noiseless_posteriors.variances[0], 0), live, 0.5)
@@ -125,8 +123,9 @@ def _prepare(worker_nodes, data_nodes, outputs, live, rounding, most):
         sites, is_at, same_node, noiseless_posteriors.means[0], noiseless_posteriors.variances[0], outputs, floor, unit
     )
     weights = jnp.where(live, 1 / noise, 0)
-    sites = reweighted(sites, weights)
-    precision = data_precision(sites, posteriors(sites, site_innovations, jnp.ones(1), 2).precision[0], weights)
+    sites = replace_weights(sites, weights)
+    noisy_posteriors = compute_posteriors(sites, site_innovations, jnp.ones(1), 2)
+    precision = compute_data_precision(sites, noisy_posteriors.precision[0], weights)
 
     scale = jnp.diagonal(precision)
     scale = jnp.sqrt(jnp.where(scale > 0, scale, 1))[:, None]
@@ -166,13 +165,13 @@ def _noise_variances(sites, is_at, same_node, means, variances, outputs, floor, 
 
 def _innovations(sites, data_nodes):
     """Computes the sites' innovations for m = 2 and noise whose intensity is the cube of the data nodes' density."""
-    noise = uniform_noise(sites.place, 2)
+    noise = form_uniform_noise(sites.place, 2)
     # Constant between neighbouring sites: the density in the middle.
     middle = (sites.place[1:] + sites.place[:-1]) / 2
     log_density = jnp.interp(middle, (data_nodes[1:] + data_nodes[:-1]) / 2, -jnp.log(jnp.diff(data_nodes)))
     intensity = jnp.repeat(jnp.exp(3 * log_density), 2)
     noise = noise._replace(variance=noise.variance * intensity[None])
-    return innovations(sites, jnp.zeros(0), np.array([2]), noise)
+    return compute_innovations(sites, jnp.zeros(0), np.array([2]), noise)
 
 
 def _neighbours(live):

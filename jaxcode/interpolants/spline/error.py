@@ -36,7 +36,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
-from .wiener import find_sites, innovations, jump_noise, normalise, posteriors
+from .sites import find_sites, normalise
+from .wiener import compute_innovations, compute_posteriors, form_jump_noise
 
 # For each process its m, the spline's own process first; the share of its noise at the points; and the number of sites
 # with data from which on it is a hypothesis. The rough process always is.
@@ -89,10 +90,11 @@ def _prepare(knots, points, weights, smoothing):
     knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
     # A quadrature rule that is exact for the highest order is exact for all.
-    noise = jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
+    noise = form_jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
     data_variances = jnp.where(ORDERS == 2, smoothing / span / span / span, 0)
-    posterior = posteriors(sites, innovations(sites, points, ORDERS, noise), data_variances, int(max(ORDERS)))
-    return sites, _neighbour_weights(sites, points), posterior.means, posterior.variances
+    innovations = compute_innovations(sites, points, ORDERS, noise)
+    posteriors = compute_posteriors(sites, innovations, data_variances, int(max(ORDERS)))
+    return sites, _neighbour_weights(sites, points), posteriors.means, posteriors.variances
 
 
 @in_float64
