@@ -22,8 +22,8 @@ def dense(returned):
 
 def blocked(returned):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spline_linop, "MOST_IN_ONE_MATRIX", 0)
-        patch.setattr(spline_linop, "ENTRIES_IN_A_BLOCK", 4)
+        patch.setattr(spline_linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        patch.setattr(spline_linop, "ENTRIES_PER_BLOCK", 4)
         return dense(returned)
 
 

@@ -50,7 +50,7 @@ PRIOR_FOR_SCALE, PRIOR_FOR_CORRECTION = 1, 20
 NORMAL_95, NORMAL_90 = 1.6448536269514722, 1.2815515655446004
 
 
-def predicted_errors(
+def predict_errors(
     knots: ArrayLike,
     values: Inexact[Array, "knots features"],
     points: ArrayLike,

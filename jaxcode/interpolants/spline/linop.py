@@ -15,9 +15,10 @@ from .kalman import Transitions, blocks_by_filters, find_transitions, matrix_by_
 from .sequence import Sequence, arrange
 
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
-# `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
-MOST_IN_ONE_MATRIX = 384
-ENTRIES_IN_A_BLOCK = 48
+# `python -m tests.benchmarks.wide`. For data of few columns they are so from 128 on, by less than a millisecond.
+MAX_ENTRIES_IN_MATRIX = 384
+# The work for each row of data grows with the size of a block, the number of sequential steps falls with it.
+ENTRIES_PER_BLOCK = 48
 
 
 def spline_linop(
@@ -43,7 +44,7 @@ def spline_linop(
     weights = np.ones(n) if weights is None else weights
     static = [static_value(argument) for argument in (knots, points, smoothing, weights)]
     static_knots, static_points, static_smoothing, static_weights = static
-    if n + p <= MOST_IN_ONE_MATRIX and all(value is not None for value in static):
+    if n + p <= MAX_ENTRIES_IN_MATRIX and all(value is not None for value in static):
         return _host_linop(np.float64(static_knots), np.float64(static_points), float(static_smoothing), static_weights)  # pyright: ignore[reportArgumentType]
     return _program_linop(
         knots if static_knots is None else static_knots,
@@ -65,8 +66,8 @@ def _program_linop(knots, points, smoothing, weights):
     present = weights if weights.dtype == np.bool_ else weights > 0
     present = None if xp is np and present.all() else present
     defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
-    one_matrix = n + p <= MOST_IN_ONE_MATRIX
-    block = None if one_matrix else ENTRIES_IN_A_BLOCK
+    one_matrix = n + p <= MAX_ENTRIES_IN_MATRIX
+    block = None if one_matrix else ENTRIES_PER_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
         knots, points = np.asarray(knots, np.float64), np.asarray(points, np.float64)
         sequence, unit = arrange(knots, points, block), span_of(knots)
@@ -81,7 +82,7 @@ def _program_linop(knots, points, smoothing, weights):
 
 
 def _solver(by_filters):
-    """Wraps filters to compute in float64 from (transitions, unit) or, where places are traced, (knots, points)."""
+    """Compiles filters in float64, from (transitions, unit) or, where places are traced, (knots, points)."""
 
     def solve(sequence, places, smoothing, weights):
         if isinstance(places[0], Transitions):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from ..abstract import SAME_SITE
+from ..abstract import SAME_SITE, span_of
 
 
 class Sites(NamedTuple):
@@ -39,20 +39,19 @@ def normalise(
     Returns:
         The knots, the points, and the span: the length that became 1.
     """
-    span = knots[-1] - knots[0]
-    span = jnp.where(span > 0, span, 1)
+    span = span_of(knots)
     return (knots - knots[0]) / span, (points - knots[0]) / span, span
 
 
 def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
-    """Finds the places of knots whose weight is not zero, merging equal knots.
+    """Finds the places of knots whose weight is not zero, merging those at one place.
 
     Args:
         knots: Ascending, shape (k,).
         weights: Not negative, or bool, shape (k,).
 
     Returns:
-        The sites.
+        The sites; those without data follow at arbitrary places, which have no derivatives.
     """
     num_knots = knots.shape[0]
     # At least one more than the number of sites, m, from which the highest order, 4, predicts.
@@ -74,7 +73,7 @@ def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) ->
 
 
 def replace_weights(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
-    """Replaces the weights of knots, which are positive where they were positive before."""
+    """Replaces the weights of knots; the new ones are positive where the old ones are."""
     return _make_sites(sites.place, sites.num_present, sites.average > 0, weights)
 
 

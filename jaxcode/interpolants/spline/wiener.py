@@ -165,11 +165,11 @@ def compute_innovations(sites: Sites, points: Float[Array, "points"], orders: np
     def compute_one(m, response, variance):
         stencil, is_defined = _stencils(sites, points, m, highest)
         is_used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
-        prediction = _lagrange_rows(sites.place, target, stencil, is_used)
+        prediction = _lagrange_matrix(sites.place, target, stencil, is_used)
         # A point's own value is no datum.
-        data = is_defined & (np.arange(target.shape[0]) < n)
-        contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & data[:, None], 1, 0) - prediction
-        kernel = _b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
+        has_datum = is_defined & (np.arange(target.shape[0]) < n)
+        contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & has_datum[:, None], 1, 0) - prediction
+        kernel = _evaluate_b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
         kernel = jnp.where(is_defined[:, None], kernel, 0)
         return Innovations(prediction, contrasts, (kernel * variance[None]) @ kernel.T, is_defined[:n])
 
@@ -214,13 +214,14 @@ def _unit_variances(knots, points, weights, smoothing):
     sites = find_sites(knots, weights)
     noise = form_uniform_noise(jnp.concatenate([sites.place, points]), 2)
     smoothing = jnp.reshape(smoothing, 1) / span / span / span
-    posterior = compute_posteriors(sites, compute_innovations(sites, points, np.array([2]), noise), smoothing, 2)
-    variances = posterior.variances[0, : points.shape[0]]
+    innovations = compute_innovations(sites, points, np.array([2]), noise)
+    posteriors = compute_posteriors(sites, innovations, smoothing, 2)
+    variances = posteriors.variances[0, : points.shape[0]]
     return jnp.where(sites.num_present >= 2, variances * span * span * span, jnp.inf)
 
 
 def _stencils(sites, points, m, highest):
-    """Chooses the sites from which each target, sites and then points, is predicted.
+    """Chooses the sites, its stencil, from which each target is predicted; targets are the sites, then the points.
 
     Returns:
         Indices of sites, shape (n + p, highest), of which the first m count; and which targets have a prediction: all
@@ -238,18 +239,18 @@ def _stencils(sites, points, m, highest):
     return stencil, is_defined
 
 
-def _lagrange_rows(place, target, stencil, used):
-    """Returns the matrix from data at sites to the values at the targets of the polynomials through their stencils."""
+def _lagrange_matrix(place, target, stencil, is_used):
+    """Forms the matrix from data at sites to the values, at the targets, of the polynomials through their stencils."""
     highest, knot = stencil.shape[1], place[stencil]
-    others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)[None]
-    denominator = jnp.where(others, knot[:, :, None] - knot[:, None, :], 1)
-    numerator = jnp.where(others, (target[:, None] - knot)[:, None, :], 1)
+    is_other = is_used[:, :, None] & is_used[:, None, :] & ~np.eye(highest, dtype=bool)[None]
+    denominator = jnp.where(is_other, knot[:, :, None] - knot[:, None, :], 1)
+    numerator = jnp.where(is_other, (target[:, None] - knot)[:, None, :], 1)
     coefficient = jnp.prod(numerator / denominator, axis=2)
-    selects = used[:, :, None] & (stencil[:, :, None] == np.arange(place.shape[0], dtype=np.int32)[None, None])
-    return jnp.sum(jnp.where(selects, coefficient[:, :, None], 0), axis=1)
+    is_selected = is_used[:, :, None] & (stencil[:, :, None] == np.arange(place.shape[0], dtype=np.int32)[None, None])
+    return jnp.sum(jnp.where(is_selected, coefficient[:, :, None], 0), axis=1)
 
 
-def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
+def _evaluate_b_splines(place, target, stencil, contrasts, response, abscissa, m):
     """Evaluates the innovations' kernels M at the abscissae; outside their support rounding errors are set to zero."""
     n = place.shape[0]
     kernel = contrasts @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
@@ -259,7 +260,7 @@ def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
 
 
 def _condition(sites, bandwidth, innovations, data_variance):
-    """Conditions points, and each site's datum, on the data at sites; for one process."""
+    """Conditions the points, and each site's datum on those of other sites; for one process."""
     prediction, contrasts, covariance, is_defined = innovations
     covariance = covariance + data_variance * (contrasts / sites.weight[None]) @ contrasts.T
     n = contrasts.shape[1]

@@ -27,8 +27,8 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def form(request, monkeypatch):
     """How the traced program is cut."""
     if request.param is not None:
-        monkeypatch.setattr(linop, "MOST_IN_ONE_MATRIX", 0)
-        monkeypatch.setattr(linop, "ENTRIES_IN_A_BLOCK", request.param)
+        monkeypatch.setattr(linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        monkeypatch.setattr(linop, "ENTRIES_PER_BLOCK", request.param)
     return request.param
 
 
@@ -64,8 +64,8 @@ def test_blocks_have_the_gradients_of_the_matrix():
 
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         expected = gradients()
-        patch.setattr(linop, "MOST_IN_ONE_MATRIX", 0)
-        patch.setattr(linop, "ENTRIES_IN_A_BLOCK", 5)
+        patch.setattr(linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        patch.setattr(linop, "ENTRIES_PER_BLOCK", 5)
         found = gradients()
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8 * np.abs(other).max())
