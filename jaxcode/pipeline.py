@@ -21,7 +21,7 @@ from .checks import batch_size
 from .codes import AbstractCode, Plan
 from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
-from .linops.abstract import prepare_eagerly, transfers_allowed
+from .linops.abstract import allow_transfers, prepare_eagerly
 from .ordering import Ordering
 from .outputs import OutputSpace
 
@@ -267,7 +267,7 @@ def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractL
     With x64 off the decoder is rounded to float32, the precision in which `decode` applies it.
     """
     linop = prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool)))
-    with jax.ensure_compile_time_eval(), transfers_allowed():
+    with jax.ensure_compile_time_eval(), allow_transfers():
         return _on_device(linop)
 
 

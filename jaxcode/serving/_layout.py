@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ..checks import batch_size
-from ..linops.application import undefined_value
+from ..linops.abstract import undefined_value
 from ..pipeline import pad
 
 

@@ -8,7 +8,7 @@ import pytest
 from jaxcode.interpolants import Spline
 from jaxcode.interpolants.spline import linop as spline_linop
 from jaxcode.linops import Dense, Gather, apply, apply_to_tree, split
-from jaxcode.linops.application import _CHEAP_TO_MASK
+from jaxcode.linops.application import _MAX_SIZE_TO_MASK
 from jaxcode.nodes import chebyshev
 
 N = 12
@@ -35,7 +35,7 @@ def gather(returned):
 FORMS = {"dense": dense, "blocked": blocked, "gather": gather}
 each_form = pytest.mark.parametrize("form", FORMS)
 # Few features are multiplied with absent rows hidden, many are multiplied first and checked.
-each_width = pytest.mark.parametrize("width", [3, _CHEAP_TO_MASK // N + 5], ids=["few", "many"])
+each_width = pytest.mark.parametrize("width", [3, _MAX_SIZE_TO_MASK // N + 5], ids=["few", "many"])
 
 
 def rows_of(width, dtype=np.float32):

@@ -42,9 +42,9 @@ def spline_linop(
     """
     n, p = knots.shape[0], points.shape[0]
     weights = np.ones(n) if weights is None else weights
-    static = [static_value(argument) for argument in (knots, points, smoothing, weights)]
-    static_knots, static_points, static_smoothing, static_weights = static
-    if n + p <= MAX_ENTRIES_IN_MATRIX and all(value is not None for value in static):
+    static_arguments = [static_value(argument) for argument in (knots, points, smoothing, weights)]
+    static_knots, static_points, static_smoothing, static_weights = static_arguments
+    if n + p <= MAX_ENTRIES_IN_MATRIX and all(value is not None for value in static_arguments):
         return _host_linop(np.float64(static_knots), np.float64(static_points), float(static_smoothing), static_weights)  # pyright: ignore[reportArgumentType]
     return _program_linop(
         knots if static_knots is None else static_knots,

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcode.interpolants.spline import linop
 from jaxcode.interpolants.spline.host import banded_matrix
-from jaxcode.linops.application import apply_directly
+from jaxcode.linops.abstract import apply_in_one_pass
 
 from . import cases
 from .reference import exact_spline
@@ -58,7 +58,7 @@ def test_blocks_have_the_gradients_of_the_matrix():
 
     def gradients():
         def loss(smoothing, knots, points, weights, values):
-            return jnp.sum(pull * apply_directly(linop.spline_linop(knots, points, smoothing, weights), values))
+            return jnp.sum(pull * apply_in_one_pass(linop.spline_linop(knots, points, smoothing, weights), values))
 
         return jax.jit(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
 
