@@ -94,7 +94,7 @@ def systematic(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes
         The layout; all worker nodes are distinct.
 
     Raises:
-        ValueError: If the data nodes are not ascending on [-1, 1] or there are fewer workers than data nodes.
+        ValueError: If the data nodes are fewer than two, not ascending or beyond [-1, 1], or more than the workers.
 
     >>> systematic(2, 3).workers.round(3)
     array([-0.707,  0.   ,  0.707])
@@ -114,7 +114,7 @@ def repeated(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
         The layout; each data node is that of N // K or N // K + 1 workers.
 
     Raises:
-        ValueError: As for `systematic`.
+        ValueError: As for `systematic`, but data nodes may lie beyond [-1, 1].
 
     >>> repeated(uniform(2), 3).workers
     array([-1., -1.,  1.])
@@ -231,7 +231,7 @@ def _interleave(alpha, num_workers):
         raise ValueError(f"data_nodes reach from {alpha[0]} to {alpha[-1]}; expected nodes on [-1, 1]")
     num_between = num_workers - len(alpha)
     bounds = np.concatenate([[-np.pi / 2], np.arcsin(alpha), [np.pi / 2]])
-    # Evenly spread uniform_angles decide how many nodes go into each gap; within a gap these divide it evenly.
+    # Angles spread evenly over the whole curve say how many nodes each gap gets; these then divide their gap evenly.
     uniform_angles = np.pi * ((np.arange(num_between) + 0.5) / max(num_between, 1) - 0.5)
     per_gap = np.bincount(np.searchsorted(bounds[1:-1], uniform_angles), minlength=len(alpha) + 1)
     kinds = ["first", *["inner"] * (len(alpha) - 1), "last"]

@@ -38,7 +38,7 @@ def apply(linop: AbstractLinop, rows: Rows, *, float64_fallback: bool = True) ->
             those of operators with large entries of both signs.
 
     Returns:
-        Shape (p, features). Undefined results are NaN; the lowest number of signed integers, the highest of unsigned ones.
+        Shape (p, features). Undefined results are `undefined_value`, which is NaN for floating dtypes.
     """
     if not linop.mixes:
         with allow_transfers():

@@ -118,7 +118,7 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     has_residuals = sites.num_present > ORDERS.astype(float)[:, None]
     is_residual, number = present[None] & has_residuals, jnp.where(has_residuals, sites.num_present, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
-    power = _variance_powers(variances, p, present, number)
+    power = _raise_variances(variances, p, present, number)
     power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
 
     scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / number[..., None]
@@ -130,12 +130,12 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     normalised_square = (
         jnp.einsum("hnd,hed->hne", square, feature_weight[None, None] / (scale + floor)) / power_at_sites
     )
-    num_squares = _effective_number(sites, neighbours[p:], feature_weight)
+    num_squares = _count_squares(sites, neighbours[p:], feature_weight)
     shrinkage = num_squares / (num_squares + PRIOR_FOR_SCALE)
     local_scale = jnp.exp(shrinkage * jnp.log(jnp.einsum("kn,hne->hke", neighbours, normalised_square) + 1e-12))
     mean_log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
     is_possible = (sites.num_present >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
-    probability = _hypothesis_probabilities(
+    probability = _weigh_hypotheses(
         present,
         is_possible,
         number,
@@ -168,7 +168,7 @@ def _neighbour_weights(sites, points):
     return weight / jnp.where(total > 0, total, 1)
 
 
-def _variance_powers(variances, p, present, number):
+def _raise_variances(variances, p, present, number):
     """Raises variances to the power of each exponent, relative to their geometric mean at the sites; axes h, k, e."""
     orders, is_uncertain = ORDERS.astype(float), variances > 0
     log_variance = jnp.log(jnp.where(is_uncertain, variances, 1))
@@ -177,13 +177,13 @@ def _variance_powers(variances, p, present, number):
     return jnp.exp(exponent * jnp.where(is_uncertain, log_variance - log_mean, -jnp.inf)[..., None])
 
 
-def _effective_number(sites, neighbours, feature_weight):
+def _count_squares(sites, neighbours, feature_weight):
     """Computes the number of independent squares, by Kish's effective sample size over sites and over features."""
     concentration = sites.present.astype(float) @ jnp.sum(neighbours**2, axis=1)
     return sites.num_present / jnp.where(concentration > 0, concentration, 1) / jnp.sum(feature_weight**2)
 
 
-def _hypothesis_probabilities(present, is_possible, number, variance, square, mean_log_scale):
+def _weigh_hypotheses(present, is_possible, number, variance, square, mean_log_scale):
     """Computes the probability of each hypothesis and exponent, axes h and e, by its predictive likelihood.
 
     Args:

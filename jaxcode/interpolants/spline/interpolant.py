@@ -27,7 +27,7 @@ class Spline(AbstractInterpolant):
         smoothing: :math:`\lambda \ge 0`, in the knots' unit cubed; 0 interpolates.
 
     Raises:
-        ValueError: If the smoothing is negative or not finite.
+        ValueError: If the smoothing is not one number, or is negative or not finite.
 
     References:
         arXiv 2406.00300, equation 5. Green and Silverman, Nonparametric Regression and Generalized Linear Models, 1994.
