@@ -120,6 +120,14 @@ def test_gather_moves_any_dtype_bit_for_bit():
     assert results.ravel().tolist() == [2**31 - 1, -(2**31)]
 
 
+@each_form
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion_allows_every_form(form, dtype):
+    rows = jnp.asarray(rows_of(3), dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert jax.jit(apply)(FORMS[form](SOME), rows).dtype == rows.dtype
+
+
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
