@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._float64 import x64_is_on
 from ._pytree import pytree
-from ._sharding import with_auto_axes
+from ._sharding import call_with_auto_axes
 from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
@@ -227,7 +227,7 @@ def _run(setting, params, traced_code, x, decoder, returned):
     def run(x, *arguments):
         return _run_with_auto_axes(setting, x, *arguments)
 
-    return with_auto_axes(run, x, params, traced_code, decoder, returned, specs=specs)
+    return call_with_auto_axes(run, x, params, traced_code, decoder, returned, specs=specs)
 
 
 def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that JAX's transformations see through."""
+"""Makes classes frozen dataclasses that are pytrees to JAX's transformations."""
 
 import dataclasses
 import operator
@@ -29,10 +29,10 @@ def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]
     def decorate(cls):
         cls = dataclasses.dataclass(frozen=True, eq=eq)(cls)
         leaves = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        values_of, constants_of = _getter(leaves), _getter(static)
+        get_values, get_constants = _make_getter(leaves), _make_getter(static)
 
         def flatten(obj):
-            return values_of(obj), constants_of(obj)
+            return get_values(obj), get_constants(obj)
 
         def flatten_with_keys(obj):
             values, constants = flatten(obj)
@@ -50,7 +50,7 @@ def pytree(*static: str, eq: bool = True) -> Callable[[type[Class]], type[Class]
     return decorate
 
 
-def _getter(names):
+def _make_getter(names):
     """Returns a fast function from an object to the tuple of its fields: every call of a jitted function runs it."""
     if not names:
         return lambda obj: ()

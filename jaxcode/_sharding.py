@@ -1,4 +1,4 @@
-"""Handles arrays with explicit sharding, which is part of their type: makes mesh axes automatic, and replicates."""
+"""Makes explicit mesh axes automatic and replicates arrays: explicit sharding is part of an array's type."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 
-def with_auto_axes(
+def call_with_auto_axes(
     function: Callable[..., Any], *arguments: PyTree[Any], specs: Callable[[PyTree[PartitionSpec]], Any]
 ) -> Any:
     """Calls a function with the explicit axes of the mesh made automatic, and shards its results explicitly.
@@ -41,7 +41,7 @@ def with_auto_axes(
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)(*arguments)
 
 
-def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
+def replicate(tree: PyTree[Array], num_sharded: int = 0) -> PyTree[Array]:
     """Replicates arrays along their explicitly sharded axes.
 
     Indexing and reshaping along such an axis raise `ShardingTypeError`. Axes of a mesh that are automatic or manual
@@ -49,23 +49,23 @@ def unsharded(tree: PyTree[Array], keep: int = 0) -> PyTree[Array]:
 
     Args:
         tree: Arrays.
-        keep: How many leading axes of the arrays stay sharded.
+        num_sharded: How many leading axes of the arrays stay sharded.
 
     Returns:
         The same arrays, resharded.
     """
 
-    def replicate(leaf):
+    def replicate_leaf(leaf):
         sharding = jax.typeof(leaf).sharding
-        if all(axes is None for axes in sharding.spec[keep:]):
+        if all(axes is None for axes in sharding.spec[num_sharded:]):
             return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:keep])))
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:num_sharded])))
 
-    return jax.tree.map(replicate, tree)
+    return jax.tree.map(replicate_leaf, tree)
 
 
-def sharded_like(x: Array, other: Array) -> Array:
-    """Shards an array along the explicit axes along which another of its shape is sharded."""
+def shard_like(x: Array, other: Array) -> Array:
+    """Shards an array as another of its shape is along explicit axes."""
     sharding = jax.typeof(other).sharding
     return x if all(axes is None for axes in sharding.spec) else jax.sharding.reshard(x, sharding)
 

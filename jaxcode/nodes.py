@@ -94,13 +94,13 @@ def systematic(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes
         The layout; all worker nodes are distinct.
 
     Raises:
-        ValueError: If the data nodes are not ascending on [-1, 1] or there are fewer workers than data nodes.
+        ValueError: If the data nodes are fewer than two, not ascending or beyond [-1, 1], or more than the workers.
 
     >>> systematic(2, 3).workers.round(3)
     array([-0.707,  0.   ,  0.707])
     """
-    alpha, num_workers = _checked(data, num_workers)
-    return Nodes(alpha, _interleaved(alpha, num_workers))
+    alpha, num_workers = _check_arguments(data, num_workers)
+    return Nodes(alpha, _interleave(alpha, num_workers))
 
 
 def repeated(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
@@ -114,12 +114,12 @@ def repeated(data: int | Float[np.ndarray, "data"], num_workers: int) -> Nodes:
         The layout; each data node is that of N // K or N // K + 1 workers.
 
     Raises:
-        ValueError: As for `systematic`.
+        ValueError: As for `systematic`, but data nodes may lie beyond [-1, 1].
 
     >>> repeated(uniform(2), 3).workers
     array([-1., -1.,  1.])
     """
-    alpha, num_workers = _checked(data, num_workers)
+    alpha, num_workers = _check_arguments(data, num_workers)
     return Nodes(alpha, np.sort(alpha[np.arange(num_workers) % len(alpha)]))
 
 
@@ -143,7 +143,7 @@ def mixed(data: int | Float[np.ndarray, "data"], num_workers: int, num_between: 
     >>> mixed(uniform(3), 5, num_between=1).workers
     array([-1.        , -0.70710678,  0.        ,  0.        ,  1.        ])
     """
-    alpha, num_workers = _checked(data, num_workers)
+    alpha, num_workers = _check_arguments(data, num_workers)
     num_data = len(alpha)
     if check_count("num_between", num_between, least=0) > num_workers - num_data:
         raise ValueError(
@@ -151,7 +151,7 @@ def mixed(data: int | Float[np.ndarray, "data"], num_workers: int, num_between: 
         )
     num_copies = num_workers - num_data - num_between
     copied_index = (np.arange(num_copies) * num_data + num_data // 2) // max(num_copies, 1)
-    return Nodes(alpha, np.sort(np.concatenate([_interleaved(alpha, num_data + num_between), alpha[copied_index]])))
+    return Nodes(alpha, np.sort(np.concatenate([_interleave(alpha, num_data + num_between), alpha[copied_index]])))
 
 
 def chebyshev_first(count: int) -> Float[np.ndarray, "count"]:
@@ -210,8 +210,8 @@ def uniform(count: int) -> Float[np.ndarray, "count"]:
     return np.linspace(-1.0, 1.0, check_count("count", count, least=2))
 
 
-def _checked(data, num_workers):
-    """Returns the data nodes and the number of workers, checked."""
+def _check_arguments(data, num_workers):
+    """Checks the data nodes, or makes them of their number, and the number of workers; returns both."""
     if np.ndim(data) == 0:
         data = chebyshev_first(check_count("num_data", data, least=2))
     check_vector("data_nodes", data)
@@ -225,15 +225,15 @@ def _checked(data, num_workers):
     return alpha, num_workers
 
 
-def _interleaved(alpha, num_workers):
-    """Returns worker nodes: every data node, and the others in the gaps between them."""
+def _interleave(alpha, num_workers):
+    """Places a worker at every data node and the others in the gaps between them."""
     if np.max(np.abs(alpha)) > 1:
         raise ValueError(f"data_nodes reach from {alpha[0]} to {alpha[-1]}; expected nodes on [-1, 1]")
     num_between = num_workers - len(alpha)
     bounds = np.concatenate([[-np.pi / 2], np.arcsin(alpha), [np.pi / 2]])
-    # Evenly spread targets decide how many nodes go into each gap; within a gap these divide it evenly.
-    targets = np.pi * ((np.arange(num_between) + 0.5) / max(num_between, 1) - 0.5)
-    per_gap = np.bincount(np.searchsorted(bounds[1:-1], targets), minlength=len(alpha) + 1)
+    # Angles spread evenly over the whole curve say how many nodes each gap gets; these then divide their gap evenly.
+    uniform_angles = np.pi * ((np.arange(num_between) + 0.5) / max(num_between, 1) - 0.5)
+    per_gap = np.bincount(np.searchsorted(bounds[1:-1], uniform_angles), minlength=len(alpha) + 1)
     kinds = ["first", *["inner"] * (len(alpha) - 1), "last"]
     angles = [
         _divide_gap(low, high, count, kind)
@@ -243,7 +243,7 @@ def _interleaved(alpha, num_workers):
 
 
 def _divide_gap(low, high, count, kind):
-    """Returns angles that divide a gap between data nodes evenly; in the first and last gap they include the end."""
+    """Divides a gap between data nodes evenly by angles; in the first and last gap they include the end."""
     if kind == "first":
         return np.linspace(low, high, count + 1)[:-1]
     if kind == "last":

@@ -21,7 +21,7 @@ from .checks import batch_size
 from .codes import AbstractCode, Plan
 from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
-from .linops.abstract import prepare_eagerly, transfers_allowed
+from .linops.abstract import allow_transfers, prepare_eagerly
 from .ordering import Ordering
 from .outputs import OutputSpace
 
@@ -129,10 +129,10 @@ def encode(
         AssertionError: If the code's encoder does not give N coded inputs.
     """
     if plans is None and encoder is not None:
-        return apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
+        return apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     if plans is None:
         encoder = code.encoder_linop()
-        coded = apply_to_tree("x", encoder, grouped, code.num_data, precisely=False, one_pass=one_pass)
+        coded = apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     else:
         coded = jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
     chex.assert_tree_shape_prefix(coded, (code.num_workers,))
@@ -171,7 +171,9 @@ def decode(
             decoder = code.decoder_linop(returned)
         if decoder.mixes:
             check_answers(answers, code.num_workers)
-        results = apply_to_tree("f's result", decoder, answers, code.num_workers, precisely=False, one_pass=one_pass)
+        results = apply_to_tree(
+            "f's result", decoder, answers, code.num_workers, float64_fallback=False, one_pass=one_pass
+        )
     else:
         assert returned is not None
         results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
@@ -265,7 +267,7 @@ def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractL
     With x64 off the decoder is rounded to float32, the precision in which `decode` applies it.
     """
     linop = prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool)))
-    with jax.ensure_compile_time_eval(), transfers_allowed():
+    with jax.ensure_compile_time_eval(), allow_transfers():
         return _on_device(linop)
 
 

@@ -124,6 +124,10 @@ def test_repeated_deals_the_data_out(size):
     assert set(counts) <= {num_workers // num_data, -(-num_workers // num_data)}
 
 
+def test_repeated_nodes_may_lie_beyond_one():
+    np.testing.assert_array_equal(nodes.repeated(np.array([-3.0, 3.0]), 3).workers, [-3, -3, 3])
+
+
 @few
 @given(size=sizes, share=st.floats(0, 1))
 def test_mixed_nodes_are_data_nodes_copies_and_nodes_between(size, share):

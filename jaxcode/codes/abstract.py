@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._sharding import with_auto_axes
+from .._sharding import call_with_auto_axes
 from ..checks import warn_not_finite
 from ..linops import AbstractLinop, apply_to_tree
 from ..nodes import Nodes
@@ -148,7 +148,7 @@ class AbstractCode(abc.ABC):
             warn_not_finite("x", x, lambda: linop.mixes, stacklevel=5)
             return apply_to_tree("x", linop, x, self.num_data)
 
-        return with_auto_axes(encode, x, specs=_replicate_rows)
+        return call_with_auto_axes(encode, x, specs=_replicate_rows)
 
     def decode(
         self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
@@ -173,7 +173,7 @@ class AbstractCode(abc.ABC):
         def decode(y):
             return self._decode(y, returned, plan)
 
-        return with_auto_axes(decode, y, specs=_replicate_rows)
+        return call_with_auto_axes(decode, y, specs=_replicate_rows)
 
     def encoder_matrix(self, plan: Plan | None = None) -> Float[Array, "workers data"]:
         """Forms the matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""

@@ -44,28 +44,28 @@ def _not_a_knot_matrix(knots, points, live):
     slot = jnp.where(live, jnp.cumsum(live, dtype=jnp.int32) - 1, n)
     index = jnp.arange(n, dtype=jnp.int32)
     # Live knots are moved to the front.
-    packed = jnp.zeros(n, knots.dtype).at[slot].set(knots, mode="drop")
-    gap = jnp.where(index < count - 1, jnp.roll(packed, -1) - packed, 1.0)
+    live_knots = jnp.zeros(n, knots.dtype).at[slot].set(knots, mode="drop")
+    gap = jnp.where(index < count - 1, jnp.roll(live_knots, -1) - live_knots, 1.0)
     curvature = _second_derivatives(gap, count)
 
     lower = jnp.clip(
-        jnp.searchsorted(jnp.where(index < count, packed, jnp.inf), points, side="right").astype(jnp.int32) - 1,
+        jnp.searchsorted(jnp.where(index < count, live_knots, jnp.inf), points, side="right").astype(jnp.int32) - 1,
         0,
         jnp.maximum(count - 2, 0),
     )
     width = gap[lower][:, None]
     # A single site has a constant curve.
-    b = jnp.where(count > 1, (points[:, None] - packed[lower][:, None]) / width, 0.0)
+    b = jnp.where(count > 1, (points[:, None] - live_knots[lower][:, None]) / width, 0.0)
     a = 1 - b
     upper = jnp.minimum(lower + 1, n - 1)
     chord = jnp.where(index[None] == lower[:, None], a, 0.0) + jnp.where(index[None] == upper[:, None], b, 0.0)
     bend = (a**3 - a) * curvature[lower] + (b**3 - b) * curvature[upper]
-    packed_matrix = chord + width**2 / 6 * bend
-    return jnp.where(live[None], packed_matrix[:, jnp.minimum(slot, n - 1)], 0.0)
+    live_matrix = chord + width**2 / 6 * bend
+    return jnp.where(live[None], live_matrix[:, jnp.minimum(slot, n - 1)], 0.0)
 
 
 def _second_derivatives(gap, count):
-    """Forms the matrix from values at the packed knots to second derivatives there, ends included."""
+    """Forms the matrix from values at the live knots to second derivatives there, ends included."""
     n = gap.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)
     is_inner = (index > 0) & (index < count - 1)
@@ -95,10 +95,10 @@ def _second_derivatives(gap, count):
         jnp.where(is_inner, upper_diagonal, 0.0),
         jnp.where(is_inner[:, None], second_difference, 0.0),
     )
-    return _with_ends(curvature, r_first, r_last, count)
+    return _extrapolate_ends(curvature, r_first, r_last, count)
 
 
-def _with_ends(curvature, r_first, r_last, count):
+def _extrapolate_ends(curvature, r_first, r_last, count):
     n = curvature.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)[:, None]
 

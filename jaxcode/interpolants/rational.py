@@ -103,13 +103,13 @@ def _blending_weights(degree, knots, live):
     attained_degree = jnp.minimum(degree, count - 1)
     # Live knots are moved to the front, so that neighbours in the curve are neighbours in the array.
     slot = jnp.where(live, rank, n)
-    packed = jnp.zeros(n, knots.dtype).at[slot].set(knots, mode="drop")
+    live_knots = jnp.zeros(n, knots.dtype).at[slot].set(knots, mode="drop")
     index = jnp.arange(n, dtype=jnp.int32)
     offsets = jnp.arange(degree + 1, dtype=jnp.int32)
-    # Polynomial i goes through the packed knots i to i + degree.
+    # Polynomial i goes through the live knots i to i + degree.
     member = index[:, None] + offsets[None]
     valid = (member < count) & (offsets <= attained_degree)[None] & (index + attained_degree < count)[:, None]
-    position = packed[jnp.minimum(member, n - 1)]
+    position = live_knots[jnp.minimum(member, n - 1)]
     pair = valid[:, :, None] & valid[:, None, :] & (offsets[:, None] != offsets[None])[None]
     distance = jnp.abs(position[:, :, None] - position[:, None, :])
     # In units of the widest polynomial, so that products neither over- nor underflow.

@@ -1,12 +1,14 @@
-"""The interface of linear operators."""
+"""The interface of linear operators, and what all of them share."""
 
 import abc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 Rows = Shaped[Array, "rows features"]
@@ -36,7 +38,7 @@ class AbstractLinop(abc.ABC):
 
     @abc.abstractmethod
     def unmasked_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
-        """Computes the product without masking absent rows; returns it and whether their values left it unchanged."""
+        """Computes the product without masking absent rows; returns it and whether it is right all the same."""
 
     @abc.abstractmethod
     def amplification(self) -> Float[Array, ""] | float:
@@ -51,12 +53,34 @@ class AbstractLinop(abc.ABC):
         """
 
 
-def is_static(linop: AbstractLinop) -> bool:
-    """Returns whether all arrays of an operator are NumPy's, and so static even while a program is being traced."""
+def apply_in_one_pass(linop: AbstractLinop, rows: Rows) -> Results:
+    """Computes the results in the data's dtype by one masked product."""
+    return hide_undefined(linop, linop.product(rows).astype(rows.dtype))
+
+
+def hide_undefined(linop: AbstractLinop, results: Results) -> Results:
+    """Replaces the results that are not defined by `undefined_value`."""
+    if linop.defined is None:
+        return results
+    return jnp.where(jnp.asarray(linop.defined)[:, None], results, undefined_value(results.dtype))
+
+
+def undefined_value(dtype: DTypeLike) -> Array:
+    """Returns the value of undefined results: NaN, the lowest signed integer, the highest unsigned one, or False."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.asarray(jnp.nan, dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        return jnp.asarray(limits.min or limits.max, dtype)
+    return jnp.zeros((), dtype)
+
+
+def has_numpy_leaves(linop: AbstractLinop) -> bool:
+    """Returns whether all arrays of an operator are NumPy's, whose values are known even under trace."""
     return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(linop))
 
 
-def transfers_allowed() -> AbstractContextManager[None]:
+def allow_transfers() -> AbstractContextManager[None]:
     """Allows implicit transfers of static operators where the caller's transfer guard disallows those of data."""
     return jax.transfer_guard_host_to_device("allow")
 

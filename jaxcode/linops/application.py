@@ -1,4 +1,4 @@
-"""Applies operators to data: the matmul policy, masking, dtypes."""
+"""Applies operators to data of any width and dtype: masks absent rows and repeats products that lost digits."""
 
 import functools
 import math
@@ -10,19 +10,21 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from .._float64 import double_precision
-from .abstract import AbstractLinop, Results, Rows, is_static, transfers_allowed
+from .abstract import AbstractLinop, Results, Rows, allow_transfers, apply_in_one_pass, has_numpy_leaves
 from .double_single import as_arguments
 
-# Rounding of single-precision products grows with the sum of magnitudes in a row of the matrix. Where that exceeds this
-# bound the product is computed again in double precision.
+# Rounding errors of float32 products grow with the sum of magnitudes in a row of the matrix. Where that exceeds this
+# bound the product is computed again in float64: up to it at most four binary digits are
+# lost, and a lower bound would repeat more products.
 _MAX_AMPLIFICATION = 16.0
 # Masking absent rows copies the data, whose cost is negligible up to this many numbers.
-_CHEAP_TO_MASK = 2**20
-# How many numbers one pass of a repeated product reads, so that it needs little memory.
-_NUMBERS_IN_A_PASS = 2**18
+# More are multiplied unmasked, and checked.
+_MAX_SIZE_TO_MASK = 2**20
+# How many numbers one pass of a repeated product reads: fewer need less memory, more make fewer steps.
+_NUMBERS_PER_PASS = 2**18
 
 
-def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Results:
+def apply(linop: AbstractLinop, rows: Rows, *, float64_fallback: bool = True) -> Results:
     """Computes the results in the data's dtype.
 
     Wide data are multiplied once, unmasked. Where an absent row holds NaN or infinities, or results are undefined, the
@@ -32,74 +34,54 @@ def apply(linop: AbstractLinop, rows: Rows, *, precisely: bool = True) -> Result
         linop: The operator.
         rows: The data, shape (n, features), real; of any dtype where the operator only moves rows. Float32 stays
             float32, narrower data are multiplied in their own dtype and accumulated in float32.
-        precisely: Whether float32 products that lose digits by cancellation, those of operators with large entries of
-            both signs, are computed again in double precision.
+        float64_fallback: Whether float32 products are computed again in float64 where they lose digits by cancellation:
+            those of operators with large entries of both signs.
 
     Returns:
-        Shape (p, features). Undefined results are NaN, of integers the lowest number of their dtype.
+        Shape (p, features). Undefined results are `undefined_value`, which is NaN for floating dtypes.
     """
     if not linop.mixes:
-        with transfers_allowed():
+        with allow_transfers():
             return apply_compiled(linop, rows)
-    precisely = precisely and rows.dtype == jnp.float32
-    if precisely and is_static(linop):
-        precisely = bool(linop.amplification() > _MAX_AMPLIFICATION)
+    float64_fallback = float64_fallback and rows.dtype == jnp.float32
+    if float64_fallback and has_numpy_leaves(linop):
+        float64_fallback = bool(linop.amplification() > _MAX_AMPLIFICATION)
     linop = as_arguments(linop)
-    all_rows_and_results = linop.present is None and linop.defined is None
-    with transfers_allowed():
-        if not rows.size or (not precisely and (rows.size <= _CHEAP_TO_MASK or all_rows_and_results)):
+    is_complete = linop.present is None and linop.defined is None
+    with allow_transfers():
+        if not rows.size or (not float64_fallback and (rows.size <= _MAX_SIZE_TO_MASK or is_complete)):
             return apply_compiled(linop, rows)
-        return _apply_and_check_compiled(precisely, linop, rows)
-
-
-def apply_directly(linop: AbstractLinop, rows: Rows) -> Results:
-    """Computes the results in the data's dtype by one masked product."""
-    results = linop.product(rows).astype(rows.dtype)
-    return results if linop.defined is None else _hide_undefined(linop, results)
-
-
-def _hide_undefined(linop, results):
-    return jnp.where(jnp.asarray(linop.defined)[:, None], results, undefined_value(results.dtype))
-
-
-def undefined_value(dtype: jax.typing.DTypeLike) -> Array:
-    """Returns the value of undefined results: NaN, the lowest signed integer, the highest unsigned one, or False."""
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(jnp.nan, dtype)
-    if jnp.issubdtype(dtype, jnp.integer):
-        limits = jnp.iinfo(dtype)
-        return jnp.asarray(limits.min or limits.max, dtype)
-    return jnp.zeros((), dtype)
+        return _apply_and_check_compiled(float64_fallback, linop, rows)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply_and_check(precisely, linop, rows):
-    if rows.size <= _CHEAP_TO_MASK:
-        results = apply_directly(linop, rows)
+def _apply_and_check(float64_fallback, linop, rows):
+    if rows.size <= _MAX_SIZE_TO_MASK:
+        results = apply_in_one_pass(linop, rows)
     else:
-        results, intact = linop.unmasked_product(rows)
+        results, is_right = linop.unmasked_product(rows)
         if linop.defined is not None:
-            intact = intact & jnp.all(linop.defined)
+            is_right = is_right & jnp.all(linop.defined)
         results = results.astype(rows.dtype)
-        if intact is not True:
-            results = _repeat_unless(intact, functools.partial(apply_directly, linop), rows, results)
-    if precisely:
-        exact_enough = linop.amplification() <= _MAX_AMPLIFICATION
-        results = _repeat_unless(exact_enough, functools.partial(_apply_in_double, linop), rows, results)
+        if is_right is not True:
+            results = _repeat_unless(is_right, functools.partial(apply_in_one_pass, linop), rows, results)
+    if float64_fallback:
+        is_exact_enough = linop.amplification() <= _MAX_AMPLIFICATION
+        results = _repeat_unless(is_exact_enough, functools.partial(_apply_in_double, linop), rows, results)
     return results
 
 
 def _apply_in_double(linop, rows):
     with double_precision():
-        return apply_directly(linop, rows.astype(jnp.float64)).astype(rows.dtype)
+        return apply_in_one_pass(linop, rows.astype(jnp.float64)).astype(rows.dtype)
 
 
-def _repeat_unless(accepted, product, rows, results):
+def _repeat_unless(is_accepted, product, rows, results):
     """Computes results again unless they are accepted, in passes over few features, which take little memory."""
     features = rows.shape[-1]
     # Narrow data take a single pass, because XLA on CPUs widens all of them to read a part.
-    narrow = jnp.finfo(rows.dtype).bits < 32
-    width = features if narrow else min(-(-_NUMBERS_IN_A_PASS * features // rows.size), features)
+    is_narrow = jnp.finfo(rows.dtype).bits < 32
+    width = features if is_narrow else min(-(-_NUMBERS_PER_PASS * features // rows.size), features)
     passes = -(-features // width)
 
     def compute(i, results):
@@ -109,16 +91,16 @@ def _repeat_unless(accepted, product, rows, results):
         block, _ = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(rows, start, width, axis=-1), i))
         return jax.lax.dynamic_update_slice_in_dim(results, product(block), start, axis=-1)
 
-    return jax.lax.fori_loop(0, jnp.where(accepted, 0, passes), compute, results)
+    return jax.lax.fori_loop(0, jnp.where(is_accepted, 0, passes), compute, results)
 
 
 @_apply_and_check.defjvp
-def _apply_and_check_jvp(precisely, primals, tangents):
-    return _apply_and_check(precisely, *primals), jax.jvp(apply_directly, primals, tangents)[1]
+def _apply_and_check_jvp(float64_fallback, primals, tangents):
+    return _apply_and_check(float64_fallback, *primals), jax.jvp(apply_in_one_pass, primals, tangents)[1]
 
 
 # Compiled, because outside of jit loops would be compiled at every call.
-apply_compiled = jax.jit(apply_directly, inline=True)
+apply_compiled = jax.jit(apply_in_one_pass, inline=True)
 _apply_and_check_compiled = jax.jit(_apply_and_check, inline=True, static_argnums=0)
 
 
@@ -128,7 +110,7 @@ def apply_to_tree(
     tree: PyTree[ArrayLike],
     num_rows: int,
     *,
-    precisely: bool = True,
+    float64_fallback: bool = True,
     one_pass: bool = False,
 ) -> PyTree[Array]:
     """Applies an operator to every leaf of shape (n, ...), whose trailing axes are flattened for the product.
@@ -138,7 +120,7 @@ def apply_to_tree(
         linop: The operator.
         tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows.
         num_rows: n.
-        precisely: As for `apply`.
+        float64_fallback: As for `apply`.
         one_pass: Whether to compute one masked product, without the passes of `apply`; for data sharded over devices.
 
     Returns:
@@ -156,7 +138,7 @@ def apply_to_tree(
         if one_pass and leaf.ndim > 1:
             return _apply_along_axes(linop, leaf)
         rows = leaf.reshape(num_rows, math.prod(leaf.shape[1:]))
-        results = apply(linop, rows, precisely=precisely)
+        results = apply(linop, rows, float64_fallback=float64_fallback)
         return results.reshape(results.shape[0], *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)

@@ -1,4 +1,4 @@
-"""Operators applied by two sweeps over blocks of rows, in time and memory proportional to the number of rows."""
+"""Operators applied block by block in two sweeps, in time and memory proportional to the number of rows."""
 
 from typing import final
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from .._float64 import double_precision
 from .._pytree import pytree
-from .abstract import AbstractLinop, Mask, Results, Rows
+from .abstract import AbstractLinop, Mask, Results, Rows, apply_in_one_pass
 from .dense import matmul
 from .double_single import DoubleSingle
 
@@ -50,21 +50,19 @@ class Blocked(AbstractLinop):
         return True
 
     def product(self, rows: Rows) -> Results:
-        if rows.dtype == jnp.float64:
-            forward, backward = self.forward.combine(), self.backward.combine()
-        else:
-            forward, backward = (jnp.asarray(part.hi, jnp.float32) for part in (self.forward, self.backward))
+        dtype = rows.dtype if rows.dtype == jnp.float64 else jnp.float32
+        forward, backward = self.forward.astype(dtype), self.backward.astype(dtype)
         left_size, right_size, results_size = self._sizes()
         first_row, first_result = jnp.asarray(self.first_row), jnp.asarray(self.first_result)
-        features, dtype = rows.shape[1], forward.dtype
+        features = rows.shape[1]
 
         def read(start):
-            def block_of(array):
+            def slice_block(array):
                 return jax.lax.dynamic_slice_in_dim(array, start, self.block_rows)
 
-            block = block_of(rows)
+            block = slice_block(rows)
             if self.present is not None:
-                block = jnp.where(block_of(jnp.asarray(self.present))[:, None], block, jnp.zeros((), block.dtype))
+                block = jnp.where(slice_block(jnp.asarray(self.present))[:, None], block, jnp.zeros((), block.dtype))
             return block.astype(dtype)
 
         def sweep_right(left_state, block):
@@ -100,8 +98,8 @@ class Blocked(AbstractLinop):
         forward, backward = jnp.asarray(self.forward.hi), jnp.asarray(self.backward.hi)
         _, right_size, results_size = self._sizes()
 
-        def deviations(matrices, reverse):
-            """Returns the standard deviations of the states with which a sweep enters each block."""
+        def compute_deviations(matrices, reverse):
+            """Computes the standard deviations of the states with which a sweep enters each block."""
 
             def step(covariance, matrix):
                 row_matrix, state_matrix = matrix[:, : self.block_rows], matrix[:, self.block_rows :]
@@ -111,17 +109,15 @@ class Blocked(AbstractLinop):
             start = jnp.zeros((matrices.shape[1], matrices.shape[1]), matrices.dtype)
             return jax.lax.scan(step, start, matrices, reverse=reverse)[1]
 
-        right_deviations = deviations(backward[:, results_size:, : self.block_rows + right_size], True)
-        state_deviations = jnp.concatenate([right_deviations, deviations(forward, False)], axis=-1)
+        right_deviations = compute_deviations(backward[:, results_size:, : self.block_rows + right_size], True)
+        state_deviations = jnp.concatenate([right_deviations, compute_deviations(forward, False)], axis=-1)
         magnitudes = jnp.abs(backward[:, :results_size])
         state_part = (magnitudes[..., self.block_rows :] @ state_deviations[..., None])[..., 0]
         return jnp.max(jnp.sum(magnitudes[..., : self.block_rows], axis=-1) + state_part)
 
     def matrix(self) -> Float[Array, "results rows"]:
-        from .application import apply_directly
-
         with double_precision():
-            entries = apply_directly(self, jnp.eye(self.num_rows, dtype=jnp.float64))
+            entries = apply_in_one_pass(self, jnp.eye(self.num_rows, dtype=jnp.float64))
         return entries.astype(jnp.result_type(float))
 
     def _sizes(self):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._pytree import pytree
-from .abstract import AbstractLinop, Mask, Results, Rows, is_static, transfers_allowed
+from .abstract import AbstractLinop, Mask, Results, Rows, allow_transfers, has_numpy_leaves, hide_undefined
 from .double_single import DoubleSingle
 
 
@@ -39,44 +39,38 @@ class Dense(AbstractLinop):
     def product(self, rows: Rows) -> Results:
         if self.present is not None:
             rows = jnp.where(self.present[:, None], rows, jnp.zeros((), rows.dtype))
-        return matmul(self._entries(rows.dtype), rows)
+        return matmul(self.entries.astype(rows.dtype), rows)
 
     def unmasked_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
-        results = matmul(self._with_zero_columns(self._entries(rows.dtype)), rows)
+        results = matmul(self._clear_absent(self.entries.astype(rows.dtype)), rows)
         # Finite values in absent rows are multiplied by zero; NaN and inf make every result of their feature NaN.
         return results, True if self.present is None else jnp.all(jnp.isfinite(results[0]))
 
     def amplification(self) -> Float[Array, ""] | float:
         hi, present = self.entries.hi, True if self.present is None else self.present
-        if is_static(self):
+        if has_numpy_leaves(self):
             return float(np.abs(hi).sum(axis=1, where=present).max())
         return jnp.max(jnp.sum(jnp.abs(jnp.asarray(hi)), axis=1, where=present))
 
     def matrix(self) -> Float[Array, "results rows"]:
-        with transfers_allowed():
-            entries = self._with_zero_columns(jnp.asarray(self.entries.hi))
-            return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)
+        with allow_transfers():
+            return hide_undefined(self, self._clear_absent(jnp.asarray(self.entries.hi)))
 
-    def _entries(self, dtype):
-        if dtype == jnp.float64:
-            return self.entries.combine()
-        # Rounding the matrix to the dtype of narrow data adds no larger error than rounding the data did.
-        return jnp.asarray(self.entries.hi).astype(dtype)
-
-    def _with_zero_columns(self, entries):
+    def _clear_absent(self, entries):
+        """Sets the columns of absent rows to zero."""
         return entries if self.present is None else entries * jnp.asarray(self.present, entries.dtype)[None]
 
 
 def matmul(matrix: Array, rows: Rows) -> Results:
     """Multiplies at the highest precision: in float64, or accumulated in float32 for narrower rows."""
     # Float64 is not requested by name: batched with x64 off, the name would be taken for float32.
-    narrow = jnp.finfo(rows.dtype).bits < 32
-    if narrow:
+    is_narrow = jnp.finfo(rows.dtype).bits < 32
+    if is_narrow:
         # Fused with what computes the matrix, some products of narrow numbers are refused by jaxlib 0.12 on CPUs.
         matrix = jax.lax.optimization_barrier(matrix)
     return jax.lax.dot(
         matrix,
         rows,
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32 if narrow else None,
+        preferred_element_type=jnp.float32 if is_narrow else None,
     )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._float64 import double_precision, x64_is_on
@@ -26,6 +27,13 @@ class DoubleSingle(NamedTuple):
         with double_precision():
             hi = jnp.asarray(self.hi).astype(jnp.float64)
             return hi if self.lo is None else hi + jnp.asarray(self.lo).astype(jnp.float64)
+
+    def astype(self, dtype: DTypeLike) -> Array:
+        """Converts the numbers to a floating dtype: both parts to float64, `hi` alone to a narrower one.
+
+        An operator's entries rounded to the dtype of narrow data add no larger error than rounding the data did.
+        """
+        return self.combine() if dtype == jnp.float64 else jnp.asarray(self.hi).astype(dtype)
 
 
 def split(numbers: Array | np.ndarray) -> DoubleSingle:

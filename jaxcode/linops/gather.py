@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._pytree import pytree
-from .abstract import AbstractLinop, Mask, Results, Rows, transfers_allowed
+from .abstract import AbstractLinop, Mask, Results, Rows, allow_transfers, hide_undefined
 
 
 @final
@@ -41,8 +41,7 @@ class Gather(AbstractLinop):
         return 1.0
 
     def matrix(self) -> Float[Array, "results rows"]:
-        with transfers_allowed():
+        with allow_transfers():
             index = jnp.asarray(self.index)
-            chosen = index[:, None] == jnp.arange(self.num_rows, dtype=index.dtype)[None]
-            entries = chosen.astype(jnp.result_type(float))
-            return entries if self.defined is None else jnp.where(self.defined[:, None], entries, jnp.nan)
+            is_selected = index[:, None] == jnp.arange(self.num_rows, dtype=index.dtype)[None]
+            return hide_undefined(self, is_selected.astype(jnp.result_type(float)))

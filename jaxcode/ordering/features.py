@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._arrays import as_arrays
 from .._pytree import pytree
-from .._sharding import sharded_like, unsharded
+from .._sharding import replicate, shard_like
 from ..checks import batch_size, check_count
 from ..functions import as_pure_function
 
@@ -81,7 +81,7 @@ def sensitivity(
     num_probes = max(1, min(num_probes, _MAX_NUMBERS // max(1, numbers_per_input)))
 
     # All runs have one size, so that they compile once, and repeat the sample as often as needed.
-    x, model_batch = unsharded(x), min(model_batch, size)
+    x, model_batch = replicate(x), min(model_batch, size)
     key = jax.random.key(jax.device_put(np.uint32(0))) if key is None else key
     keys = jax.random.split(key, -(-num_probes // model_batch))
     rows = (np.arange(len(keys) * model_batch, dtype=np.int32) % size).reshape(-1, model_batch)
@@ -119,7 +119,7 @@ class LinearFeatures:
                 f"x has leaves of shapes {shapes} without their leading axis; expected {expected}, those of the sample "
                 "that the features were made from: give a batch of such inputs"
             )
-        return _project(unsharded(x, keep=1), self.directions)
+        return _project(replicate(x, num_sharded=1), self.directions)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -130,7 +130,7 @@ def _pull_back_probes(fn, params, x, rows, run, keys):
     leaves, structure = jax.tree.flatten(answers)
     leaf_keys = jax.random.split(keys[run], len(leaves))
     directions = [
-        sharded_like(jax.random.normal(key, leaf.shape, leaf.dtype), leaf)
+        shard_like(jax.random.normal(key, leaf.shape, leaf.dtype), leaf)
         for key, leaf in zip(leaf_keys, leaves, strict=True)
     ]
     return pull_back(jax.tree.unflatten(structure, directions))[0]

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays import as_arrays
-from .._sharding import unsharded, with_auto_axes
+from .._sharding import call_with_auto_axes, replicate
 from ..checks import batch_size, check_count
 
 __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
@@ -88,7 +88,7 @@ def greedy(
         if num_rows != size:
             raise ValueError(f"{name} has {num_rows} rows; expected one for each of the {size} inputs in x")
     _check_real(name, features)
-    features = unsharded(jax.tree.map(jax.lax.stop_gradient, features))
+    features = replicate(jax.tree.map(jax.lax.stop_gradient, features))
     if metric is not None:
         _check_distance(metric, features)
 
@@ -96,7 +96,7 @@ def greedy(
         return _greedy(features, size, min(num_data, size), metric)
 
     # Under `jax.vmap` over an explicitly sharded axis, loops do not compile otherwise.
-    return with_auto_axes(order, features, specs=lambda _: PartitionSpec())
+    return call_with_auto_axes(order, features, specs=lambda _: PartitionSpec())
 
 
 @final

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ..interpolants.spline.sites import find_sites, normalise, replace_weights
 from ..interpolants.spline.wiener import (
-    data_precision,
-    find_sites,
-    innovations,
-    normalise,
-    posteriors,
-    reweight,
-    uniform_noise,
+    compute_data_precision,
+    compute_innovations,
+    compute_posteriors,
+    form_uniform_noise,
 )
 
 # No command fitted these constants. What each trades off was seen on the codes and attacks of `tests/robust`; the tests
@@ -130,7 +128,7 @@ def _prepare(worker_nodes, data_nodes, outputs, valid, rounding, max_outliers):
     worker_nodes, data_nodes, _ = normalise(worker_nodes, data_nodes)
     sites = find_sites(worker_nodes, valid)
     site_innovations = _innovations(sites, data_nodes)
-    noiseless = posteriors(sites, site_innovations, jnp.zeros(1), 2)
+    noiseless = compute_posteriors(sites, site_innovations, jnp.zeros(1), 2)
     is_at_site = (sites.average > 0).astype(float)
     variances = is_at_site.T @ jnp.where(sites.present, noiseless.variances[0], 0)
     # 1 if there are no answers.
@@ -144,8 +142,9 @@ def _prepare(worker_nodes, data_nodes, outputs, valid, rounding, max_outliers):
         sites, is_at_site, same_node, noiseless.means[0], noiseless.variances[0], outputs, min_scale, median_variance
     )
     weights = jnp.where(valid, 1 / noise, 0)
-    sites = reweight(sites, weights)
-    precision = data_precision(sites, posteriors(sites, site_innovations, jnp.ones(1), 2).precision[0], weights)
+    sites = replace_weights(sites, weights)
+    noisy = compute_posteriors(sites, site_innovations, jnp.ones(1), 2)
+    precision = compute_data_precision(sites, noisy.precision[0], weights)
 
     diagonal = jnp.diagonal(precision)
     root = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))[:, None]
@@ -185,13 +184,13 @@ def _noise_variances(sites, is_at_site, same_node, means, variances, outputs, mi
 
 def _innovations(sites, data_nodes):
     """Computes the sites' innovations for m = 2 and noise whose intensity is the cube of the data nodes' density."""
-    noise = uniform_noise(sites.place, 2)
+    noise = form_uniform_noise(sites.place, 2)
     # Constant between neighbouring sites: the density in the middle.
     middle = (sites.place[1:] + sites.place[:-1]) / 2
     log_density = jnp.interp(middle, (data_nodes[1:] + data_nodes[:-1]) / 2, -jnp.log(jnp.diff(data_nodes)))
     intensity = jnp.repeat(jnp.exp(3 * log_density), 2)
     noise = noise._replace(variance=noise.variance * intensity[None])
-    return innovations(sites, jnp.zeros(0), np.array([2]), noise)
+    return compute_innovations(sites, jnp.zeros(0), np.array([2]), noise)
 
 
 def _find_neighbours(valid):

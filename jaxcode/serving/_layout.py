@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ..checks import batch_size, finite_inputs
-from ..linops.application import undefined_value
+from ..linops.abstract import undefined_value
 from ..pipeline import pad
 
 

@@ -1,6 +1,6 @@
 """Times encoders and decoders of wide data against a plain matrix product: `python -m tests.benchmarks.wide`.
 
-Measures also the figures behind `MOST_IN_ONE_MATRIX` in `jaxcode/interpolants/spline/linop.py`.
+Measures also the figures behind `MAX_ENTRIES_IN_MATRIX` in `jaxcode/interpolants/spline/linop.py`.
 """
 
 import functools
@@ -94,18 +94,18 @@ def matrix_or_blocks(report):
     """Times the decoding of wide data from a fresh mask in either form, K = N / 3."""
     columns = 65_536
     medians: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
-    limit = linop.MOST_IN_ONE_MATRIX
+    limit = linop.MAX_ENTRIES_IN_MATRIX
     for n in progress((96, 192, 288, 384, 480, 768, 1152), "N"):
         code = SplineCode.chebyshev(n // 3, n, decoder_smoothing=SMOOTHING)
         y = jnp.asarray(np.random.default_rng(0).normal(size=(n, columns)), jnp.float32)
         mask = jnp.asarray(np.arange(n) % 3 != 0)
         contenders = {}
         for form, most in (("one matrix", 10**9), ("blocks", 0)):
-            linop.MOST_IN_ONE_MATRIX = most
+            linop.MAX_ENTRIES_IN_MATRIX = most
             try:
                 decode = jax.jit(functools.partial(code.decode)).lower(y, mask).compile()
             finally:
-                linop.MOST_IN_ONE_MATRIX = limit
+                linop.MAX_ENTRIES_IN_MATRIX = limit
             contenders[form] = functools.partial(decode, y, mask)
         for form, seconds in race(contenders, seconds=1).items():
             medians[form][n + n // 3] = float(np.median(seconds))

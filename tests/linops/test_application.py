@@ -8,7 +8,7 @@ import pytest
 from jaxcode.interpolants import Spline
 from jaxcode.interpolants.spline import linop as spline_linop
 from jaxcode.linops import Dense, Gather, apply, apply_to_tree, split
-from jaxcode.linops.application import _CHEAP_TO_MASK
+from jaxcode.linops.application import _MAX_SIZE_TO_MASK
 from jaxcode.nodes import chebyshev
 
 N = 12
@@ -22,8 +22,8 @@ def dense(returned):
 
 def blocked(returned):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spline_linop, "MOST_IN_ONE_MATRIX", 0)
-        patch.setattr(spline_linop, "ENTRIES_IN_A_BLOCK", 4)
+        patch.setattr(spline_linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        patch.setattr(spline_linop, "ENTRIES_PER_BLOCK", 4)
         return dense(returned)
 
 
@@ -35,7 +35,7 @@ def gather(returned):
 FORMS = {"dense": dense, "blocked": blocked, "gather": gather}
 each_form = pytest.mark.parametrize("form", FORMS)
 # Few features are multiplied with absent rows hidden, many are multiplied first and checked.
-each_width = pytest.mark.parametrize("width", [3, _CHEAP_TO_MASK // N + 5], ids=["few", "many"])
+each_width = pytest.mark.parametrize("width", [3, _MAX_SIZE_TO_MASK // N + 5], ids=["few", "many"])
 
 
 def rows_of(width, dtype=np.float32):
@@ -84,7 +84,7 @@ def test_products_that_cancel_keep_their_digits(form, width):
         expected = np.asarray(FORMS[form](present).matrix()) @ np.asarray(rows, np.float64)
     precise = np.asarray(jax.jit(lambda rows: apply(linop, rows))(rows), np.float64)
     assert np.abs(precise - expected).max() <= 0.6 * np.spacing(np.float32(1000))
-    imprecise = np.asarray(apply_to_tree("y", linop, rows, N, precisely=False), np.float64)
+    imprecise = np.asarray(apply_to_tree("y", linop, rows, N, float64_fallback=False), np.float64)
     assert np.abs(imprecise - expected).max() > 2e-7 * 1000
 
 
@@ -118,6 +118,14 @@ def test_gather_moves_any_dtype_bit_for_bit():
     results = apply(Gather(index, 5, defined=np.array([True, False])), tokens)
     assert results.dtype == tokens.dtype
     assert results.ravel().tolist() == [2**31 - 1, -(2**31)]
+
+
+@each_form
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion_allows_every_form(form, dtype):
+    rows = jnp.asarray(rows_of(3), dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert jax.jit(apply)(FORMS[form](SOME), rows).dtype == rows.dtype
 
 
 @pytest.mark.parametrize(

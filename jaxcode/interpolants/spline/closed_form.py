@@ -63,7 +63,7 @@ def spline_matrix(
     >>> spline_matrix(np.array([-1.0, 0.0, 1.0]), np.array([0.5])).tolist()
     [[-0.09375, 0.6875, 0.40625]]
     """
-    linop, order = _linop(knots, points, smoothing, weights, returned)
+    linop, order = _prepare_linop(knots, points, smoothing, weights, returned)
     return linop.matrix()[order]
 
 
@@ -119,14 +119,14 @@ def fit_and_evaluate(
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         values = values.astype(jnp.float32)
-    linop, order = _linop(knots, points, smoothing, weights, returned)
+    linop, order = _prepare_linop(knots, points, smoothing, weights, returned)
     n = np.shape(knots)[0]
     check_values("values", values, n)
     results = apply(linop, values.reshape(n, math.prod(values.shape[1:])))[order]
     return results.reshape(results.shape[0], *values.shape[1:])
 
 
-def _linop(knots, points, smoothing, weights, returned):
+def _prepare_linop(knots, points, smoothing, weights, returned):
     """Prepares the operator to the points in ascending order, and returns each point's index in that order."""
     check_vector("knots", knots)
     check_ascending("knots", knots)

@@ -36,20 +36,24 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
-from .wiener import find_sites, innovations, jump_noise, normalise, posteriors
+from .sites import find_sites, normalise
+from .wiener import compute_innovations, compute_posteriors, form_jump_noise
 
 # For each process its m, the spline's own process first; the share of its noise at the points; and the number of sites
-# with data from which on it is a hypothesis. The rough process always is.
+# with data from which on it is a hypothesis. The rough process always is: with few sites there is too little evidence
+# against a process of higher order, whose errors are smaller. No command fitted these constants nor those below;
+# `tests/interpolants/spline/test_error.py`, with `-m long`, checks the coverage that they give.
 ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3.0, 0.0, 6.0, 6.0])
-# How many exponents are considered, from the process's own to the highest.
+# How many exponents are considered, from the process's own to the highest; the arrays grow with it.
 NUM_EXPONENTS = 4
-# The weights, in numbers of residuals, of the priors that local scales are 1 and that the correction is 1.
+# The weights, in numbers of residuals, of the priors that local scales are 1 and that the correction is 1. With less,
+# errors follow the noise of few residuals; with more, they follow rough places and miscalibration less.
 PRIOR_FOR_SCALE, PRIOR_FOR_CORRECTION = 1, 20
 # Quantiles of the standard normal distribution.
 NORMAL_95, NORMAL_90 = 1.6448536269514722, 1.2815515655446004
 
 
-def predicted_errors(
+def predict_errors(
     knots: ArrayLike,
     values: Inexact[Array, "knots features"],
     points: ArrayLike,
@@ -89,10 +93,11 @@ def _prepare(knots, points, weights, smoothing):
     knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
     # A quadrature rule that is exact for the highest order is exact for all.
-    noise = jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
+    noise = form_jump_noise(jnp.concatenate([sites.place, points]), points, int(max(ORDERS)), JUMP_SHARES)
     data_variances = jnp.where(ORDERS == 2, smoothing / span / span / span, 0)
-    posterior = posteriors(sites, innovations(sites, points, ORDERS, noise), data_variances, int(max(ORDERS)))
-    return sites, _neighbour_weights(sites, points), posterior.means, posterior.variances
+    innovations = compute_innovations(sites, points, ORDERS, noise)
+    posteriors = compute_posteriors(sites, innovations, data_variances, int(max(ORDERS)))
+    return sites, _neighbour_weights(sites, points), posteriors.means, posteriors.variances
 
 
 @in_float64
@@ -110,17 +115,10 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     # Leave-one-out residuals, at the sites with data of each process that has more of them than m.
     mean = jnp.einsum("hkn,nd->hkd", means, data)
     residual = data[None] - mean[:, p:]
-    orders = ORDERS.astype(float)
-    has_residuals = sites.num_present > orders[:, None]
+    has_residuals = sites.num_present > ORDERS.astype(float)[:, None]
     is_residual, number = present[None] & has_residuals, jnp.where(has_residuals, sites.num_present, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
-
-    # The variances to the power of each exponent, relative to their geometric mean at the sites.
-    is_uncertain = variances > 0
-    log_variance = jnp.log(jnp.where(is_uncertain, variances, 1))
-    log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
-    exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
-    power = jnp.exp(exponent * jnp.where(is_uncertain, log_variance - log_mean, -jnp.inf)[..., None])
+    power = _raise_variances(variances, p, present, number)
     power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
 
     scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / number[..., None]
@@ -132,20 +130,19 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     normalised_square = (
         jnp.einsum("hnd,hed->hne", square, feature_weight[None, None] / (scale + floor)) / power_at_sites
     )
-
-    # The number of independent squares, by Kish's effective sample size over sites and over features.
-    sharpness = present.astype(float) @ jnp.sum(neighbours[p:] ** 2, axis=1)
-    num_squares = sites.num_present / jnp.where(sharpness > 0, sharpness, 1) / jnp.sum(feature_weight**2)
+    num_squares = _count_squares(sites, neighbours[p:], feature_weight)
     shrinkage = num_squares / (num_squares + PRIOR_FOR_SCALE)
     local_scale = jnp.exp(shrinkage * jnp.log(jnp.einsum("kn,hne->hke", neighbours, normalised_square) + 1e-12))
-
-    local_at_sites = local_scale[:, p:]
-    deviance = jnp.log(power_at_sites * local_at_sites) + normalised_square / local_at_sites
-    deviance = jnp.einsum("hne,n->he", deviance, present.astype(float))
-    log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
+    mean_log_scale = jnp.einsum("hed,d->he", jnp.log(scale + floor), feature_weight)
     is_possible = (sites.num_present >= MIN_SITES) & ((ORDERS != 2) | (smoothing > 0))
-    log_likelihood = jnp.where(is_possible[:, None], -0.5 * (deviance + number * log_scale), -jnp.inf)
-    probability = jax.nn.softmax(log_likelihood, axis=(0, 1))
+    probability = _weigh_hypotheses(
+        present,
+        is_possible,
+        number,
+        power_at_sites * local_scale[:, p:],
+        normalised_square / local_scale[:, p:],
+        mean_log_scale,
+    )
 
     variance = jnp.einsum("he,hke,hed->kd", probability, power * local_scale, scale)
     squared_bias = jnp.einsum("he,hkd->kd", probability, (mean - mean[:1]) ** 2)
@@ -154,7 +151,7 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     half_width = _half_width(variance[p:], squared_bias[p:])
     error = size * error * _correction(present, sites.num_present, residual[0], half_width)[None]
     # Data at two places do not determine the curvature.
-    error = jnp.where(sites.num_present >= 3, error, jnp.where(is_uncertain[0, :p, None], jnp.inf, 0))
+    error = jnp.where(sites.num_present >= 3, error, jnp.where(variances[0, :p, None] > 0, jnp.inf, 0))
     return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
 
 
@@ -169,6 +166,37 @@ def _neighbour_weights(sites, points):
     weight = jnp.exp(-((position[:, None] - rank[None]) ** 2)) * (sites.present[None] & is_other_site).astype(float)
     total = jnp.sum(weight, axis=1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1)
+
+
+def _raise_variances(variances, p, present, number):
+    """Raises variances to the power of each exponent, relative to their geometric mean at the sites; axes h, k, e."""
+    orders, is_uncertain = ORDERS.astype(float), variances > 0
+    log_variance = jnp.log(jnp.where(is_uncertain, variances, 1))
+    log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
+    exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
+    return jnp.exp(exponent * jnp.where(is_uncertain, log_variance - log_mean, -jnp.inf)[..., None])
+
+
+def _count_squares(sites, neighbours, feature_weight):
+    """Computes the number of independent squares, by Kish's effective sample size over sites and over features."""
+    concentration = sites.present.astype(float) @ jnp.sum(neighbours**2, axis=1)
+    return sites.num_present / jnp.where(concentration > 0, concentration, 1) / jnp.sum(feature_weight**2)
+
+
+def _weigh_hypotheses(present, is_possible, number, variance, square, mean_log_scale):
+    """Computes the probability of each hypothesis and exponent, axes h and e, by its predictive likelihood.
+
+    Args:
+        present: Axis n.
+        is_possible: Axis h.
+        number: Of residuals, axes h and 1.
+        variance: The predicted variances of residuals for b = 1, axes h, n, e.
+        square: Squared residuals over b times that variance, averaged over features.
+        mean_log_scale: Of b, averaged over features; axes h, e.
+    """
+    deviance = jnp.einsum("hne,n->he", jnp.log(variance) + square, present.astype(float))
+    log_likelihood = jnp.where(is_possible[:, None], -0.5 * (deviance + number * mean_log_scale), -jnp.inf)
+    return jax.nn.softmax(log_likelihood, axis=(0, 1))
 
 
 def _half_width(variance, squared_bias):

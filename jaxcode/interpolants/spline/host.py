@@ -61,8 +61,8 @@ def banded_matrix(
         matrix[:, live] = share
     else:
         t = t[first]
-        by_site = fit_matrix(np.diff(t) / unit, reading_matrix(t, points, unit), total, smoothing)
-        matrix[:, live] = np.repeat(by_site, count, axis=1) * share
+        site_matrix = fit_matrix(np.diff(t) / unit, reading_matrix(t, points, unit), total, smoothing)
+        matrix[:, live] = np.repeat(site_matrix, count, axis=1) * share
     return matrix
 
 
@@ -106,7 +106,7 @@ def fit_matrix(
     return solution[::2].T * weights
 
 
-def _coefficients(entries):
+def _form_table(entries):
     """Forms the matrix from (1 / gap before, 1 / gap after, gap before, gap after) to a site's row of band storage."""
     table = np.zeros((4, 20))
     for quantity, index, factor in entries:
@@ -115,8 +115,8 @@ def _coefficients(entries):
 
 
 # An inner site's equations: mu (Q gamma)_j, to which w_j g_j is added, and (Q^T g)_j - (R gamma)_j.
-_STIFFNESS = _coefficients([(0, 5, 1), (0, 7, -1), (1, 7, -1), (1, 9, 1)])
-_CURVATURE = _coefficients(
+_STIFFNESS = _form_table([(0, 5, 1), (0, 7, -1), (1, 7, -1), (1, 9, 1)])
+_CURVATURE = _form_table(
     [
         (0, 13, 1),
         (0, 15, -1),

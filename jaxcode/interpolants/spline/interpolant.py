@@ -12,7 +12,7 @@ from ..._pytree import pytree
 from ...checks import check_smoothing, static_value
 from ...linops import AbstractLinop
 from ..abstract import AbstractInterpolant, Vector
-from .error import predicted_errors
+from .error import predict_errors
 from .linop import spline_linop
 
 
@@ -27,7 +27,7 @@ class Spline(AbstractInterpolant):
         smoothing: :math:`\lambda \ge 0`, in the knots' unit cubed; 0 interpolates.
 
     Raises:
-        ValueError: If the smoothing is negative or not finite.
+        ValueError: If the smoothing is not one number, or is negative or not finite.
 
     References:
         arXiv 2406.00300, equation 5. Green and Silverman, Nonparametric Regression and Generalized Linear Models, 1994.
@@ -76,7 +76,7 @@ class Spline(AbstractInterpolant):
             truth in nine cases of ten.
         """
         smoothing = 0.0 if self.interpolates else self._total_smoothing(knots, returned)
-        return predicted_errors(knots, values, points, returned, smoothing)
+        return predict_errors(knots, values, points, returned, smoothing)
 
     def _total_smoothing(self, knots, returned):
         """Converts lambda, for the mean of squares, to mu = n lambda, for their sum over the n knots with data."""

@@ -85,7 +85,8 @@ class Blocks(NamedTuple):
     """Holds the matrices from data to the curve's values at points, for each block of the sequence.
 
     A filter's state at the edge of a block is its estimate there from all data beyond the edge, as (a, b). The left
-    state has a fifth number: for a site with knots on both sides of the edge, the weighted sum of its data so far.
+    state has a fifth number: for a site that is open at the edge, with knots on both sides, the weighted sum of its
+    data so far.
 
     Attributes:
         forward: From the block's data and the left state before it, to the left state after it.
@@ -132,7 +133,7 @@ def find_transitions(
     )
 
 
-def matrix_by_filters(
+def form_matrix(
     sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Float[Array, "points knots"]:
     r"""Forms the matrix from data at the knots to the smoothing spline's values at the points.
@@ -146,42 +147,42 @@ def matrix_by_filters(
     Returns:
         The matrix. Finite, even with one weight above zero or none.
     """
-    by_entry, _, share = _run_filters(sequence, transitions, weights, smoothing)
-    entry = jnp.asarray(sequence.entry)[sequence.num_points + jnp.asarray(sequence.closing)]
-    both_filters = by_entry[:, 0, 0, : sequence.points] + by_entry[::-1, 1, 0, : sequence.points]
-    return (both_filters[entry] * share[:, None]).T
+    coefficients, _, share = _run_filters(sequence, transitions, weights, smoothing)
+    coefficients = coefficients[:, 0, 0, : sequence.points] + coefficients[::-1, 1, 0, : sequence.points]
+    entry, closing = _knot_entries(sequence)
+    return (coefficients[entry[closing]] * share[:, None]).T
 
 
-def blocks_by_filters(
+def form_blocks(
     sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Blocks:
-    """Forms the matrix of `matrix_by_filters` in blocks, from the same arguments and any number of blocks."""
+    """Forms the matrix of `form_matrix` in blocks, from the same arguments and any number of blocks."""
     return _assemble_blocks(sequence, *_run_filters(sequence, transitions, weights, smoothing))
 
 
 def _run_filters(sequence, transitions, weights, smoothing):
-    """Runs both filters and their adjoint; returns the results of `_adjoint`, and each knot's share of its site."""
-    observed, share = _observed_weights(sequence, weights)
-    covariance = _predicted_covariances(transitions.covariance, observed, smoothing)
-    gain = _gain(covariance, observed, smoothing)
-    readings = _readings(sequence, covariance)
-    return *_adjoint(sequence, gain, transitions.next_gap, covariance, readings), share
+    """Runs both filters and their adjoint; returns the results of `_run_adjoint`, and each knot's share of its site."""
+    observed, share = _sum_weights(sequence, weights)
+    covariance = _predict_covariances(transitions.covariance, observed, smoothing)
+    gain = _compute_gain(covariance, observed, smoothing)
+    readings = _compute_readings(sequence, covariance)
+    return *_run_adjoint(sequence, gain, transitions.next_gap, covariance, readings), share
 
 
-def _observed_weights(sequence, weights):
+def _sum_weights(sequence, weights):
     """Returns the weight observed at each entry, shape (entries, 2), and each knot's share of its site."""
     n = weights.shape[0]
     if sequence.distinct:
         total, share = weights, jnp.ones_like(weights)
     else:
-        of_site = jnp.zeros_like(weights).at[sequence.closing].add(weights)
-        share = weights / jnp.where(of_site > 0, of_site, 1)[sequence.closing]
-        total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), of_site, 0)
+        site_weight = jnp.zeros_like(weights).at[sequence.closing].add(weights)
+        share = weights / jnp.where(site_weight > 0, site_weight, 1)[sequence.closing]
+        total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), site_weight, 0)
     observed = jnp.concatenate([jnp.zeros(sequence.num_points, weights.dtype), total])[sequence.order]
-    return _for_both_filters(sequence, observed, 0), share
+    return _stack_filters(sequence, observed, 0), share
 
 
-def _predicted_covariances(
+def _predict_covariances(
     transition: Float[Array | np.ndarray, "entries 5 5 2"],
     weight: Float[Array, "entries 2"],
     smoothing: Float[Array, ""],
@@ -192,7 +193,7 @@ def _predicted_covariances(
         transition, w = entry
         p = jnp.sum(transition * p, axis=1)
         p11, _, _, det, _ = p
-        gain = _gain(p, w, smoothing)
+        gain = _compute_gain(p, w, smoothing)
         zero = jnp.zeros_like(w)
         return gain.keep * p + jnp.stack([zero, zero, gain.weight * det, zero, gain.weight * p11]), p
 
@@ -202,7 +203,7 @@ def _predicted_covariances(
     return tuple(jnp.moveaxis(predicted, 1, 0))
 
 
-def _gain(covariance, weight, smoothing) -> Gain:
+def _compute_gain(covariance, weight, smoothing) -> Gain:
     """Divides smoothing and weight by a factor such that q becomes 1.
 
     Before the second site, where q remains 0, the factor makes the slope's variance 1. Without an observation nothing
@@ -215,29 +216,29 @@ def _gain(covariance, weight, smoothing) -> Gain:
     return Gain(jnp.where(weight > 0, smoothing * inverse, 1), weight * inverse)
 
 
-def _readings(sequence, covariance):
+def _compute_readings(sequence, covariance):
     """Returns each filter's coefficients of a_1, b_1 and b_2 in the value g at every point; zero at other entries."""
     p11, p12, p22, det, q = covariance
     # The covariance of the other filter at the same entry.
     other_p11, other_p12, other_p22, other_det, other_q = (part[::-1, ::-1] for part in covariance)
     total = det * other_q + other_det * q + p11 * other_p22 + p22 * other_p11 + 2 * p12 * other_p12
-    is_point = _for_both_filters(sequence, sequence.order < sequence.num_points, False)
-    determined = total > 0
-    inverse = jnp.where(is_point & determined, 1 / jnp.where(determined, total, 1), 0)
+    is_point = _stack_filters(sequence, sequence.order < sequence.num_points, False)
+    is_determined = total > 0
+    inverse = jnp.where(is_point & is_determined, 1 / jnp.where(is_determined, total, 1), 0)
     # With a single site the curve is its value, which is in b_1 of the filter whose data include it.
-    single = is_point & ~determined & (p22 > 0)
-    single_reading = jnp.where(single, 1 / jnp.where(p22 > 0, p22, 1), 0)
+    has_single_site = is_point & ~is_determined & (p22 > 0)
+    single_reading = jnp.where(has_single_site, 1 / jnp.where(p22 > 0, p22, 1), 0)
     return other_det * inverse, other_p11 * inverse + single_reading, other_p12 * inverse
 
 
-def _for_both_filters(sequence, values, padding):
+def _stack_filters(sequence, values, padding):
     """Pads values of the sequence's entries to whole blocks and stacks them in the order of either filter."""
     padding_values = jnp.full(sequence.length - sequence.order.shape[0], padding, values.dtype)
     values = jnp.concatenate([values, padding_values])
     return jnp.stack([values, values[::-1]], axis=1)
 
 
-def _adjoint(sequence, gain, next_gap, covariance, readings):
+def _run_adjoint(sequence, gain, next_gap, covariance, readings):
     """Runs the adjoint of both filters from every point back over the data, which gives the rows of their matrices.
 
     Rows are the block's points, followed by the four numbers of the state with which the filter leaves the block.
@@ -248,14 +249,14 @@ def _adjoint(sequence, gain, next_gap, covariance, readings):
     """
     blocks = sequence.length // sequence.block
 
-    def by_step(of_entries):
+    def reshape_to_steps(values):
         """Reshapes (entries, 2) to (steps, 2, blocks), blocks in the sequence's order for both filters."""
-        by_block = jnp.reshape(of_entries, (blocks, sequence.block, 2))
-        return jnp.stack([by_block[:, :, 0].T, by_block[::-1, :, 1].T], axis=1)
+        blocks_of_values = jnp.reshape(values, (blocks, sequence.block, 2))
+        return jnp.stack([blocks_of_values[:, :, 0].T, blocks_of_values[::-1, :, 1].T], axis=1)
 
     first_point = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)[: sequence.order.shape[0]]
     row_of_point = jnp.where(sequence.order < sequence.num_points, sequence.order - first_point, -1)
-    row_of_point = _for_both_filters(sequence, row_of_point, -1)
+    row_of_point = _stack_filters(sequence, row_of_point, -1)
     row = jnp.arange(sequence.points + 4, dtype=jnp.int32)
 
     def step(state, entry):
@@ -266,7 +267,7 @@ def _adjoint(sequence, gain, next_gap, covariance, readings):
         h2, h3 = h**2 / 2, h**3 / 6
         # The transposed transition, then the transposed observation.
         a1, a2, b1 = a1 + h * b1 + h2 * b2, a2 + h * a1 + h2 * b1 + h3 * b2, b1 + h * b2
-        of_data = weight * (p11 * a1 + p12 * a2 + det * b1)
+        data_coefficients = weight * (p11 * a1 + p12 * a2 + det * b1)
         is_read = row == row_of_point
         previous = (
             keep * a1 + jnp.where(is_read, read_a1, 0),
@@ -274,75 +275,93 @@ def _adjoint(sequence, gain, next_gap, covariance, readings):
             keep * b1 + jnp.where(is_read, read_b1, 0),
             keep * b2 - weight * a2 + jnp.where(is_read, read_b2, 0),
         )
-        return previous, of_data
+        return previous, data_coefficients
 
     final_rows = np.eye(4, sequence.points + 4, sequence.points)
     shape = 2, blocks, row.shape[0]
     final = tuple(jnp.broadcast_to(jnp.asarray(part, readings[0].dtype), shape) for part in final_rows)
-    entries = jax.tree.map(by_step, (tuple(gain), next_gap, covariance, readings, row_of_point))
-    state, of_data = jax.lax.scan(step, final, entries, reverse=True)
-    return of_data, jnp.stack(state, axis=-1)
+    entries = jax.tree.map(reshape_to_steps, (tuple(gain), next_gap, covariance, readings, row_of_point))
+    state, data_coefficients = jax.lax.scan(step, final, entries, reverse=True)
+    return data_coefficients, jnp.stack(state, axis=-1)
 
 
-def _assemble_blocks(sequence, of_data, of_state, share):
-    """Assembles each block's matrices from the coefficients of its entries' data."""
-    steps, n, p = sequence.block, sequence.closing.shape[0], sequence.num_points
-    entry, closing = jnp.asarray(sequence.entry)[p:], jnp.asarray(sequence.closing)
-    knots_before = jnp.asarray(sequence.knots_before)
-    block = jnp.arange(knots_before.shape[0], dtype=jnp.int32)
+def _assemble_blocks(sequence, data_coefficients, state_coefficients, share):
+    """Assembles each block's matrices from columns for its data, for both states and for the sum of an open site."""
+    data, carried_share = _form_data_columns(sequence, data_coefficients, share)
+    open_sum, is_carried = _form_open_sum_columns(sequence, data_coefficients)
+    left, right = 0, 1
+    point_rows, state_rows = slice(None, sequence.points), slice(sequence.points, None)
+    zeros = jnp.zeros((is_carried.shape[0], 1, 4), share.dtype)
 
-    def coefficients(entry_index, selected):
-        """Gathers both filters' coefficients of one entry's data in each block, shape (2, blocks, ..., points + 4)."""
-        block_index = jnp.broadcast_to(jnp.expand_dims(block, tuple(range(1, entry_index.ndim))), entry_index.shape)
-        step = jnp.where(selected, entry_index - block_index * steps, 0)
-        both = jnp.stack([of_data[step, 0, block_index], of_data[steps - 1 - step, 1, block_index]])
-        return jnp.where(selected[..., None], both, 0)
+    def join(*columns):
+        return jnp.concatenate(columns, axis=-1)
 
-    # Data are summed over their site, which is observed where it closes: in the same block or a later one.
+    # Named by what the rows are; the columns are the data, the states and the sum.
+    left_state = join(data[left, :, state_rows], state_coefficients[left, :, state_rows], open_sum[left, :, state_rows])
+    next_open_sum = join(carried_share[:, None], zeros, is_carried[:, None, None])
+    values = join(data.sum(0)[:, point_rows], *state_coefficients[::-1, :, point_rows], open_sum.sum(0)[:, point_rows])
+    # The filter from the right does not depend on the left state, but for the sum of an open site.
+    right_state = join(
+        data[right, :, state_rows],
+        state_coefficients[right, :, state_rows],
+        jnp.broadcast_to(zeros, (zeros.shape[0], 4, 4)),
+        open_sum[right, :, state_rows],
+    )
+    return Blocks(
+        forward=jnp.concatenate([left_state, next_open_sum], axis=1),
+        backward=jnp.concatenate([values, right_state], axis=1),
+    )
+
+
+def _form_data_columns(sequence, data_coefficients, share):
+    """Forms the columns for each block's data.
+
+    Data are summed over their site, which is observed where it closes: in the same block or a later one.
+
+    Returns:
+        Both filters' columns, shape (2, blocks, points + 4, rows), zero for data of sites that close in a later block;
+        and the shares with which the latter enter the sum of the open site, shape (blocks, rows).
+    """
+    entry, closing = _knot_entries(sequence)
+    block = _block_indices(sequence)[:, None]
     row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    in_block = entry[row] // steps == block[:, None]
+    is_in_block = entry[row] // sequence.block == block
     closing_entry = entry[closing[row]]
-    closes_in_block = in_block & (closing_entry // steps == block[:, None])
-    carried_share = jnp.where(in_block & ~closes_in_block, share[row], 0)
-    data = jnp.swapaxes(coefficients(closing_entry, closes_in_block) * share[row][..., None], -1, -2)
+    closes_in_block = is_in_block & (closing_entry // sequence.block == block)
+    columns = _gather(sequence, data_coefficients, closing_entry, closes_in_block) * share[row][..., None]
+    return jnp.swapaxes(columns, -1, -2), jnp.where(is_in_block & ~closes_in_block, share[row], 0)
 
-    # The sum that earlier blocks carry of an open site is observed in the block where it closes.
+
+def _form_open_sum_columns(sequence, data_coefficients):
+    """Forms the column for the sum that earlier blocks carry of an open site, observed in the block where it closes.
+
+    Returns:
+        Both filters' columns, shape (2, blocks, points + 4, 1); and 1 for blocks where the site stays open, else 0.
+    """
+    entry, closing = _knot_entries(sequence)
+    knots_before, n = jnp.asarray(sequence.knots_before), closing.shape[0]
     next_knot, last_knot = jnp.minimum(knots_before, n - 1), jnp.maximum(knots_before - 1, 0)
     is_open = (knots_before > 0) & (knots_before < n) & (closing[next_knot] == closing[last_knot])
     closing_entry = entry[closing[next_knot]]
-    closes = closing_entry // steps == block
-    carried_sum = coefficients(closing_entry, is_open & closes)[..., None]
-    stays_open = jnp.where(is_open & ~closes, 1, 0).astype(share.dtype)
+    closes_in_block = closing_entry // sequence.block == _block_indices(sequence)
+    columns = _gather(sequence, data_coefficients, closing_entry, is_open & closes_in_block)[..., None]
+    return columns, jnp.where(is_open & ~closes_in_block, 1, 0).astype(columns.dtype)
 
-    point_rows, state_rows = slice(None, sequence.points), slice(sequence.points, None)
-    left_filter, right_filter = 0, 1
 
-    def columns(*parts):
-        return jnp.concatenate(parts, axis=-1)
+def _gather(sequence, data_coefficients, entry, is_selected):
+    """Gathers both filters' coefficients of entries' data, from (blocks, ...) to (2, blocks, ..., points + 4)."""
+    block = jnp.expand_dims(_block_indices(sequence), tuple(range(1, entry.ndim)))
+    block = jnp.broadcast_to(block, entry.shape)
+    step = jnp.where(is_selected, entry - block * sequence.block, 0)
+    # The filter from the right takes a block's entries in reverse order.
+    both = jnp.stack([data_coefficients[step, 0, block], data_coefficients[sequence.block - 1 - step, 1, block]])
+    return jnp.where(is_selected[..., None], both, 0)
 
-    zeros = jnp.zeros((knots_before.shape[0], 1, 4), share.dtype)
-    return Blocks(
-        forward=jnp.concatenate(
-            [
-                columns(
-                    data[left_filter, :, state_rows],
-                    of_state[left_filter, :, state_rows],
-                    carried_sum[left_filter, :, state_rows],
-                ),
-                columns(carried_share[:, None], zeros, stays_open[:, None, None]),
-            ],
-            axis=1,
-        ),
-        backward=jnp.concatenate(
-            [
-                columns(data.sum(0)[:, point_rows], *of_state[::-1, :, point_rows], carried_sum.sum(0)[:, point_rows]),
-                columns(
-                    data[right_filter, :, state_rows],
-                    of_state[right_filter, :, state_rows],
-                    jnp.broadcast_to(zeros, (knots_before.shape[0], 4, 4)),
-                    carried_sum[right_filter, :, state_rows],
-                ),
-            ],
-            axis=1,
-        ),
-    )
+
+def _knot_entries(sequence):
+    """Returns each knot's entry, and the last knot of its site."""
+    return jnp.asarray(sequence.entry)[sequence.num_points :], jnp.asarray(sequence.closing)
+
+
+def _block_indices(sequence):
+    return jnp.arange(sequence.knots_before.shape[0], dtype=jnp.int32)

@@ -11,13 +11,14 @@ from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
 from ..abstract import Vector, span_of
 from .host import banded_matrix
-from .kalman import Transitions, blocks_by_filters, find_transitions, matrix_by_filters
+from .kalman import Transitions, find_transitions, form_blocks, form_matrix
 from .sequence import Sequence, arrange
 
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
-# `tests/benchmarks/wide.py`. For data of few columns blocks win from 128 on, by less than a millisecond.
-MOST_IN_ONE_MATRIX = 384
-ENTRIES_IN_A_BLOCK = 48
+# `python -m tests.benchmarks.wide`. For data of few columns they are so from 128 on, by less than a millisecond.
+MAX_ENTRIES_IN_MATRIX = 384
+# The work for each row of data grows with the size of a block, the number of sequential steps falls with it.
+ENTRIES_PER_BLOCK = 48
 
 
 def spline_linop(
@@ -41,9 +42,9 @@ def spline_linop(
     """
     n, p = knots.shape[0], points.shape[0]
     weights = np.ones(n) if weights is None else weights
-    static = [static_value(argument) for argument in (knots, points, smoothing, weights)]
-    static_knots, static_points, static_smoothing, static_weights = static
-    if n + p <= MOST_IN_ONE_MATRIX and all(value is not None for value in static):
+    static_arguments = [static_value(argument) for argument in (knots, points, smoothing, weights)]
+    static_knots, static_points, static_smoothing, static_weights = static_arguments
+    if n + p <= MAX_ENTRIES_IN_MATRIX and all(value is not None for value in static_arguments):
         return _host_linop(np.float64(static_knots), np.float64(static_points), float(static_smoothing), static_weights)  # pyright: ignore[reportArgumentType]
     return _program_linop(
         knots if static_knots is None else static_knots,
@@ -65,8 +66,8 @@ def _program_linop(knots, points, smoothing, weights):
     present = weights if weights.dtype == np.bool_ else weights > 0
     present = None if xp is np and present.all() else present
     defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
-    one_matrix = n + p <= MOST_IN_ONE_MATRIX
-    block = None if one_matrix else ENTRIES_IN_A_BLOCK
+    is_one_matrix = n + p <= MAX_ENTRIES_IN_MATRIX
+    block = None if is_one_matrix else ENTRIES_PER_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
         knots, points = np.asarray(knots, np.float64), np.asarray(points, np.float64)
         sequence, unit = arrange(knots, points, block), span_of(knots)
@@ -74,28 +75,28 @@ def _program_linop(knots, points, smoothing, weights):
     else:
         sequence = _arrange_in_program(knots, points, block)
         places = knots, points
-    if one_matrix:
-        return Dense(split(_solve_matrix(sequence, places, smoothing, weights)), present, defined)
-    forward, backward = map(split, _solve_blocks(sequence, places, smoothing, weights))
+    if is_one_matrix:
+        return Dense(split(_form_matrix(sequence, places, smoothing, weights)), present, defined)
+    forward, backward = map(split, _form_blocks(sequence, places, smoothing, weights))
     return Blocked(sequence.first_row, sequence.first_point, forward, backward, n, p, sequence.rows, present, defined)
 
 
-def _solver(by_filters):
-    """Wraps filters to compute in float64 from (transitions, unit) or, where places are traced, (knots, points)."""
+def _compile_in_float64(form):
+    """Compiles a function of `kalman`, given (transitions, unit) or, where places are traced, (knots, points)."""
 
-    def solve(sequence, places, smoothing, weights):
+    def form_from_places(sequence, places, smoothing, weights):
         if isinstance(places[0], Transitions):
             transitions, unit = places
         else:
             knots, points = places
             unit = span_of(knots)
             transitions = find_transitions(sequence, knots, points, unit)
-        return by_filters(sequence, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
+        return form(sequence, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
 
-    return in_float64(jax.jit(solve))
+    return in_float64(jax.jit(form_from_places))
 
 
-_solve_matrix, _solve_blocks = _solver(matrix_by_filters), _solver(blocks_by_filters)
+_form_matrix, _form_blocks = _compile_in_float64(form_matrix), _compile_in_float64(form_blocks)
 
 
 def _arrange_in_program(knots, points, block) -> Sequence:

@@ -14,7 +14,8 @@ Indices = Int[np.ndarray | Array, "..."]
 class Sequence:
     """Describes how n knots and p points interleave in one sequence of n + p entries, which is divided into blocks.
 
-    Knots at one place form a site. A site is observed at the entry of its last knot, which closes it.
+    Knots at one place form a site. A site is observed at the entry of its last knot, which closes it; until
+    then it is open, in one block or several.
 
     Attributes:
         order: For each entry, its index in points followed by knots, shape (n + p,).
@@ -61,7 +62,7 @@ class Sequence:
 def arrange(
     knots: Float[np.ndarray | Array, "knots"], points: Float[np.ndarray | Array, "points"], block: int | None = None
 ) -> Sequence:
-    """Interleaves ascending knots with ascending points and cuts the sequence into blocks.
+    """Interleaves ascending knots with ascending points and divides the sequence into blocks.
 
     From NumPy arrays all indices are NumPy arrays, and `rows` and `points` are as small as the order allows; from
     traced arrays they are large enough for any order.
@@ -74,8 +75,8 @@ def arrange(
     Returns:
         The sequence.
     """
-    static = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
-    xp = np if static else jnp
+    is_static = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
+    xp = np if is_static else jnp
     n, p = knots.shape[0], points.shape[0]
     size = min(block or n + p, n + p)
     begins_site = xp.diff(knots, prepend=knots[:1]) > SAME_SITE * (knots[-1] - knots[0])
@@ -88,7 +89,7 @@ def arrange(
     knots_before = xp.searchsorted(entry[p:], first_entry).astype(np.int32)
 
     max_rows, max_points, distinct = min(size, n), min(size, p), False
-    if static:
+    if is_static:
         max_rows = int(np.diff(knots_before, append=n).max())
         max_points = int(np.diff(first_entry - knots_before, append=p).max())
         distinct = bool((closing == np.arange(n)).all())

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from ..._float64 import in_float64
-from ..abstract import SAME_SITE
+from .sites import Sites, find_sites, normalise
 
 
 def unit_variances(
@@ -61,27 +61,6 @@ def unit_variances(
     Array([16.,  9.,  0.], dtype=float32)
     """
     return _unit_variances(knots, points, weights, smoothing).astype(jnp.result_type(float))
-
-
-class Sites(NamedTuple):
-    """Holds the places that have data, in ascending order, followed by places that have none.
-
-    Attributes:
-        place: Strictly ascending, shape (n,), where n is at least the number of knots.
-        weight: The sum of the weights at each site, shape (n,); 1 where there are no data.
-        num_present: How many sites have data, in the places' dtype.
-        average: The matrix from data at knots to their weighted means at sites, shape (n, knots).
-    """
-
-    place: Float[Array, "sites"]
-    weight: Float[Array, "sites"]
-    num_present: Float[Array, ""]
-    average: Float[Array, "sites knots"]
-
-    @property
-    def present(self) -> Bool[Array, "sites"]:
-        """Which sites have data."""
-        return jnp.arange(self.place.shape[0], dtype=self.place.dtype) < self.num_present
 
 
 class Noise(NamedTuple):
@@ -131,84 +110,39 @@ class Posteriors(NamedTuple):
     precision: Float[Array, "orders sites sites"]
 
 
-def normalise(
-    knots: Float[Array, "knots"], points: Float[Array, "points"]
-) -> tuple[Float[Array, "knots"], Float[Array, "points"], Float[Array, ""]]:
-    """Maps knots to [0, 1], and points by the same map, so that powers of distances stay in range.
-
-    Returns:
-        The knots, the points, and the span: the length that became 1.
-    """
-    span = knots[-1] - knots[0]
-    span = jnp.where(span > 0, span, 1)
-    return (knots - knots[0]) / span, (points - knots[0]) / span, span
-
-
-def find_sites(knots: Float[Array, "knots"], weights: Shaped[Array, "knots"]) -> Sites:
-    """Finds the places of knots whose weight is not zero, merging equal knots.
-
-    Args:
-        knots: Ascending, shape (k,).
-        weights: Not negative, or bool, shape (k,).
-
-    Returns:
-        The sites.
-    """
-    num_knots = knots.shape[0]
-    # At least one more than the number of sites, m, from which the highest order, 4, predicts.
-    size = max(num_knots, 5)
-    rank = _indices(size)
-    weights = weights.astype(knots.dtype)
-    live, span = weights > 0, knots[-1] - knots[0]
-    is_earlier = live[None] & np.tri(num_knots, k=-1, dtype=bool)
-    gap = knots - jnp.max(jnp.where(is_earlier, knots[None], -jnp.inf), axis=1)
-    begins_site = live & (gap > SAME_SITE * span)
-    # In this module sums are written as matrix products, which compile in a third of the time.
-    site = np.tri(num_knots) @ begins_site.astype(knots.dtype)
-    is_member = live[None] & (site[None] == 1 + rank[:, None])
-    num_present = site[-1]
-    place = jnp.max(jnp.where(is_member, knots[None], knots[0]), axis=1)
-    is_empty = rank >= num_present
-    place = jnp.where(is_empty, jax.lax.stop_gradient(jnp.max(place) + (rank - num_present + 1) * (span / size)), place)
-    return _weighted(place, num_present, is_member, weights)
-
-
-def reweight(sites: Sites, weights: Float[Array, "knots"]) -> Sites:
-    """Replaces the weights of knots, which are positive where they were positive before."""
-    return _weighted(sites.place, sites.num_present, sites.average > 0, weights)
-
-
-def uniform_noise(places: Float[Array, "places"], exact: int) -> Noise:
+def form_uniform_noise(places: Float[Array, "places"], num_abscissae: int) -> Noise:
     """Makes noise of unit intensity: Gauss-Legendre quadrature between neighbouring places.
 
     Args:
         places: In any order.
-        exact: How many abscissae each gap has: products of polynomials of degree exact - 1 are integrated exactly.
+        num_abscissae: Of each gap; products of polynomials of degree num_abscissae - 1 are integrated exactly.
     """
     grid = jnp.sort(places)
-    node, weight = np.polynomial.legendre.leggauss(exact)
+    node, weight = np.polynomial.legendre.leggauss(num_abscissae)
     gap = (grid[1:] - grid[:-1])[:, None]
     abscissa = grid[:-1, None] + gap * ((node[None] + 1) / 2)
     return Noise(abscissa.ravel(), (gap * (weight[None] / 2)).reshape(1, -1))
 
 
-def jump_noise(places: Float[Array, "places"], points: Float[Array, "points"], exact: int, shares: np.ndarray) -> Noise:
+def form_jump_noise(
+    places: Float[Array, "places"], points: Float[Array, "points"], num_abscissae: int, shares: np.ndarray
+) -> Noise:
     """Makes noise of which a share is concentrated at points, where the process's derivative of order m - 1 jumps.
 
     Args:
-        places: As for `uniform_noise`, which makes the rest of the noise. The points should be among them.
+        places: As for `form_uniform_noise`, which makes the rest of the noise. The points should be among them.
         points: Where jumps are, with a variance in proportion to the gaps around each.
-        exact: As for `uniform_noise`.
+        num_abscissae: As for `form_uniform_noise`.
         shares: The share of each process, from 0 to 1, static.
     """
-    uniform, points, shares = uniform_noise(places, exact), jnp.sort(points), shares[:, None]
+    uniform, points, shares = form_uniform_noise(places, num_abscissae), jnp.sort(points), shares[:, None]
     gap = jnp.diff(points, prepend=2 * points[:1] - points[min(1, len(points) - 1)][None])
     jumps = (gap + jnp.append(gap[1:], gap[-1])) / 2
     variance = jnp.concatenate([(1 - shares) * uniform.variance, shares * jumps[None]], axis=1)
     return Noise(jnp.concatenate([uniform.abscissa, points]), variance)
 
 
-def innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray, noise: Noise) -> Innovations:
+def compute_innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray, noise: Noise) -> Innovations:
     """Computes the innovations of processes of several orders, as one program that is compiled once.
 
     Args:
@@ -228,36 +162,38 @@ def innovations(sites: Sites, points: Float[Array, "points"], orders: np.ndarray
         [jnp.where(distance > 0, distance ** (m - 1), 0) / math.factorial(m - 1) for m in orders.tolist()]
     )
 
-    def of_process(m, response, variance):
+    def compute_one(m, response, variance):
         stencil, is_defined = _stencils(sites, points, m, highest)
         is_used = is_defined[:, None] & (np.arange(highest, dtype=np.int32) < m)[None]
-        prediction = _lagrange_rows(sites.place, target, stencil, is_used)
+        prediction = _lagrange_matrix(sites.place, target, stencil, is_used)
         # A point's own value is no datum.
-        data = is_defined & (np.arange(target.shape[0]) < n)
-        contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & data[:, None], 1, 0) - prediction
-        kernel = _b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
+        has_datum = is_defined & (np.arange(target.shape[0]) < n)
+        contrasts = jnp.where(np.eye(target.shape[0], n, dtype=bool) & has_datum[:, None], 1, 0) - prediction
+        kernel = _evaluate_b_splines(sites.place, target, stencil, contrasts, response, noise.abscissa, m)
         kernel = jnp.where(is_defined[:, None], kernel, 0)
         return Innovations(prediction, contrasts, (kernel * variance[None]) @ kernel.T, is_defined[:n])
 
-    return jax.vmap(of_process)(orders.astype(np.int32), responses, noise.variance)
+    return jax.vmap(compute_one)(orders.astype(np.int32), responses, noise.variance)
 
 
-def posteriors(sites: Sites, found: Innovations, data_variances: Float[Array, "orders"], bandwidth: int) -> Posteriors:
+def compute_posteriors(
+    sites: Sites, innovations: Innovations, data_variances: Float[Array, "orders"], bandwidth: int
+) -> Posteriors:
     """Conditions processes on data at the sites.
 
     Args:
         sites: Where there are data.
-        found: The innovations of the processes.
+        innovations: Of the processes.
         data_variances: The variance of a datum of weight one, for each process; zero where data are exact.
         bandwidth: The highest m, static.
 
     Returns:
         The posteriors of all processes.
     """
-    return jax.vmap(functools.partial(_condition, sites, bandwidth))(found, data_variances)
+    return jax.vmap(functools.partial(_condition, sites, bandwidth))(innovations, data_variances)
 
 
-def data_precision(
+def compute_data_precision(
     sites: Sites, precision: Float[Array, "sites sites"], weights: Float[Array, "knots"]
 ) -> Float[Array, "knots knots"]:
     """Computes the precision of data at knots from that of their means at sites.
@@ -276,27 +212,16 @@ def data_precision(
 def _unit_variances(knots, points, weights, smoothing):
     knots, points, span = normalise(knots, points)
     sites = find_sites(knots, weights)
-    noise = uniform_noise(jnp.concatenate([sites.place, points]), 2)
+    noise = form_uniform_noise(jnp.concatenate([sites.place, points]), 2)
     smoothing = jnp.reshape(smoothing, 1) / span / span / span
-    posterior = posteriors(sites, innovations(sites, points, np.array([2]), noise), smoothing, 2)
-    variances = posterior.variances[0, : points.shape[0]]
+    innovations = compute_innovations(sites, points, np.array([2]), noise)
+    posteriors = compute_posteriors(sites, innovations, smoothing, 2)
+    variances = posteriors.variances[0, : points.shape[0]]
     return jnp.where(sites.num_present >= 2, variances * span * span * span, jnp.inf)
 
 
-def _indices(size):
-    """Returns 0, 1, ... as floating-point numbers."""
-    return np.arange(size, dtype=np.float64)
-
-
-def _weighted(place, num_present, is_member, weights):
-    """Makes sites from a matrix (sites, knots) that says which knots are at each site."""
-    weight = jnp.where(is_member, weights[None], 0)
-    total = jnp.where(_indices(place.shape[0]) >= num_present, 1, weight @ np.ones(weights.shape[0]))
-    return Sites(place, total, num_present, weight / total[:, None])
-
-
 def _stencils(sites, points, m, highest):
-    """Chooses the sites from which each target, sites and then points, is predicted.
+    """Chooses the sites, its stencil, from which each target is predicted; targets are the sites, then the points.
 
     Returns:
         Indices of sites, shape (n + p, highest), of which the first m count; and which targets have a prediction: all
@@ -314,18 +239,18 @@ def _stencils(sites, points, m, highest):
     return stencil, is_defined
 
 
-def _lagrange_rows(place, target, stencil, used):
-    """Returns the matrix from data at sites to the values at the targets of the polynomials through their stencils."""
+def _lagrange_matrix(place, target, stencil, is_used):
+    """Forms the matrix from data at sites to the values, at the targets, of the polynomials through their stencils."""
     highest, knot = stencil.shape[1], place[stencil]
-    others = used[:, :, None] & used[:, None, :] & ~np.eye(highest, dtype=bool)[None]
-    denominator = jnp.where(others, knot[:, :, None] - knot[:, None, :], 1)
-    numerator = jnp.where(others, (target[:, None] - knot)[:, None, :], 1)
+    is_other = is_used[:, :, None] & is_used[:, None, :] & ~np.eye(highest, dtype=bool)[None]
+    denominator = jnp.where(is_other, knot[:, :, None] - knot[:, None, :], 1)
+    numerator = jnp.where(is_other, (target[:, None] - knot)[:, None, :], 1)
     coefficient = jnp.prod(numerator / denominator, axis=2)
-    selects = used[:, :, None] & (stencil[:, :, None] == np.arange(place.shape[0], dtype=np.int32)[None, None])
-    return jnp.sum(jnp.where(selects, coefficient[:, :, None], 0), axis=1)
+    is_selected = is_used[:, :, None] & (stencil[:, :, None] == np.arange(place.shape[0], dtype=np.int32)[None, None])
+    return jnp.sum(jnp.where(is_selected, coefficient[:, :, None], 0), axis=1)
 
 
-def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
+def _evaluate_b_splines(place, target, stencil, contrasts, response, abscissa, m):
     """Evaluates the innovations' kernels M at the abscissae; outside their support rounding errors are set to zero."""
     n = place.shape[0]
     kernel = contrasts @ response[:n] + jnp.pad(response[n:], ((n, 0), (0, 0)))
@@ -334,9 +259,9 @@ def _b_splines(place, target, stencil, contrasts, response, abscissa, m):
     return jnp.where((abscissa[None] >= low) & (abscissa[None] <= high), kernel, 0)
 
 
-def _condition(sites, bandwidth, found, data_variance):
-    """Conditions points, and each site's datum, on the data at sites; for one process."""
-    prediction, contrasts, covariance, is_defined = found
+def _condition(sites, bandwidth, innovations, data_variance):
+    """Conditions the points, and each site's datum on those of other sites; for one process."""
+    prediction, contrasts, covariance, is_defined = innovations
     covariance = covariance + data_variance * (contrasts / sites.weight[None]) @ contrasts.T
     n = contrasts.shape[1]
     num_points = contrasts.shape[0] - n

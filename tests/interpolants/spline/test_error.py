@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import jaxcode as jc
-from jaxcode.interpolants.spline.error import _prepare, _standard_errors, predicted_errors
+from jaxcode.interpolants.spline.error import _prepare, _standard_errors, predict_errors
 
 RNG = np.random.default_rng(0)
 CODE = jc.SplineCode.systematic(6, 12)
@@ -56,7 +56,7 @@ def test_intervals_cover_nine_truths_of_ten_and_predicted_errors_rank_true_ones(
         # One feature at a time: each is judged alone.
         predict = jax.jit(
             jax.vmap(
-                lambda t, y, p, w: jax.vmap(lambda c: predicted_errors(t, c[:, None], p, w)[:, 0], 1, 1)(y),
+                lambda t, y, p, w: jax.vmap(lambda c: predict_errors(t, c[:, None], p, w)[:, 0], 1, 1)(y),
                 (None, None, None, 0),
             )
         )
@@ -117,8 +117,8 @@ def test_errors_have_the_unit_of_the_answers():
 def test_errors_do_not_depend_on_the_unit_of_the_nodes(scale):
     y = jnp.asarray(values(), jnp.float32)
     with jax.enable_x64(True):
-        expected = predicted_errors(CODE.nodes.workers, y, CODE.nodes.data, MASK)
-        found = predicted_errors(scale * CODE.nodes.workers, y, scale * CODE.nodes.data, MASK)
+        expected = predict_errors(CODE.nodes.workers, y, CODE.nodes.data, MASK)
+        found = predict_errors(scale * CODE.nodes.workers, y, scale * CODE.nodes.data, MASK)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -166,7 +166,7 @@ def test_workers_at_one_node_count_as_one_with_their_mean():
         merged = code.decode_with_error(jnp.asarray(y), returned)[1]
         filled = np.append(sites, np.linspace(1.5, 2, 7))
         rows = np.concatenate([single, np.full((7, 2), np.nan)])
-        expected = predicted_errors(filled, jnp.asarray(rows), code.nodes.data, np.arange(12) < 5)
+        expected = predict_errors(filled, jnp.asarray(rows), code.nodes.data, np.arange(12) < 5)
     np.testing.assert_allclose(merged, expected, rtol=1e-9, atol=1e-12)
 
 

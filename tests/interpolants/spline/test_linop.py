@@ -7,7 +7,7 @@ import pytest
 
 from jaxcode.interpolants.spline import linop
 from jaxcode.interpolants.spline.host import banded_matrix
-from jaxcode.linops.application import apply_directly
+from jaxcode.linops.abstract import apply_in_one_pass
 
 from . import cases
 from .reference import exact_spline
@@ -27,8 +27,8 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def form(request, monkeypatch):
     """How the traced program is cut."""
     if request.param is not None:
-        monkeypatch.setattr(linop, "MOST_IN_ONE_MATRIX", 0)
-        monkeypatch.setattr(linop, "ENTRIES_IN_A_BLOCK", request.param)
+        monkeypatch.setattr(linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        monkeypatch.setattr(linop, "ENTRIES_PER_BLOCK", request.param)
     return request.param
 
 
@@ -58,14 +58,14 @@ def test_blocks_have_the_gradients_of_the_matrix():
 
     def gradients():
         def loss(smoothing, knots, points, weights, values):
-            return jnp.sum(pull * apply_directly(linop.spline_linop(knots, points, smoothing, weights), values))
+            return jnp.sum(pull * apply_in_one_pass(linop.spline_linop(knots, points, smoothing, weights), values))
 
         return jax.jit(jax.grad(loss, range(5)))(1e-2, knots, POINTS, mask * 1.0, values)
 
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         expected = gradients()
-        patch.setattr(linop, "MOST_IN_ONE_MATRIX", 0)
-        patch.setattr(linop, "ENTRIES_IN_A_BLOCK", 5)
+        patch.setattr(linop, "MAX_ENTRIES_IN_MATRIX", 0)
+        patch.setattr(linop, "ENTRIES_PER_BLOCK", 5)
         found = gradients()
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8 * np.abs(other).max())

@@ -8,6 +8,7 @@ import pytest
 from scipy.interpolate import make_interp_spline
 
 from jaxcode.interpolants.spline import wiener
+from jaxcode.interpolants.spline.sites import find_sites
 
 RNG = np.random.default_rng(0)
 KNOTS = np.sort(RNG.uniform(-1, 1, 10))
@@ -74,12 +75,12 @@ def test_the_precision_of_data_is_that_of_noisy_data_and_noise_of_varying_intens
         return 2 + s + s**2
 
     def precision(knots, weights):
-        sites = wiener.find_sites(knots, weights)
-        noise = wiener.uniform_noise(sites.place, 3)
+        sites = find_sites(knots, weights)
+        noise = wiener.form_uniform_noise(sites.place, 3)
         noise = noise._replace(variance=noise.variance * intensity(noise.abscissa)[None])
-        found = wiener.innovations(sites, jnp.zeros(0), np.array([2]), noise)
-        found = wiener.posteriors(sites, found, jnp.ones(1), 2)
-        return wiener.data_precision(sites, found.precision[0], weights)
+        innovations = wiener.compute_innovations(sites, jnp.zeros(0), np.array([2]), noise)
+        posteriors = wiener.compute_posteriors(sites, innovations, jnp.ones(1), 2)
+        return wiener.compute_data_precision(sites, posteriors.precision[0], weights)
 
     with jax.enable_x64(True):
         found = np.asarray(jax.jit(precision)(jnp.asarray(KNOTS), jnp.asarray(noise_precision)))
@@ -99,12 +100,12 @@ def test_the_precision_of_data_is_that_of_noisy_data_and_noise_of_varying_intens
 
 def _posteriors(points, orders, shares, smoothing):
     def compute(knots, points, weights):
-        sites = wiener.find_sites(knots, weights)
-        noise = wiener.jump_noise(
-            jnp.concatenate([sites.place, points]), points, exact=max(orders), shares=np.array(shares)
+        sites = find_sites(knots, weights)
+        noise = wiener.form_jump_noise(
+            jnp.concatenate([sites.place, points]), points, num_abscissae=max(orders), shares=np.array(shares)
         )
-        found = wiener.innovations(sites, points, np.array(orders), noise)
-        return wiener.posteriors(sites, found, jnp.array(smoothing), max(orders))
+        innovations = wiener.compute_innovations(sites, points, np.array(orders), noise)
+        return wiener.compute_posteriors(sites, innovations, jnp.array(smoothing), max(orders))
 
     with jax.enable_x64(True):
         return jax.jit(compute)(jnp.asarray(KNOTS), jnp.asarray(points), jnp.asarray(WEIGHTS))
