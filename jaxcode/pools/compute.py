@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 
 from ..functions import PureFunction, check_answers
 
-# Replaces the computation of a worker: called with the worker's number, the compiled model and a batch, it returns the
+# Called in place of the compiled model with the worker's number, the compiled model and a batch; returns the worker's
 # answer.
-Around = Callable[[int, Callable[[Any], Any], Any], Any]
+Interceptor = Callable[[int, Callable[[Any], Any], Any], Any]
 
 
 @final
@@ -25,7 +25,7 @@ class Compute:
         fn: The model, a pure function of params and a batch.
         params: Its parameters, as they are or packed.
         worker: Index of the worker.
-        around: Called in place of the model, with the worker's number, the compiled model and a batch; None for none.
+        interceptor: See `Interceptor`; None to call the compiled model itself.
         device: Where to compute; JAX's default if None.
     """
 
@@ -34,7 +34,7 @@ class Compute:
         fn: PureFunction,
         params: PyTree,
         worker: int,
-        around: Around | None = None,
+        interceptor: Interceptor | None = None,
         device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]
     ):
         params = jax.device_put(unpacked(params), device)
@@ -44,7 +44,7 @@ class Compute:
             return jax.tree.map(np.asarray, compiled(params, jax.device_put(batch, device)))
 
         self._compute = compute
-        self._run = compute if around is None else functools.partial(around, worker, compute)
+        self._run = compute if interceptor is None else functools.partial(interceptor, worker, compute)
 
     def __call__(self, batch: PyTree[np.ndarray]) -> Any:
         """Computes the model's answers to a batch, NumPy arrays."""

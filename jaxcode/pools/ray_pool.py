@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute, packed
+from .compute import Compute, Interceptor, packed
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
 from .worker import AbstractWorker
@@ -27,7 +27,7 @@ def RayPool(
     num_gpus: float = 0.0,
     resources: Mapping[str, float] | None = None,
     example: PyTree[Any] | None = None,
-    around: Around | None = None,
+    interceptor: Interceptor | None = None,
     stuck_after: float | None = 300.0,
     start_limit: float = 300.0,
     progress: bool = True,
@@ -50,7 +50,7 @@ def RayPool(
         num_gpus: GPUs, or a fraction of one, that Ray reserves for a worker, which sees no others.
         resources: Other resources that Ray reserves for a worker, such as {"TPU": 4}.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
-        around: As for `ThreadPool`; runs in the worker's process.
+        interceptor: As for `ThreadPool`; runs in the worker's process.
         stuck_after: Seconds after which a worker that has not answered is ended and replaced; None for never.
         start_limit: Seconds that workers may take to start and to compile. Those that take longer join later.
         progress: Whether to show how many have started, on standard error.
@@ -68,7 +68,7 @@ def RayPool(
     fn, params = as_pure_function(f)
     cluster = connect(address)
     try:
-        model = cluster.put((fn, packed(params), around, x64_is_on()))
+        model = cluster.put((fn, packed(params), interceptor, x64_is_on()))
         actor_class = cluster.actor_class(_Actor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
         workers = [
             _RayWorker(RayActor(cluster, actor_class, lambda number=number: (number, model)))
@@ -94,9 +94,9 @@ class _Actor:
     """Computes the model in the worker's process."""
 
     def __init__(self, number: int, model):
-        fn, params, around, x64 = model
+        fn, params, interceptor, x64 = model
         jax.config.update("jax_enable_x64", x64)
-        self._compute = Compute(fn, params, number, around)
+        self._compute = Compute(fn, params, number, interceptor)
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
         self._compute.warm_up(examples)

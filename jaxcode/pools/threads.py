@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute
+from .compute import Compute, Interceptor
 from .pool import WorkerPool
 from .supervisor import WorkerDied
 from .worker import AbstractWorker
@@ -27,7 +27,7 @@ def ThreadPool(
     *,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     example: PyTree[Any] | None = None,
-    around: Around | None = None,
+    interceptor: Interceptor | None = None,
 ) -> WorkerPool:
     """Makes a pool of workers that are threads of this process, one for each device or several.
 
@@ -39,8 +39,8 @@ def ThreadPool(
         num_workers: N; the number of devices if not given.
         devices: Worker n computes on device n modulo their number; `jax.local_devices()` if not given.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
-        around: Replaces the computation of workers: called with the worker's number, the compiled model and a batch, it
-            returns what the worker answers. For measuring, tracing and injecting delays and faults.
+        interceptor: Called in place of the compiled model with the worker's number, the compiled model and a batch;
+            returns the worker's answer. For measuring, tracing and injecting delays and faults.
 
     Returns:
         The pool, started.
@@ -62,7 +62,7 @@ def ThreadPool(
     num_workers = check_count("num_workers", len(devices) if num_workers is None else num_workers)
     fn, params = as_pure_function(f)
     makers = [
-        functools.partial(Compute, fn, params, number, around, devices[number % len(devices)])
+        functools.partial(Compute, fn, params, number, interceptor, devices[number % len(devices)])
         for number in range(num_workers)
     ]
     workers = [_ThreadWorker(number, make, x64_is_on()) for number, make in enumerate(makers)]

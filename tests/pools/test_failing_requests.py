@@ -26,7 +26,7 @@ def raise_if_negative(worker, compute, batch):
 
 @pytest.fixture(scope="module")
 def pool():
-    with pools.ThreadPool(jnp.exp, N, example=BATCH[0], around=raise_if_negative) as pool:
+    with pools.ThreadPool(jnp.exp, N, example=BATCH[0], interceptor=raise_if_negative) as pool:
         yield pool
 
 
@@ -79,7 +79,7 @@ def test_eight_requests_that_fail_delay_no_good_one(pool):
 
 def test_a_faulty_worker_is_held_responsible_although_others_fail_at_other_shares():
     faults = Faults()
-    with pools.ThreadPool(jnp.exp, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(jnp.exp, N, example=BATCH[0], interceptor=faults) as pool:
         faults.fails(3, lambda compute, batch: compute(batch) * np.nan)
         for _ in range(3):
             with pytest.raises(pools.NotEnoughAnswers, match="no worker is left"):
@@ -99,7 +99,7 @@ def run_clients(again_after):
         return batch
 
     shares = np.ones((30, 1, 2), np.float32)
-    with pools.ThreadPool(lambda x: x, 30, example=shares[0], around=work) as pool:
+    with pools.ThreadPool(lambda x: x, 30, example=shares[0], interceptor=work) as pool:
         answered, together = [], threading.Barrier(CLIENTS)
 
         def client():
@@ -133,7 +133,7 @@ def test_shares_are_assigned_again_only_to_workers_that_have_nothing_else_to_do(
         computed.append(float(batch[0, 0]))
         return faults(worker, compute, batch)
 
-    with pools.ThreadPool(lambda x: x, 2, example=np.zeros((1, 1), np.float32), around=count) as pool:
+    with pools.ThreadPool(lambda x: x, 2, example=np.zeros((1, 1), np.float32), interceptor=count) as pool:
         faults.waits(0)
         until(lambda: pool.states() == ["idle"] * 2)
         first = np.full((1, 1, 1), 1.0, np.float32)

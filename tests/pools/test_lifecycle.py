@@ -95,7 +95,7 @@ def fails_when_run(x):
 
 def test_a_batch_that_cannot_be_computed_is_an_error_of_warm_up_and_is_forgotten():
     faults = Faults()
-    with pools.ThreadPool(fails_when_run, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(fails_when_run, N, example=BATCH[0], interceptor=faults) as pool:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="no worker could compute such a batch"):
                 pool.warm_up(OTHER)
@@ -128,7 +128,7 @@ def test_warming_up_again_waits_for_what_is_being_compiled(compilers):
 
 def test_shapes_may_be_warmed_up_for_by_several_threads_while_workers_fail():
     faults = Faults()
-    with pools.ThreadPool(lambda x: x + 1, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(lambda x: x + 1, N, example=BATCH[0], interceptor=faults) as pool:
         faults.fails(2, _raise)
         shapes = [jax.ShapeDtypeStruct((size, 3), np.float32) for size in range(3, 9)]
         runs = [functools.partial(pool.run, BATCH, stop.answers(N))] * 6
@@ -195,7 +195,7 @@ def test_a_worker_whose_process_is_broken_is_started_anew():
             raise OSError("device lost")
         return compute(batch)
 
-    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], interceptor=faults) as pool:
         faults.fails(3, fail_in_this_process)
         for _ in range(3):
             assert pool.run(BATCH, stop.answers(N)).returned.all()

@@ -24,7 +24,7 @@ LIMIT = 60.0
 @pytest.fixture(scope="module")
 def _shared(tmp_path_factory):
     faults = FileFaults(tmp_path_factory.mktemp("faults"))
-    with pools.RayPool(jnp.sin, N, example=BATCH[0], around=faults, progress=False) as pool:
+    with pools.RayPool(jnp.sin, N, example=BATCH[0], interceptor=faults, progress=False) as pool:
         pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
         yield pool, faults
 
@@ -123,7 +123,7 @@ def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
 @pytest.mark.long
 def test_what_never_answers_is_replaced(tmp_path, pool):
     faults = FileFaults(tmp_path)
-    with pools.RayPool(jnp.sin, 2, example=BATCH[0], around=faults, stuck_after=5.0, progress=False) as two:
+    with pools.RayPool(jnp.sin, 2, example=BATCH[0], interceptor=faults, stuck_after=5.0, progress=False) as two:
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
         stuck = faults.pid(1)
         faults.tell("wait 1000", 1)
@@ -176,7 +176,7 @@ def _never():
 def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
     faults = FileFaults(tmp_path)
     threads = set(threading.enumerate())
-    two = pools.RayPool(jnp.sin, 2, around=faults, progress=False)
+    two = pools.RayPool(jnp.sin, 2, interceptor=faults, progress=False)
     two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
     faults.tell("wait 1000", 0, 1)
     threading.Timer(0.3, two.close).start()
@@ -203,7 +203,7 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
     compiled = jax.jit(f)
     truth = [np.asarray(compiled(batch)) for batch in batches]
     store = _store()
-    with pools.RayPool(f, 8, example=np.zeros((2, 3), np.float32), around=faults, progress=False) as eight:
+    with pools.RayPool(f, 8, example=np.zeros((2, 3), np.float32), interceptor=faults, progress=False) as eight:
         server = CodedServer(code, eight, stop.answers(5) | stop.deadline(0.15), time_limit=limit)
         for batch in batches[:2]:
             server.warm_up(batch)

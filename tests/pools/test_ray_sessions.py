@@ -14,7 +14,7 @@ def test_a_pool_outlives_the_one_that_started_ray_and_ends_it(tmp_path, recwarn)
     first = pools.RayPool(jnp.sin, 1, progress=False)
     import ray  # only after the pool has: it reads its environment then
 
-    with pools.RayPool(jnp.sin, 2, around=faults, progress=False) as second:
+    with pools.RayPool(jnp.sin, 2, interceptor=faults, progress=False) as second:
         second.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
         first.close()
         faults.kill(1)

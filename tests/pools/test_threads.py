@@ -26,7 +26,7 @@ def faults():
 
 @pytest.fixture
 def pool(faults):
-    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], interceptor=faults) as pool:
         yield pool
 
 
@@ -179,7 +179,7 @@ def test_requests_of_several_threads_do_not_mix(pool):
 
 def test_closing_ends_requests_that_are_under_way_and_leaves_no_thread(faults):
     before = set(threading.enumerate())
-    pool = pools.ThreadPool(jnp.sin, N, around=faults)
+    pool = pools.ThreadPool(jnp.sin, N, interceptor=faults)
     faults.waits(*range(N))
     threading.Timer(0.2, pool.close).start()
     with pytest.raises(pools.PoolClosed):
@@ -199,7 +199,7 @@ def test_workers_are_spread_over_devices_and_keep_the_parameters_there():
         return compute(batch)
 
     devices = jax.devices()[:3]
-    with pools.ThreadPool(lambda x: x * 2, devices=devices, around=where) as three:
+    with pools.ThreadPool(lambda x: x * 2, devices=devices, interceptor=where) as three:
         assert three.num_workers == 3
         np.testing.assert_array_equal(three.run(BATCH[:3], stop.answers(3)).values, 2 * BATCH[:3])
     with pools.ThreadPool(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 5, devices=devices) as five:

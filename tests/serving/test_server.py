@@ -43,7 +43,7 @@ def f(x):
 @pytest.fixture(scope="module")
 def _shared():
     faults = Faults()
-    with pools.ThreadPool(f, 12, around=faults) as pool:
+    with pools.ThreadPool(f, 12, interceptor=faults) as pool:
         yield pool, faults
 
 
@@ -114,7 +114,7 @@ def test_output_spaces_and_defences_are_those_of_coded(faults):
     faults.fails(4, lambda compute, batch: 1 - compute(batch))
     x = np.tile(X, (5, 1))[:80]
     options = {"output": outputs.logits, "defence": robust.leave_one_out, "order": ordering.greedy}
-    with pools.ThreadPool(classify, 12, around=faults) as pool:
+    with pools.ThreadPool(classify, 12, interceptor=faults) as pool:
         prediction = make_server(pool, stop.answers(12), **options)(x)
     flagged = np.asarray(prediction.detection.flagged)
     assert flagged.sum() == 1
