@@ -14,7 +14,7 @@ from . import _rounds
 from .state import Common, Machine
 
 # Called with a machine's number and its work of a round, a function without arguments; returns the work's result.
-Around = Callable[[int, Callable[[], Any]], Any]
+Interceptor = Callable[[int, Callable[[], Any]], Any]
 
 
 @final
@@ -29,13 +29,13 @@ class MachineActor:
         method: What it computes.
         params: Parameters as `packed` returns them, of which only the structure and shapes matter.
         num_samples: n, the samples of all machines.
-        around: See `Around`; None to work without it.
+        interceptor: See `Interceptor`; None to work without it.
         x64: Whether JAX computes in 64 bits.
         samples: Its samples, leaves (m, ...).
         size: How many of them are samples; the rest are padding.
     """
 
-    def __init__(self, number, method, params, num_samples, around, x64, samples, size):
+    def __init__(self, number, method, params, num_samples, interceptor, x64, samples, size):
         jax.config.update("jax_enable_x64", x64)
         _, unravel = ravel_pytree(unpacked(params))
         samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
@@ -53,7 +53,7 @@ class MachineActor:
             return _rounds.with_dtype(method, w.dtype).work(common, machine(message, local, w.dtype), machine_key)
 
         self._begin, self._work = jax.jit(begin), jax.jit(work)
-        self._compute = (lambda compute: compute()) if around is None else functools.partial(around, number)
+        self._compute = (lambda compute: compute()) if interceptor is None else functools.partial(interceptor, number)
 
     def begin(self, w, step_size):
         """Starts at parameters, with a local state of their gradients; the value is None."""

@@ -58,7 +58,7 @@ class Faults:
 def shared(tmp_path_factory):
     with jax.enable_x64(True):
         faults = Faults(tmp_path_factory.mktemp("faults"))
-        with RayMachines(METHOD, deadline=1.0, time_limit=60.0, around=faults) as machines:
+        with RayMachines(METHOD, deadline=1.0, time_limit=60.0, interceptor=faults) as machines:
             yield machines, faults
 
 
