@@ -23,7 +23,7 @@ class Compute:
 
     Args:
         fn: The model, a pure function of params and a batch.
-        params: Its parameters, as they are or packed.
+        params: Its parameters, as they are or as `pack` returns them.
         worker: Index of the worker.
         interceptor: See `Interceptor`; None to call the compiled model itself.
         device: Where to compute; JAX's default if None.
@@ -37,7 +37,7 @@ class Compute:
         interceptor: Interceptor | None = None,
         device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]
     ):
-        params = jax.device_put(unpacked(params), device)
+        params = jax.device_put(unpack(params), device)
         compiled = jax.jit(fn)
 
         def compute(batch):
@@ -64,7 +64,7 @@ class _PackedKey:
         self.impl, self.data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
 
 
-def packed(params: PyTree) -> PyTree:
+def pack(params: PyTree) -> PyTree:
     """Converts parameters to NumPy arrays, to be sent to other processes."""
     return jax.tree.map(
         lambda leaf: _PackedKey(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf),
@@ -72,8 +72,8 @@ def packed(params: PyTree) -> PyTree:
     )
 
 
-def unpacked(params: PyTree[Any]) -> PyTree[Any]:
-    """Converts what `packed` returned back to parameters."""
+def unpack(params: PyTree[Any]) -> PyTree[Any]:
+    """Converts what `pack` returned back to parameters."""
     return jax.tree.map(
         lambda leaf: (
             jax.random.wrap_key_data(jnp.asarray(leaf.data), impl=leaf.impl) if isinstance(leaf, _PackedKey) else leaf

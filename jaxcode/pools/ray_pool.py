@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Compute, Interceptor, packed
+from .compute import Compute, Interceptor, pack
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
 from .worker import AbstractWorker
@@ -68,7 +68,7 @@ def RayPool(
     fn, params = as_pure_function(f)
     cluster = connect(address)
     try:
-        model = cluster.put((fn, packed(params), interceptor, x64_is_on()))
+        model = cluster.put((fn, pack(params), interceptor, x64_is_on()))
         actor_class = cluster.actor_class(_Actor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
         workers = [
             _RayWorker(RayActor(cluster, actor_class, lambda number=number: (number, model)))

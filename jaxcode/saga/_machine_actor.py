@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..pools.compute import unpacked
+from ..pools.compute import unpack
 from . import _rounds
 from .state import Common, Machine
 
@@ -27,7 +27,7 @@ class MachineActor:
     Args:
         number: Index of the machine.
         method: What it computes.
-        params: Parameters as `packed` returns them, of which only the structure and shapes matter.
+        params: Parameters as `pack` returns them, of which only the structure and shapes matter.
         num_samples: n, the samples of all machines.
         interceptor: See `Interceptor`; None to work without it.
         x64: Whether JAX computes in 64 bits.
@@ -37,7 +37,7 @@ class MachineActor:
 
     def __init__(self, number, method, params, num_samples, interceptor, x64, samples, size):
         jax.config.update("jax_enable_x64", x64)
-        _, unravel = ravel_pytree(unpacked(params))
+        _, unravel = ravel_pytree(unpack(params))
         samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
 
         def machine(message, local, dtype):
@@ -61,7 +61,7 @@ class MachineActor:
 
     def work(self, message_sum, w, step_size, rounds, key):
         """Computes its part of a round; the value is its change of the parameters."""
-        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpacked(key), self._message, self._local
+        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpack(key), self._message, self._local
         return self._keep(*self._compute(lambda: self._work(*args)))
 
     def local(self):

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._float64 import x64_is_on
-from ..pools.compute import packed
+from ..pools.compute import pack
 from ..pools.event_loop import EventLoop
 from ..pools.ray_actors import RayActor, connect
 from ..pools.supervisor import Supervisor, WorkerDied
@@ -129,7 +129,7 @@ class RayMachines:
         w, unravel = ravel_pytree(state.params)
         number, sizes = int(jax.device_get(state.round)), np.asarray(state.data.sizes)
         self._start_at = np.asarray(w), np.asarray(state.step_size)
-        common = *self._start_at, number, packed(key)
+        common = *self._start_at, number, pack(key)
         self._wait_until(self._supervisor.idle, end)
         answers = self._loop.ask(functools.partial(self._call_work, common))
         self._wait_until(lambda: not answers.pending, min(end, start_time + (self._deadline or self._time_limit)))
@@ -274,7 +274,7 @@ class RayMachines:
         self._changed = threading.Event()
         # Parameters and step size at which machines start, replaced in every round.
         self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
-        shared_arguments = self.method, packed(params), shards.num_samples, self._interceptor, x64_is_on()
+        shared_arguments = self.method, pack(params), shards.num_samples, self._interceptor, x64_is_on()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
         def arguments(machine):
