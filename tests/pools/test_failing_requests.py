@@ -12,7 +12,7 @@ import pytest
 from jaxcode import pools, stop
 from jaxcode.pools.event_loop import EventLoop
 
-from .faults import Faults, until
+from .faults import Faults, wait_until
 
 N = 5
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3) / 10
@@ -51,7 +51,7 @@ def test_what_every_worker_fails_at_is_refused_before_the_limit_and_not_held_aga
     for _ in range(5):
         with pytest.raises(pools.NotEnoughAnswers, match=r"no worker is left.*worker \d (raised|refused)"):
             pool.run(batch, stop.answers(N), enough=np.all, time_limit=60.0)
-    until(lambda: pool.states() == ["idle"] * N)
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert pool.run(BATCH, stop.answers(N)).returned.all()
     after = pool.counters()
     assert (after["quarantines"], after["restarts"]) == (before["quarantines"], before["restarts"])
@@ -80,12 +80,12 @@ def test_eight_requests_that_fail_delay_no_good_one(pool):
 def test_a_faulty_worker_is_held_responsible_although_others_fail_at_other_shares():
     faults = Faults()
     with pools.ThreadPool(jnp.exp, N, example=BATCH[0], interceptor=faults) as pool:
-        faults.fails(3, lambda compute, batch: compute(batch) * np.nan)
+        faults.replace(3, lambda compute, batch: compute(batch) * np.nan)
         for _ in range(3):
             with pytest.raises(pools.NotEnoughAnswers, match="no worker is left"):
                 pool.run(POISONED["a NaN row in one"], stop.answers(N), enough=np.all, time_limit=60.0)
             pool.run(BATCH, stop.answers(N))
-        until(lambda: pool.counters()["quarantines"] == 1)
+        wait_until(lambda: pool.counters()["quarantines"] == 1)
 
 
 CLIENTS = 100
@@ -134,16 +134,16 @@ def test_shares_are_assigned_again_only_to_workers_that_have_nothing_else_to_do(
         return faults(worker, compute, batch)
 
     with pools.ThreadPool(lambda x: x, 2, example=np.zeros((1, 1), np.float32), interceptor=count) as pool:
-        faults.waits(0)
-        until(lambda: pool.states() == ["idle"] * 2)
+        faults.block(0)
+        wait_until(lambda: pool.states() == ["idle"] * 2)
         first = np.full((1, 1, 1), 1.0, np.float32)
         with ThreadPoolExecutor(2) as executor:
             # Worker 0, the first that is idle, is late with the only share of this request.
             late = executor.submit(pool.run, first, stop.answers(1), again_after=0.05)
             assert late.result(30).returned.all()
         assert computed.count(1.0) == 2
-        faults.go_on()
-        until(lambda: pool.counters()["late"] == 1)
+        faults.release()
+        wait_until(lambda: pool.counters()["late"] == 1)
 
 
 def test_pending_events_are_handled_before_timers():
@@ -154,7 +154,7 @@ def test_pending_events_are_handled_before_timers():
     for number in range(3):
         loop.post(functools.partial(order.append, number))
     go.set()
-    until(lambda: len(order) == 4)
+    wait_until(lambda: len(order) == 4)
     loop.close()
     assert order == [0, 1, 2, "timer"]
     assert not loop.post(order.clear)

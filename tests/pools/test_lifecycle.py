@@ -14,7 +14,7 @@ import pytest
 from jaxcode import pools, stop
 from jaxcode.pools.scheduler import Scheduler
 
-from .faults import Faults, until
+from .faults import Faults, wait_until
 
 N = 4
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
@@ -102,11 +102,11 @@ def test_a_batch_that_cannot_be_computed_is_an_error_of_warm_up_and_is_forgotten
         assert pool.counters()["deaths"] == pool.counters()["restarts"] == 0
         assert pool.run(BATCH, stop.answers(N)).returned.all()
         # Workers that are started later compile for what can be computed only, and get ready.
-        faults.fails(1, _raise)
+        faults.replace(1, _raise)
         for _ in range(3):
             pool.run(BATCH, stop.answers(N))
-        until(lambda: pool.counters()["restarts"] == 1)
-        until(lambda: pool.states() == ["idle"] * N)
+        wait_until(lambda: pool.counters()["restarts"] == 1)
+        wait_until(lambda: pool.states() == ["idle"] * N)
         assert pool.counters()["deaths"] == 0
 
 
@@ -116,7 +116,7 @@ def _raise(compute, batch):
 
 def test_warming_up_again_waits_for_what_is_being_compiled(compilers):
     calls = in_background(*[functools.partial(compilers.pool.warm_up, OTHER)] * 3)
-    until(lambda: len(compilers.compiled) == N)
+    wait_until(lambda: len(compilers.compiled) == N)
     time.sleep(0.2)
     assert not any(call.done() for call in calls)
     compilers.permit()
@@ -129,20 +129,20 @@ def test_warming_up_again_waits_for_what_is_being_compiled(compilers):
 def test_shapes_may_be_warmed_up_for_by_several_threads_while_workers_fail():
     faults = Faults()
     with pools.ThreadPool(lambda x: x + 1, N, example=BATCH[0], interceptor=faults) as pool:
-        faults.fails(2, _raise)
+        faults.replace(2, _raise)
         shapes = [jax.ShapeDtypeStruct((size, 3), np.float32) for size in range(3, 9)]
         runs = [functools.partial(pool.run, BATCH, stop.answers(N))] * 6
         for call in in_background(*[functools.partial(pool.warm_up, shape) for shape in shapes], *runs):
             call.result(60)
-        faults.does.clear()
-        until(lambda: pool.states() == ["idle"] * N)
+        faults.behaviours.clear()
+        wait_until(lambda: pool.states() == ["idle"] * N)
         for shape in shapes:
             assert pool.run(np.ones((N, *shape.shape), np.float32), stop.answers(N)).returned.all()
 
 
 def test_closing_wakes_those_who_wait_for_a_warm_up(compilers):
     calls = in_background(*[functools.partial(compilers.pool.warm_up, OTHER)] * 2)
-    until(lambda: len(compilers.compiled) == N)
+    wait_until(lambda: len(compilers.compiled) == N)
     compilers.pool.close()
     for call in calls:
         with pytest.raises(pools.PoolClosed):
@@ -171,7 +171,7 @@ class NeverReady(pools.AbstractWorker):
 def test_closing_wakes_the_one_who_starts_the_workers():
     scheduler = Scheduler([NeverReady()], [], stuck_after=None, start_limit=300.0)
     (call,) = in_background(functools.partial(scheduler.start, lambda: None))
-    until(lambda: scheduler.states() == ["starting"])
+    wait_until(lambda: scheduler.states() == ["starting"])
     scheduler.close()
     with pytest.raises(pools.PoolClosed):
         call.result(20)
@@ -181,7 +181,7 @@ def test_workers_that_are_never_ready_are_an_error_within_the_limit_and_leave_no
     before = set(threading.enumerate())
     with pytest.raises(RuntimeError, match=r"no worker could be started within 0.2 s"):
         pools.WorkerPool(lambda _, x: x, (), [NeverReady()], start_limit=0.2)
-    until(lambda: set(threading.enumerate()) <= before)
+    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_a_worker_whose_process_is_broken_is_started_anew():
@@ -196,14 +196,16 @@ def test_a_worker_whose_process_is_broken_is_started_anew():
         return compute(batch)
 
     with pools.ThreadPool(jnp.sin, N, example=BATCH[0], interceptor=faults) as pool:
-        faults.fails(3, fail_in_this_process)
+        faults.replace(3, fail_in_this_process)
         for _ in range(3):
             assert pool.run(BATCH, stop.answers(N)).returned.all()
-        until(lambda: pool.counters()["restarts"] == 1 and pool.states()[3] == "idle")
+        wait_until(lambda: pool.counters()["restarts"] == 1 and pool.states()[3] == "idle")
         responses = pool.run(BATCH, stop.answers(N))
         assert responses.faults == ()
         assert pool.counters()["raised"] == 3
-        until(lambda: sum(thread.name == "jaxcode worker 3" for thread in set(threading.enumerate()) - before) == 1)
+        wait_until(
+            lambda: sum(thread.name == "jaxcode worker 3" for thread in set(threading.enumerate()) - before) == 1
+        )
 
 
 def test_a_request_that_is_compiled_for_is_logged_once_and_an_error_says_so(compilers, caplog):
@@ -214,7 +216,7 @@ def test_a_request_that_is_compiled_for_is_logged_once_and_an_error_says_so(comp
         with pytest.raises(pools.NotEnoughAnswers, match=r"4 workers were still compiling.*warm_up"):
             compilers.pool.run(batch, stop.answers(N), time_limit=1.0)
         compilers.permit()
-        until(lambda: compilers.pool.states() == ["idle"] * N)
+        wait_until(lambda: compilers.pool.states() == ["idle"] * N)
         with pytest.raises(pools.NotEnoughAnswers) as caught:
             compilers.pool.run(batch, stop.answers(N), time_limit=0.2)
         assert "compiling" not in str(caught.value)

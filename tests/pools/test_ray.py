@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxcode import SplineCode, pools, stop
 
-from .faults import FileFaults, alive_in_ray, returned, sockets_of, until
+from .faults import FileFaults, is_ray_worker, listening_addresses, returned_shares, wait_until
 
 N = 6
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3) / 10
@@ -31,7 +31,7 @@ def _shared(tmp_path_factory):
 
 @pytest.fixture
 def faults(_shared):
-    _shared[1].forget()
+    _shared[1].clear()
     return _shared[1]
 
 
@@ -40,7 +40,7 @@ def pool(_shared, faults):
     pool = _shared[0]
     # Who failed in the test before may be about to rest: what a request leaves behind is seen after the next.
     pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
-    until(lambda: pool.states() == ["idle"] * N)
+    wait_until(lambda: pool.states() == ["idle"] * N)
     return pool
 
 
@@ -53,12 +53,12 @@ def test_every_worker_answers_and_listens_to_this_machine_only(pool):
     responses = pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
     assert responses.returned.all()
     check(responses)
-    mine = sockets_of(of_the_cluster)
+    mine = listening_addresses(is_in_cluster)
     assert mine
     assert all(address.is_loopback for address in mine), mine
 
 
-def of_the_cluster(process, command):
+def is_in_cluster(process, command):
     import ray  # after the pool has: it reads its environment then
 
     return ray._private.worker._global_node.session_name in command or command.startswith("ray::")
@@ -66,7 +66,7 @@ def of_the_cluster(process, command):
 
 @pytest.mark.parametrize("wrong", ["raise", "NaN", "shape", "dtype"])
 def test_wrong_answers_do_not_count(pool, faults, wrong):
-    faults.tell(wrong, 2)
+    faults.set_behaviour(wrong, 2)
     responses = pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
     assert responses.returned.all()  # another worker did it
     check(responses)
@@ -78,15 +78,15 @@ def test_wrong_answers_do_not_count(pool, faults, wrong):
 
 def test_workers_killed_during_a_request_are_done_without_and_come_back(pool, faults):
     before = pool.counters()
-    faults.tell("wait 1", *range(N))
+    faults.set_behaviour("wait 1", *range(N))
     threading.Timer(0.2, faults.kill, [1, 4]).start()
     responses = pool.run(BATCH, stop.answers(N), time_limit=LIMIT)
     assert responses.returned.all()  # others did their part
     assert responses.seconds < 10
     check(responses)
     assert sorted((fault.worker, fault.kind) for fault in responses.faults) == [(1, "died"), (4, "died")]
-    faults.forget()
-    until(lambda: pool.states() == ["idle"] * N)
+    faults.clear()
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert pool.run(2 * BATCH, stop.answers(N), time_limit=LIMIT).returned.all()
     assert pool.counters()["deaths"] == before["deaths"] + 2
     assert pool.counters()["restarts"] == before["restarts"] + 2
@@ -104,19 +104,19 @@ def test_workers_that_are_stuck_are_skipped_and_rejoin(pool, faults):
         time.sleep(max(0.0, 10 - (time.monotonic() - began)))
     finally:
         faults.signal(signal.SIGCONT, 0, 3)
-    until(lambda: pool.states() == ["idle"] * N)
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert pool.counters()["late"] >= 2
     check(pool.run(BATCH, stop.answers(N), time_limit=LIMIT))
 
 
 def test_with_all_workers_dead_the_truth_is_told_in_time(pool, faults):
-    faults.tell("wait 5", *range(N))
+    faults.set_behaviour("wait 5", *range(N))
     threading.Timer(0.2, faults.kill, range(N)).start()
     began = time.monotonic()
     with pytest.raises(pools.NotEnoughAnswers, match=r"0 of 6 answers .* within 1 s.* died: "):
         pool.run(BATCH, stop.answers(2), time_limit=1.0)
     assert time.monotonic() - began < 4
-    faults.forget()
+    faults.clear()
     check(pool.run(BATCH, stop.answers(N), time_limit=LIMIT))
 
 
@@ -126,11 +126,11 @@ def test_what_never_answers_is_replaced(tmp_path, pool):
     with pools.RayPool(jnp.sin, 2, example=BATCH[0], interceptor=faults, stuck_after=5.0, progress=False) as two:
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
         stuck = faults.pid(1)
-        faults.tell("wait 1000", 1)
-        assert returned(two.run(BATCH[:2], stop.answers(1), time_limit=LIMIT)) == [0]
-        until(lambda: two.counters()["deaths"] == 1)
-        faults.forget()
-        until(lambda: two.states() == ["idle"] * 2)
+        faults.set_behaviour("wait 1000", 1)
+        assert returned_shares(two.run(BATCH[:2], stop.answers(1), time_limit=LIMIT)) == [0]
+        wait_until(lambda: two.counters()["deaths"] == 1)
+        faults.clear()
+        wait_until(lambda: two.states() == ["idle"] * 2)
         assert two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT).returned.all()
         assert faults.pid(1) != stuck
 
@@ -178,12 +178,14 @@ def test_closing_during_a_request_says_so_and_leaves_nothing(tmp_path, pool):
     threads = set(threading.enumerate())
     two = pools.RayPool(jnp.sin, 2, interceptor=faults, progress=False)
     two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
-    faults.tell("wait 1000", 0, 1)
+    faults.set_behaviour("wait 1000", 0, 1)
     threading.Timer(0.3, two.close).start()
     with pytest.raises(pools.PoolClosed):
         two.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
-    until(lambda: not any(alive_in_ray(faults.pid(worker)) for worker in range(2)))
-    until(lambda: not [t for t in set(threading.enumerate()) - threads if "jaxcode" in t.name or "Timer" in t.name])
+    wait_until(lambda: not any(is_ray_worker(faults.pid(worker)) for worker in range(2)))
+    wait_until(
+        lambda: not [t for t in set(threading.enumerate()) - threads if "jaxcode" in t.name or "Timer" in t.name]
+    )
 
 
 @pytest.mark.long
@@ -251,13 +253,13 @@ def test_many_requests_while_workers_are_killed_are_answered_or_refused(tmp_path
         answered = [share for share in done if share is not None]
         assert len(answered) > 0.9 * requests
         assert np.mean(answered) <= 0.01
-        until(lambda: eight.states() == ["idle"] * 8)
+        wait_until(lambda: eight.states() == ["idle"] * 8)
         assert set(threading.enumerate()) <= threads
         pids = [faults.pid(worker) for worker in range(8)]
         server.close()
-    until(lambda: not any(map(alive_in_ray, pids)))
-    until(lambda: _store() >= store - 2**16)
-    until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+    wait_until(lambda: not any(map(is_ray_worker, pids)))
+    wait_until(lambda: _store() >= store - 2**16)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
 def _next(todo, lock):

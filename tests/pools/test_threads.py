@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxcode import pools, stop
 
-from .faults import Faults, returned, until
+from .faults import Faults, returned_shares, wait_until
 
 N = 5
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
@@ -21,7 +21,7 @@ BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
 def faults():
     faults = Faults()
     yield faults
-    faults.go_on()
+    faults.release()
 
 
 @pytest.fixture
@@ -40,21 +40,21 @@ def test_every_worker_answers_its_own_batch(pool):
 
 
 def test_late_workers_are_not_waited_for_and_their_answers_change_nothing(pool, faults):
-    faults.waits(1, 3)
+    faults.block(1, 3)
     responses = pool.run(BATCH, stop.answers(3))
-    assert returned(responses) == [0, 2, 4]
+    assert returned_shares(responses) == [0, 2, 4]
     assert (responses.values[[1, 3]] == 0).all()
     assert np.isinf(responses.latency[[1, 3]]).all()
     assert [pool.states()[n] for n in (1, 3)] == ["busy", "busy"]
-    faults.go_on()
-    until(lambda: pool.states() == ["idle"] * N)
+    faults.release()
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert (responses.values[[1, 3]] == 0).all()
     assert pool.counters()["late"] == 2
     np.testing.assert_allclose(pool.run(BATCH, stop.answers(N)).values, np.sin(BATCH), rtol=1e-6)
 
 
 def test_shares_do_not_wait_for_busy_workers(pool, faults):
-    faults.waits(0, 3)
+    faults.block(0, 3)
     pool.run(BATCH, stop.answers(3))
     responses = pool.run(2 * BATCH, stop.answers(N))
     assert pool.states().count("busy") >= 2
@@ -62,47 +62,47 @@ def test_shares_do_not_wait_for_busy_workers(pool, faults):
 
 
 def test_shares_may_be_more_or_fewer_than_workers_and_are_assigned_in_order(pool, faults):
-    faults.waits(1, 2, 3, 4)
+    faults.block(1, 2, 3, 4)
     pool.run(BATCH, stop.answers(1))
     many = np.arange(12 * 2 * 3, dtype=np.float32).reshape(12, 2, 3) / 10
     order = np.random.default_rng(0).permutation(12).tolist()
     responses = pool.run(many, stop.answers(12), order=order)
-    faults.go_on()
+    faults.release()
     np.testing.assert_allclose(responses.values, np.sin(many), rtol=1e-5)
     assert np.argsort(responses.latency).tolist() == order
     assert pool.run(BATCH[:2], stop.answers(2)).values.shape == (2, 2, 3)
 
 
 def test_shares_whose_answers_are_overdue_are_assigned_to_another_worker_too(pool, faults):
-    faults.waits(1, 3)
+    faults.block(1, 3)
     responses = pool.run(BATCH, stop.answers(N), again_after=0.1)
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
     assert 0.1 <= responses.latency[[1, 3]].min() <= responses.latency[[1, 3]].max() < 5
     assert [pool.states()[n] for n in (1, 3)] == ["busy", "busy"]
-    faults.go_on()
-    until(lambda: pool.counters()["late"] == 2)
+    faults.release()
+    wait_until(lambda: pool.counters()["late"] == 2)
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
 
 
 def test_a_deadline_is_kept_to_and_extended_only_until_answers_are_enough(pool, faults):
-    faults.waits(*range(N))
-    threading.Timer(0.4, faults.go_on).start()
+    faults.block(*range(N))
+    threading.Timer(0.4, faults.release).start()
     responses = pool.run(BATCH, stop.deadline(0.1))
     assert responses.seconds >= 0.1
     assert responses.returned.any()
-    until(lambda: pool.states() == ["idle"] * N)
-    faults.waits(2)
+    wait_until(lambda: pool.states() == ["idle"] * N)
+    faults.block(2)
     responses = pool.run(BATCH, stop.deadline(0.5))
     assert responses.returned.sum() == 4
     assert responses.seconds >= 0.5
 
 
 def test_too_few_answers_are_refused_within_the_time_limit_with_the_reason(pool, faults):
-    faults.waits(1, 2, 3)
-    faults.fails(0, _raise)
+    faults.block(1, 2, 3)
+    faults.replace(0, _raise)
     with pytest.raises(pools.NotEnoughAnswers, match=r"\d of 5 answers .* 1 s.*worker 0 raised: OSError") as caught:
         pool.run(BATCH, stop.answers(N), time_limit=1.0, enough=lambda returned: bool(returned.all()))
-    assert returned(caught.value.responses) == [0, 4]  # the one that was left did both
+    assert returned_shares(caught.value.responses) == [0, 4]  # the one that was left did both
 
 
 def _raise(compute, batch):
@@ -124,7 +124,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
     does, kind, message = wrong
-    faults.fails(3, does)
+    faults.replace(3, does)
     responses = pool.run(BATCH, stop.answers(N))
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)  # another worker did it
     (fault,) = responses.faults
@@ -134,18 +134,18 @@ def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
 
 
 def test_workers_that_keep_failing_are_quarantined_and_return_when_they_can_compute(pool, faults):
-    faults.fails(3, _raise)
+    faults.replace(3, _raise)
     for _ in range(3):
         pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.states()[3] == "quarantined")
+    wait_until(lambda: pool.states()[3] == "quarantined")
     assert not pool.run(BATCH, stop.answers(N)).faults
-    until(lambda: pool.states()[3] == "idle")
+    wait_until(lambda: pool.states()[3] == "idle")
     pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.counters()["quarantines"] == 2)
-    faults.does.clear()
-    until(lambda: pool.states()[3] == "idle")
+    wait_until(lambda: pool.counters()["quarantines"] == 2)
+    faults.behaviours.clear()
+    wait_until(lambda: pool.states()[3] == "idle")
     assert pool.run(BATCH, stop.answers(N)).returned.all()
-    faults.fails(3, _raise)
+    faults.replace(3, _raise)
     pool.run(BATCH, stop.answers(N))
     assert pool.states()[3] == "idle"
 
@@ -154,7 +154,7 @@ def test_requests_that_every_worker_fails_at_do_not_count_as_failures_of_workers
     for _ in range(4):
         with pytest.raises(pools.NotEnoughAnswers, match="NaN"):
             pool.run(np.full_like(BATCH, np.inf), stop.answers(N), time_limit=0.5)
-    until(lambda: pool.states() == ["idle"] * N)
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert pool.run(BATCH, stop.answers(N)).returned.all()
 
 
@@ -180,15 +180,17 @@ def test_requests_of_several_threads_do_not_mix(pool):
 def test_closing_ends_requests_that_are_under_way_and_leaves_no_thread(faults):
     before = set(threading.enumerate())
     pool = pools.ThreadPool(jnp.sin, N, interceptor=faults)
-    faults.waits(*range(N))
+    faults.block(*range(N))
     threading.Timer(0.2, pool.close).start()
     with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
     with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
     pool.close()
-    faults.go_on()
-    until(lambda: not set(threading.enumerate()) - before - {t for t in threading.enumerate() if "Timer" in t.name})
+    faults.release()
+    wait_until(
+        lambda: not set(threading.enumerate()) - before - {t for t in threading.enumerate() if "Timer" in t.name}
+    )
 
 
 def test_workers_are_spread_over_devices_and_keep_the_parameters_there():

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from ..pools.faults import free_port, processes_of_session, sockets_of, until
+from ..pools.faults import free_port, listening_addresses, running_processes, wait_until
 from .model import scores
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
@@ -127,7 +127,7 @@ def test_health_and_metrics(front):
 
 
 def test_it_listens_on_the_loopback_interface_only(front):
-    addresses = sockets_of(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
+    addresses = listening_addresses(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
     assert addresses
     assert all(address.is_loopback for address in addresses), addresses
 
@@ -147,7 +147,7 @@ def test_sigterm_answers_requests_in_flight_and_leaves_no_process(front):
     with pytest.raises(OSError, match="refused"):
         ask(front, "GET", "/healthz")
     # Processes may take a moment to end.
-    until(lambda: not processes_of_session(process.pid), 20)
+    wait_until(lambda: not running_processes(process.pid), 20)
 
 
 @pytest.mark.parametrize(

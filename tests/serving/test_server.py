@@ -30,7 +30,7 @@ from jaxcode import (
 from jaxcode.serving import QueueFull
 from jaxcode.serving._dispatch import dispatch_order
 
-from ..pools.faults import Faults, until
+from ..pools.faults import Faults, wait_until
 
 CODE = SplineCode.systematic(5, 12)
 X = np.random.default_rng(0).normal(size=(17, 4)).astype(np.float32)
@@ -55,9 +55,9 @@ def pool(_shared):
 @pytest.fixture
 def faults(_shared):
     pool, faults = _shared
-    until(lambda: pool.states() == ["idle"] * 12)
+    wait_until(lambda: pool.states() == ["idle"] * 12)
     yield faults
-    faults.go_on()
+    faults.release()
 
 
 def make_server(pool, policy, code=CODE, **options):
@@ -81,7 +81,7 @@ def pad_groups(x, num_data):
     "code", [CODE, ReplicationCode(4, 12), BerrutCode.chebyshev(3, 12)], ids=["spline", "copies", "Berrut"]
 )
 def test_results_are_those_of_coded_for_the_same_workers(pool, faults, code, size):
-    faults.waits(2, 7)
+    faults.block(2, 7)
     prediction = make_server(pool, stop.answers(10), code)(X[:size])
     assert np.sum(~prediction.returned) == 2
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(prediction.values))
@@ -95,13 +95,13 @@ def test_an_order_is_applied_to_the_inputs_without_their_padding(pool, faults, s
     def by_first_number(x, num_data):
         return jnp.argsort(-x[:, 0])
 
-    faults.waits(2, 7)
+    faults.block(2, 7)
     prediction = make_server(pool, stop.answers(10), order=by_first_number)(x)
     assert_close(prediction.values, coded(f, CODE, order=by_first_number)(jnp.asarray(x), prediction.returned))
 
 
 def test_greedy_ordering_of_whole_groups_is_that_of_coded(pool, faults):
-    faults.waits(2, 7)
+    faults.block(2, 7)
     x = pad_groups(X, 5)
     prediction = make_server(pool, stop.answers(10), order=ordering.greedy)(x)
     assert_close(prediction.values, coded(f, CODE, order=ordering.greedy)(jnp.asarray(x), prediction.returned))
@@ -111,7 +111,7 @@ def test_output_spaces_and_defences_are_those_of_coded(faults):
     def classify(x):
         return jax.nn.softmax(x @ jnp.eye(4))
 
-    faults.fails(4, lambda compute, batch: 1 - compute(batch))
+    faults.replace(4, lambda compute, batch: 1 - compute(batch))
     x = np.tile(X, (5, 1))[:80]
     options = {"output": outputs.logits, "defence": robust.leave_one_out, "order": ordering.greedy}
     with pools.ThreadPool(classify, 12, interceptor=faults) as pool:
@@ -136,7 +136,7 @@ def test_groups_that_repeat_others_are_no_evidence_for_the_defence(pool, faults,
 
 
 def test_predicted_errors_are_those_of_the_code_in_the_order_of_the_batch(pool, faults):
-    faults.waits(1, 5, 6)
+    faults.block(1, 5, 6)
     x = pad_groups(X, 5)
     prediction = CodedServer(CODE, pool, stop.answers(9), order=ordering.greedy)(x)
     permutation = np.asarray(ordering.greedy(jnp.asarray(x), 5))
@@ -155,7 +155,7 @@ def test_predicted_errors_are_those_of_the_code_in_the_order_of_the_batch(pool, 
 )
 @pytest.mark.parametrize("order", [None, ordering.greedy], ids=["as it is", "ordered"])
 def test_exact_results_are_those_of_inputs_that_were_computed(pool, faults, code, order):
-    faults.waits(0, 1, 2)
+    faults.block(0, 1, 2)
     prediction = make_server(pool, stop.answers(9), code, order=order, predict_error=None)(X)
     by_member = np.asarray(code.exact(prediction.returned))
     if order is None:
@@ -180,34 +180,34 @@ def test_the_arrays_of_a_prediction_are_read_only(pool, faults):
 
 def test_it_waits_until_the_predicted_error_is_small_enough(pool, faults):
     code = SplineCode.chebyshev(5, 12)
-    faults.waits(2, 5, 8)
+    faults.block(2, 5, 8)
     prediction = CodedServer(code, pool, stop.answers(4) & stop.error_below(2.0))(X)
     assert 4 <= prediction.returned.sum() <= 9
     assert prediction.error.max() <= 2
-    faults.go_on()
-    until(lambda: pool.states() == ["idle"] * 12)
+    faults.release()
+    wait_until(lambda: pool.states() == ["idle"] * 12)
     # Only all answers are good enough for this one.
-    faults.waits(*range(1, 12, 2))
+    faults.block(*range(1, 12, 2))
     future = CodedServer(code, pool, stop.error_below(1e-9)).submit(X)
-    until(lambda: pool.states() == ["idle", "busy"] * 6)
+    wait_until(lambda: pool.states() == ["idle", "busy"] * 6)
     time.sleep(0.1)
     assert not future.done()
-    faults.go_on()
+    faults.release()
     assert future.result(60).returned.all()
 
 
 def test_replication_waits_for_a_copy_of_each_input(pool, faults):
-    faults.waits(1, 5, 9)
+    faults.block(1, 5, 9)
     future = make_server(pool, stop.answers(1), ReplicationCode(4, 12)).submit(X)
-    until(lambda: [n for n, state in enumerate(pool.states()) if state == "busy"] == [1, 5, 9])
+    wait_until(lambda: [n for n, state in enumerate(pool.states()) if state == "busy"] == [1, 5, 9])
     time.sleep(0.1)
     assert not future.done()
-    faults.go_on()
+    faults.release()
     assert_close(future.result(60).values, f(jnp.asarray(X)))
 
 
 def test_an_overdue_coded_input_is_given_to_another_worker_if_asked_for(pool, faults):
-    faults.waits(0, 4)
+    faults.block(0, 4)
     prediction = make_server(pool, stop.answers(12), again_after=0.1, time_limit=50.0)(X)
     assert prediction.returned.all()
 
@@ -379,9 +379,9 @@ def test_warming_up_leaves_nothing_to_compile(pool, faults, caplog):
     server = CodedServer(CODE, pool, stop.answers(10), order=ordering.greedy, defence=robust.only_finite)
     server.warm_up(jax.ShapeDtypeStruct(X.shape, X.dtype))
     with jax.log_compiles(), _compiled() as names, caplog.at_level(logging.WARNING, "jaxcode.serving"):
-        faults.waits(2)
+        faults.block(2)
         server(X)
-        faults.does.clear()
+        faults.behaviours.clear()
         server(X[:15])
     assert names == []
     assert not [record for record in caplog.records if record.name == "jaxcode.serving"]
@@ -414,7 +414,7 @@ def test_the_first_request_of_a_shape_says_that_it_compiles(pool, faults, caplog
 
 
 def test_a_first_request_that_is_refused_says_that_it_compiled(pool, faults):
-    faults.waits(*range(12))
+    faults.block(*range(12))
     server = make_server(pool, stop.answers(12), time_limit=0.3)
     with pytest.raises(pools.NotEnoughAnswers, match=r"first request of its shape.*call warm_up beforehand"):
         server(X)
@@ -424,7 +424,7 @@ def test_a_first_request_that_is_refused_says_that_it_compiled(pool, faults):
 
 
 def test_a_request_with_too_few_answers_is_refused_at_its_time_limit(pool, faults):
-    faults.waits(*range(12))
+    faults.block(*range(12))
     server = make_server(pool, stop.deadline(0.05), time_limit=0.3)
     with pytest.raises(pools.NotEnoughAnswers, match="of 12 answers came"):
         server.submit(X).result(30)
@@ -447,15 +447,15 @@ def test_inputs_that_overflow_are_refused_before_the_limit_and_do_not_delay_othe
 def test_time_in_the_queue_is_part_of_the_latency(pool, faults):
     server = make_server(pool, stop.answers(12), max_in_flight=1)
     server.warm_up(X)
-    faults.waits(*range(12))
+    faults.block(*range(12))
     futures = [server.submit(X) for _ in range(3)]
     time.sleep(0.3)
-    faults.go_on()
+    faults.release()
     assert all(future.result(60).latency >= 0.3 for future in futures)
 
 
 def test_time_in_the_queue_is_part_of_the_limit(pool, faults):
-    faults.waits(*range(12))
+    faults.block(*range(12))
     server = make_server(pool, stop.answers(12), max_in_flight=1, time_limit=1.0)
     futures = [server.submit(X) for _ in range(40)]
     # One after the other, each with a limit of its own, they would take 40 s.
@@ -468,10 +468,10 @@ def test_time_in_the_queue_is_part_of_the_limit(pool, faults):
 
 
 def test_requests_beyond_the_queue_are_rejected_and_cancelled_ones_make_room(pool, faults):
-    faults.waits(*range(12))
+    faults.block(*range(12))
     server = make_server(pool, stop.answers(12), max_in_flight=2, max_queued=2)
     futures = [server.submit(X) for _ in range(4)]
-    until(lambda: futures[1].running())
+    wait_until(lambda: futures[1].running())
     with pytest.raises(QueueFull, match="2 requests are in flight and 2 wait"):
         server.submit(X)
 
@@ -489,7 +489,7 @@ def test_requests_beyond_the_queue_are_rejected_and_cancelled_ones_make_room(poo
 
     asyncio.run(cancel_a_coroutine())
     replacement = server.submit(X)
-    faults.go_on()
+    faults.release()
     for future in (futures[0], futures[1], futures[3], replacement):
         assert future.result(60).returned.all()
     assert (server.counters()["answered"], server.counters()["rejected"]) == (4, 3)
@@ -515,7 +515,7 @@ def test_several_requests_concurrently_in_threads_and_in_an_event_loop(pool, fau
 
 
 def test_counters_and_logs_report_what_happened(pool, faults, caplog):
-    faults.waits(3)
+    faults.block(3)
     server = make_server(pool, stop.answers(11))
     with caplog.at_level(logging.INFO, "jaxcode"):
         for _ in range(3):
