@@ -18,7 +18,7 @@ Interceptor = Callable[[int, Callable[[Any], Any], Any], Any]
 
 
 @final
-class Compute:
+class CompiledModel:
     """Computes a model on one device; compiles at the first batch of each shape.
 
     Args:
@@ -119,8 +119,8 @@ def answer_shapes(
     return answers
 
 
-def refusal(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
-    """Returns why an answer cannot be used, or None if it can.
+def find_invalid(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
+    """Returns why an answer is invalid: of another structure, shape or dtype, or not finite. None if it is valid.
 
     Args:
         answer: What a worker returned.

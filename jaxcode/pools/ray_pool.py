@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Compute, Interceptor, pack
+from .compute import CompiledModel, Interceptor, pack
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
 from .worker import AbstractWorker
@@ -34,8 +34,8 @@ def RayPool(
 ) -> WorkerPool:
     """Makes a pool of workers that are Ray actors, each a process of its own with its own device.
 
-    The model and its parameters are sent to a worker when it is started; requests carry coded inputs only, and answers
-    come back through shared memory. A worker that dies, or is stuck, is replaced in the background.
+    The model and its parameters are sent to a worker when it is started; requests carry shares only, and answers come
+    back through shared memory. A worker that dies, or is stuck, is replaced in the background.
 
     Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
     listens on the loopback interface only and reports no usage statistics. It is ended with the last pool that uses it.
@@ -61,7 +61,7 @@ def RayPool(
     Raises:
         ImportError: If Ray is not installed.
         ValueError: If f is no model, num_workers is not a whole number of at least 1, or this process is connected to
-            another cluster already.
+            another cluster already; and as for `WorkerPool`.
         RuntimeError: If no worker could be started, or Ray would listen on more than the loopback interface.
     """
     num_workers = check_count("num_workers", num_workers)
@@ -96,13 +96,13 @@ class _Actor:
     def __init__(self, number: int, model):
         fn, params, interceptor, x64 = model
         jax.config.update("jax_enable_x64", x64)
-        self._compute = Compute(fn, params, number, interceptor)
+        self._model = CompiledModel(fn, params, number, interceptor)
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
-        self._compute.warm_up(examples)
+        self._model.warm_up(examples)
 
     def answer(self, batch: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
-        return self._compute(batch)
+        return self._model(batch)
 
 
 @final

@@ -308,7 +308,7 @@ class CodedServer:
                 coded,
                 self._stop,
                 time_limit=self._time_limit,
-                began=submitted,
+                start_time=submitted,
                 enough=lambda returned: bool(np.all(code.recovered(returned))),
                 error=(lambda values, mask: predict_errors(values, mask)[layout.place]) if self._predicts else None,
                 order=self._dispatch_order,

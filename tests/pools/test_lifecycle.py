@@ -227,11 +227,11 @@ def test_a_request_that_is_compiled_for_is_logged_once_and_an_error_says_so(comp
 
 def test_the_limit_and_latencies_count_from_when_the_request_was_made():
     with pools.ThreadPool(jnp.sin, N, example=BATCH[0]) as pool:
-        responses = pool.run(BATCH, stop.answers(N), began=time.monotonic() - 5)
+        responses = pool.run(BATCH, stop.answers(N), start_time=time.monotonic() - 5)
         assert responses.latency.min() >= 5
         assert responses.seconds >= 5
         with pytest.raises(pools.NotEnoughAnswers, match="within 10 s"):
-            pool.run(BATCH, stop.answers(N), began=time.monotonic() - 20, time_limit=10.0, enough=np.all)
+            pool.run(BATCH, stop.answers(N), start_time=time.monotonic() - 20, time_limit=10.0, enough=np.all)
 
 
 class TestPrecision:

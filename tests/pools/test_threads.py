@@ -1,5 +1,6 @@
 """Pools of threads: early answers, late ones, wrong ones, and several requests at once."""
 
+import inspect
 import re
 import threading
 
@@ -235,7 +236,21 @@ def test_warming_up_compiles_on_every_worker_before_a_request():
         assert len(traces) == before
 
 
-def test_what_makes_no_sense_is_refused(pool, unchecked):
+def test_the_pool_has_the_signature_of_the_interface():
+    for name in ("run", "warm_up"):
+        assert inspect.signature(getattr(pools.WorkerPool, name)) == inspect.signature(
+            getattr(pools.AbstractPool, name)
+        )
+
+
+def test_what_a_model_raises_when_it_is_traced_is_raised():
+    with pools.ThreadPool(lambda x: x["missing"], 1) as pool:
+        for call in (lambda: pool.run({"a": BATCH}, stop.answers(1)), lambda: pool.warm_up({"a": BATCH[0]})):
+            with pytest.raises(KeyError, match="missing"):
+                call()
+
+
+def test_arguments_that_make_no_sense_raise(pool, unchecked):
     for wrong, message in (
         (lambda: pool.run(BATCH, stop.answers(2), order=[0, 1, 2]), "expected the numbers of the 5 shares"),
         (lambda: pool.run({"a": BATCH, "b": BATCH[:3]}, stop.answers(2)), "of the same length"),
