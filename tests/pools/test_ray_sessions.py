@@ -1,4 +1,4 @@
-"""Several pools and one Ray, for real."""
+"""Tests several pools that share one Ray cluster, with the real Ray."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from .test_ray import BATCH, LIMIT, is_in_cluster, jnp
 def test_a_pool_outlives_the_one_that_started_ray_and_ends_it(tmp_path, recwarn):
     faults = FileFaults(tmp_path)
     first = pools.RayPool(jnp.sin, 1, progress=False)
-    import ray  # only after the pool has: it reads its environment then
+    import ray  # after the pool has imported it, which sets the environment that Ray reads then
 
     with pools.RayPool(jnp.sin, 2, interceptor=faults, progress=False) as second:
         second.run(BATCH[:2], stop.answers(2), time_limit=LIMIT)
