@@ -1,8 +1,8 @@
-"""Policies that decide when a request stops waiting for answers.
+"""Decides when a request stops waiting for answers.
 
-A policy decides from the answers so far whether they are enough. Policies combine: `answers(25) | deadline(0.2)` stops
-at whichever comes first, `answers(25) & error_below(0.1)` when both hold. With any policy, a request waits until the
-code can decode from the answers that came, and never beyond the server's time limit.
+A policy decides from the answers that came and the time. Policies combine: `answers(25) | deadline(0.2)` stops at
+whichever comes first, `answers(25) & error_below(0.1)` when both hold. With any policy, a request waits until the
+answers are enough to decode, and never beyond the server's time limit.
 """
 
 import abc
@@ -24,10 +24,10 @@ class Progress:
     """Describes the progress of a request.
 
     Attributes:
-        returned: Which workers have answered, with the right shape and dtype, bool, shape (N,).
+        returned: Which of the N coded inputs have a valid answer, bool, shape (N,).
         elapsed: Seconds since the request was made.
-        error: Computes the predicted error of each input from the answers so far, shape (B,); takes milliseconds.
-            None where the code predicts none.
+        error: Predicts the error of each input from the answers so far, shape (B,), which takes milliseconds. None
+            where the code predicts none.
     """
 
     returned: Bool[np.ndarray, "workers"]
@@ -36,7 +36,7 @@ class Progress:
 
 
 class AbstractStop(abc.ABC):
-    """Decides when answers are enough."""
+    """Decides when a request stops waiting."""
 
     @abc.abstractmethod
     def reached(self, progress: Progress) -> bool:
@@ -51,7 +51,7 @@ class AbstractStop(abc.ABC):
         """Checks that the policy can ever stop a request.
 
         Args:
-            num_workers: N, how many workers may answer.
+            num_workers: N, how many answers there can be.
             predicts_error: Whether the code predicts errors.
 
         Raises:
@@ -68,7 +68,7 @@ class AbstractStop(abc.ABC):
 
 
 def answers(number: int) -> AbstractStop:
-    """Stops when a number of workers have answered.
+    """Stops when a number of coded inputs have an answer.
 
     Args:
         number: How many, usually N - S with S stragglers.
@@ -77,7 +77,7 @@ def answers(number: int) -> AbstractStop:
         The policy.
 
     Raises:
-        ValueError: If number is not a whole number of at least 1; on use, if there are fewer workers.
+        ValueError: If number is not a whole number of at least 1; on use, if N is lower.
 
     >>> import numpy as np
     >>> answers(2).reached(Progress(np.array([True, False, True]), elapsed=0.1))
@@ -87,7 +87,7 @@ def answers(number: int) -> AbstractStop:
 
 
 def deadline(seconds: float) -> AbstractStop:
-    """Stops a number of seconds after the request was made, or as soon after that as the answers can be decoded.
+    """Stops a number of seconds after the request was made, or as soon after that as the answers are enough to decode.
 
     Args:
         seconds: Seconds since the request was made.
@@ -103,11 +103,11 @@ def deadline(seconds: float) -> AbstractStop:
 
 
 def error_below(tolerance: float, share: float = 1.0) -> AbstractStop:
-    """Stops when the predicted error is at most the tolerance, for a share of the batch's inputs.
+    """Stops when the predicted error is at most the tolerance, for a fraction of the batch's inputs.
 
     Args:
         tolerance: The largest predicted error, in the units of the answers.
-        share: The share of the inputs that must be within the tolerance, in (0, 1].
+        share: The fraction of the inputs that must be within the tolerance, in (0, 1].
 
     Returns:
         The policy.
@@ -115,7 +115,7 @@ def error_below(tolerance: float, share: float = 1.0) -> AbstractStop:
     Raises:
         ValueError: If tolerance is not a positive number or share not in (0, 1]; on use, if the code predicts no error.
     """
-    expected = "a number in (0, 1]: give the share of the inputs that must be within the tolerance"
+    expected = "a number in (0, 1]: give the fraction of the inputs that must be within the tolerance"
     check_scalar("share", share, lambda number: 0 < number <= 1, expected)
     expected = "a positive number: give the largest predicted error, in the units of the answers"
     check_scalar("tolerance", tolerance, lambda number: number > 0, expected)

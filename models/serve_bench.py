@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rng = np.random.default_rng(args.seed)
     batches = [rng.choice(len(data.x_test), args.batch_size, replace=False) for _ in range(args.num_requests)]
-    with jc.pools.RayPool(model, args.num_workers, around=delays) as pool:
+    with jc.pools.RayPool(model, args.num_workers, interceptor=delays) as pool:
         servers = _servers(pool, tuned, delays, args)
         for server in servers.values():
             server.warm_up(sample[: args.batch_size])

@@ -12,20 +12,20 @@ from jaxtyping import PyTree
 
 from ..functions import PureFunction, check_answers
 
-# Replaces the computation of a worker: called with the worker's number, the compiled model and a batch, it returns the
+# Called in place of the compiled model with the worker's number, the compiled model and a batch; returns the worker's
 # answer.
-Around = Callable[[int, Callable[[Any], Any], Any], Any]
+Interceptor = Callable[[int, Callable[[Any], Any], Any], Any]
 
 
 @final
-class Compute:
+class CompiledModel:
     """Computes a model on one device; compiles at the first batch of each shape.
 
     Args:
         fn: The model, a pure function of params and a batch.
-        params: Its parameters, as they are or packed.
+        params: Its parameters, as they are or as `pack` returns them.
         worker: Index of the worker.
-        around: Called in place of the model, with the worker's number, the compiled model and a batch; None for none.
+        interceptor: See `Interceptor`; None to call the compiled model itself.
         device: Where to compute; JAX's default if None.
     """
 
@@ -34,17 +34,17 @@ class Compute:
         fn: PureFunction,
         params: PyTree,
         worker: int,
-        around: Around | None = None,
+        interceptor: Interceptor | None = None,
         device: jax.Device | None = None,  # pyright: ignore[reportInvalidTypeForm]
     ):
-        params = jax.device_put(unpacked(params), device)
+        params = jax.device_put(unpack(params), device)
         compiled = jax.jit(fn)
 
         def compute(batch):
             return jax.tree.map(np.asarray, compiled(params, jax.device_put(batch, device)))
 
         self._compute = compute
-        self._run = compute if around is None else functools.partial(around, worker, compute)
+        self._run = compute if interceptor is None else functools.partial(interceptor, worker, compute)
 
     def __call__(self, batch: PyTree[np.ndarray]) -> Any:
         """Computes the model's answers to a batch, NumPy arrays."""
@@ -64,7 +64,7 @@ class _PackedKey:
         self.impl, self.data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
 
 
-def packed(params: PyTree) -> PyTree:
+def pack(params: PyTree) -> PyTree:
     """Converts parameters to NumPy arrays, to be sent to other processes."""
     return jax.tree.map(
         lambda leaf: _PackedKey(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf),
@@ -72,8 +72,8 @@ def packed(params: PyTree) -> PyTree:
     )
 
 
-def unpacked(params: PyTree[Any]) -> PyTree[Any]:
-    """Converts what `packed` returned back to parameters."""
+def unpack(params: PyTree[Any]) -> PyTree[Any]:
+    """Converts what `pack` returned back to parameters."""
     return jax.tree.map(
         lambda leaf: (
             jax.random.wrap_key_data(jnp.asarray(leaf.data), impl=leaf.impl) if isinstance(leaf, _PackedKey) else leaf
@@ -119,8 +119,8 @@ def answer_shapes(
     return answers
 
 
-def refusal(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
-    """Returns why an answer cannot be used, or None if it can.
+def find_invalid(answer: Any, expected: PyTree[jax.ShapeDtypeStruct]) -> str | None:
+    """Returns why an answer is invalid: of another structure, shape or dtype, or not finite. None if it is valid.
 
     Args:
         answer: What a worker returned.

@@ -42,11 +42,6 @@ class EventLoop:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    @property
-    def closed(self) -> bool:
-        """Returns whether the loop has been closed."""
-        return self._closed
-
     def post(self, event: Event) -> bool:
         """Queues an event; may be called from any thread.
 
@@ -99,7 +94,7 @@ class EventLoop:
         _handle(self._on_close)
 
     def _handle_queued(self):
-        """Waits for an event until the next timer is due, then handles all that are queued; False at the end.
+        """Waits for an event until the next timer is due, then handles all that are queued; False once it is closed.
 
         Events go before timers: under load answers are accepted although timers are late.
         """
@@ -125,13 +120,13 @@ def _handle(event):
         log.exception("an event could not be handled: %s", getattr(event, "func", event))
 
 
-def failed(failure: Exception) -> Future:
+def failed_future(failure: Exception) -> Future:
     """Returns a future that has failed with this exception."""
     future: Future[Any] = Future()
     future.set_exception(failure)
     return future
 
 
-def when_done(future: Future, loop: EventLoop, event: Callable[[Future], object]) -> None:
+def post_when_done(future: Future, loop: EventLoop, event: Callable[[Future], object]) -> None:
     """Posts an event, called with the future, when the future is done."""
     future.add_done_callback(lambda outcome: loop.post(functools.partial(event, outcome)))

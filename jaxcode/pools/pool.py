@@ -1,4 +1,4 @@
-"""Runs the shares of requests on a pool of workers, whose answers are used as they come."""
+"""Runs requests on a pool of workers, whose answers are used as they come."""
 
 import abc
 import sys
@@ -22,12 +22,16 @@ from .worker import AbstractWorker
 
 
 class AbstractPool(abc.ABC):
-    """Computes f on the shares of requests by workers that may be late, wrong or dead: the interface for servers.
+    """Computes f by workers that may be late, wrong or dead: the interface for servers.
 
-    A context manager: leaving it closes the pool. Several threads may make requests concurrently. A share is
-    assigned to whichever worker is idle: none is queued behind a busy worker, and a fast worker computes several.
+    A request consists of N shares. A share is the batch that one worker computes f on at once: a server's requests have
+    one share for each coded input of its code. A share is assigned to whichever worker is idle: none is queued behind a
+    busy worker, and a fast worker computes several. Several threads may make requests concurrently.
+
     Workers that die are restarted in the background. Those that keep dying, or keep failing at shares that others can
     compute, are quarantined, for twice as long each time, and then restarted.
+
+    A context manager: leaving it closes the pool.
     """
 
     @property
@@ -38,31 +42,33 @@ class AbstractPool(abc.ABC):
     @abc.abstractmethod
     def run(
         self,
-        coded: PyTree[Any],
+        shares: PyTree[Any],
         stop: AbstractStop,
         *,
         time_limit: float = 30.0,
-        enough: Enough = lambda returned: bool(returned.any()),
+        enough: Enough = np.any,
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
-        began: float | None = None,
+        start_time: float | None = None,
     ) -> Responses:
         """Assigns every share to a worker and gathers answers until the stop policy is met.
 
         Args:
-            coded: Leaves (N, batch, ...), N shares, which need not be the number of workers: f is computed on the batch
-                of each share, leaves (batch, ...).
-            stop: When to stop waiting. Waiting also ends, with what came, when no running worker could still answer.
+            shares: N batches, leaves (N, batch, ...). N need not be the number of workers.
+            stop: When to stop waiting. Waiting also ends, with the answers that came, when no running worker could
+                still answer.
             time_limit: Seconds after which waiting ends in any case.
-            enough: Whether the answers in a mask over shares can be decoded; before that, the policy is not asked.
-            error: The predicted error from values and mask, for policies that ask for it.
-            order: The order in which shares are assigned, which matters where fewer workers are idle than there are
-                shares; that of their numbers if not given.
+            enough: Called with the mask of the shares that returned, bool, shape (N,); returns whether their answers
+                are enough to decode. The policy is asked only when they are. Any one answer if not given.
+            error: Called with values and returned as in `Responses`; returns the predicted error of each input, for
+                policies that need it.
+            order: The numbers of the shares in the order in which they are assigned, which matters where fewer workers
+                are idle than there are shares; ascending if not given.
             again_after: Seconds after which a share without an answer is assigned to a second worker too (hedging), if
                 one is idle; the first answer counts. Never if not given. A share that failed, or whose worker died, is
                 assigned once more in any case.
-            began: When the request was made, a reading of `time.monotonic` in seconds, from which the limit, the
+            start_time: When the request was made, a reading of `time.monotonic` in seconds, from which the limit, the
                 policy's deadlines and latencies count. The time of the call if not given.
 
         Returns:
@@ -75,6 +81,7 @@ class AbstractPool(abc.ABC):
             ValueError: If leading axes differ, order is not a permutation, stop can never be reached, f does not return
                 real numbers with its batch as leading axis, or f's dtypes at the current setting of
                 `jax_enable_x64` differ from those at the setting with which the pool was made.
+            Exception: What f raises when it is traced for the shapes and dtypes of a share.
         """
 
     @abc.abstractmethod
@@ -89,6 +96,7 @@ class AbstractPool(abc.ABC):
             RuntimeError: If no worker can compute such a batch.
             PoolClosed: If the pool is or was closed.
             ValueError: As `run`.
+            Exception: As `run`.
         """
 
     @abc.abstractmethod
@@ -99,8 +107,8 @@ class AbstractPool(abc.ABC):
     def counters(self) -> dict[str, int]:
         """Returns the number of events of each kind since the pool was made.
 
-        Accepted "answers"; "late" ones, which no request waited for any more; "raised" exceptions; "refused" answers
-        (of another shape or dtype than the model's, or not finite); "deaths", "restarts" and "quarantines" of workers.
+        Valid "answers" that were used; "late" ones, which no request waited for any more; "raised" exceptions;
+        "refused", the invalid answers (see `Fault`); "deaths", "restarts" and "quarantines" of workers.
         """
 
     @abc.abstractmethod
@@ -132,7 +140,8 @@ class WorkerPool(AbstractPool):
 
     Raises:
         RuntimeError: If no worker could be started.
-        ValueError: If f cannot be computed on the example.
+        ValueError: If f does not return real numbers with its batch as leading axis.
+        Exception: What f raises when it is traced for the example.
     """
 
     def __init__(
@@ -166,28 +175,28 @@ class WorkerPool(AbstractPool):
 
     def run(
         self,
-        coded: PyTree[Any],
+        shares: PyTree[Any],
         stop: AbstractStop,
         *,
         time_limit: float = 30.0,
-        enough: Enough = lambda returned: bool(returned.any()),
+        enough: Enough = np.any,
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
-        began: float | None = None,
+        start_time: float | None = None,
     ) -> Responses:
-        coded = jax.tree.map(np.asarray, coded)
-        num_shares = batch_size("coded", coded)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(coded):
+        shares = jax.tree.map(np.asarray, shares)
+        num_shares = batch_size("shares", shares)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shares):
             if leaf.ndim < 2:
-                name = f"coded{jax.tree_util.keystr(path)}"
+                name = f"shares{jax.tree_util.keystr(path)}"
                 raise ValueError(f"{name} has shape {leaf.shape}; expected (shares, batch, ...), a batch each")
         order = range(num_shares) if order is None else order
         if sorted(order) != list(range(num_shares)):
             raise ValueError(f"order is {order}; expected the numbers of the {num_shares} shares, each once")
         stop.check(num_shares, error is not None)
-        signature = self._signature(jax.tree.map(lambda leaf: leaf[0], coded))
-        request = Request(coded, signature, order, again_after, began)
+        signature = self._signature(jax.tree.map(lambda leaf: leaf[0], shares))
+        request = Request(shares, signature, order, again_after, start_time)
         with self._scheduler.working_on(request):
             return request.gather(stop, time_limit, enough, error)
 

@@ -1,4 +1,4 @@
-"""Shares Ray among its users in this process, and runs actors that a `Supervisor` restarts.
+"""Connects this process to Ray, once for all users of it, and runs actors that a `Supervisor` restarts.
 
 A cluster that this module starts is ended when its last user closes the reference. If other code has shut Ray down or
 initialised it again, no function of Ray is called, because Ray would start a cluster by itself that listens on all
@@ -24,7 +24,7 @@ _LOCAL_STORE = 2**29
 # reads this when it is imported.
 _LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 _NO_STATISTICS = ("RAY_USAGE_STATS_ENABLED", "0")
-_QUIET = {"log_to_driver": False, "logging_level": logging.WARNING}
+_LOGGING = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 
 @dataclasses.dataclass
@@ -33,13 +33,13 @@ class _Session:
 
     Attributes:
         identity: The job and the node, by which it differs from later connections.
-        owned: Whether this module made it, and ends it with its last user.
+        is_owner: Whether this module made it, and ends it with its last user.
         address: As `connect` took it.
-        users: How many references are open.
+        users: The number of open references.
     """
 
     identity: tuple[str, str]
-    owned: bool
+    is_owner: bool
     address: str | None
     users: int = 0
 
@@ -67,12 +67,12 @@ def connect(address: str | None = None) -> "RayCluster":
     with _lock:
         ray = _import_ray(loopback=address is None)
         if _session is None or not _is_current(ray, _session):
-            owned = not ray.is_initialized()
-            if owned:
+            is_owner = not ray.is_initialized()
+            if is_owner:
                 _initialise(ray, address)
             elif address not in (None, "auto"):
                 raise ValueError(f"address is {address!r}, but this process is connected to a Ray cluster already")
-            _session = _Session(_identity(ray), owned, address)
+            _session = _Session(_identity(ray), is_owner, address)
         elif address not in (None, "auto", _session.address):
             raise ValueError(f"address is {address!r}, but this process is connected to a Ray cluster already")
         _session.users += 1
@@ -133,7 +133,7 @@ class RayCluster:
             self._closed = True
             self._session.users -= 1
             if self._session.users == 0:
-                if self._session.owned and _is_current(self.ray, self._session):
+                if self._session.is_owner and _is_current(self.ray, self._session):
                     self.ray.shutdown()
                 if _session is self._session:
                     _session = None
@@ -210,7 +210,7 @@ def _initialise(ray, address):
         # The warning does not apply: Ray calls exec right after the fork and needs no thread of this process.
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         if address is not None:
-            ray.init(address=address, **_QUIET)
+            ray.init(address=address, **_LOGGING)
             return
         # The address that Ray uses in place of a loopback address.
         host = ray.util.get_node_ip_address()
@@ -227,7 +227,7 @@ def _initialise(ray, address):
                 include_dashboard=False,
                 object_store_memory=_LOCAL_STORE,
                 _node_ip_address=host,
-                **_QUIET,
+                **_LOGGING,
             )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute, packed
+from .compute import CompiledModel, Interceptor, pack
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
 from .worker import AbstractWorker
@@ -27,15 +27,15 @@ def RayPool(
     num_gpus: float = 0.0,
     resources: Mapping[str, float] | None = None,
     example: PyTree[Any] | None = None,
-    around: Around | None = None,
+    interceptor: Interceptor | None = None,
     stuck_after: float | None = 300.0,
     start_limit: float = 300.0,
     progress: bool = True,
 ) -> WorkerPool:
     """Makes a pool of workers that are Ray actors, each a process of its own with its own device.
 
-    The model and its parameters are sent to a worker when it is started; requests carry coded inputs only, and answers
-    come back through shared memory. A worker that dies, or is stuck, is replaced in the background.
+    The model and its parameters are sent to a worker when it is started; requests carry shares only, and answers come
+    back through shared memory. A worker that dies, or is stuck, is replaced in the background.
 
     Without an address, and unless Ray runs in this process already, a cluster of this machine alone is started, which
     listens on the loopback interface only and reports no usage statistics. It is ended with the last pool that uses it.
@@ -50,7 +50,7 @@ def RayPool(
         num_gpus: GPUs, or a fraction of one, that Ray reserves for a worker, which sees no others.
         resources: Other resources that Ray reserves for a worker, such as {"TPU": 4}.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
-        around: As for `ThreadPool`; runs in the worker's process.
+        interceptor: As for `ThreadPool`; runs in the worker's process.
         stuck_after: Seconds after which a worker that has not answered is ended and replaced; None for never.
         start_limit: Seconds that workers may take to start and to compile. Those that take longer join later.
         progress: Whether to show how many have started, on standard error.
@@ -61,14 +61,14 @@ def RayPool(
     Raises:
         ImportError: If Ray is not installed.
         ValueError: If f is no model, num_workers is not a whole number of at least 1, or this process is connected to
-            another cluster already.
+            another cluster already; and as for `WorkerPool`.
         RuntimeError: If no worker could be started, or Ray would listen on more than the loopback interface.
     """
     num_workers = check_count("num_workers", num_workers)
     fn, params = as_pure_function(f)
     cluster = connect(address)
     try:
-        model = cluster.put((fn, packed(params), around, x64_is_on()))
+        model = cluster.put((fn, pack(params), interceptor, x64_is_on()))
         actor_class = cluster.actor_class(_Actor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
         workers = [
             _RayWorker(RayActor(cluster, actor_class, lambda number=number: (number, model)))
@@ -94,15 +94,15 @@ class _Actor:
     """Computes the model in the worker's process."""
 
     def __init__(self, number: int, model):
-        fn, params, around, x64 = model
+        fn, params, interceptor, x64 = model
         jax.config.update("jax_enable_x64", x64)
-        self._compute = Compute(fn, params, number, around)
+        self._model = CompiledModel(fn, params, number, interceptor)
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> None:
-        self._compute.warm_up(examples)
+        self._model.warm_up(examples)
 
     def answer(self, batch: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
-        return self._compute(batch)
+        return self._model(batch)
 
 
 @final

@@ -15,8 +15,8 @@ from ..stop import AbstractStop, Progress
 from .compute import Signature
 from .responses import Enough, Fault, NotEnoughAnswers, PredictedError, Responses
 
-# When a request can make progress: "soon", as shares are computed or can be assigned; "later", as a worker must be
-# restarted first; "never", as no worker is left that could answer.
+# When a request can make progress: "soon", as shares are being computed or can be assigned; "later", as a worker must
+# be restarted first; "never", as no share is left that could still be answered.
 Outlook = Literal["soon", "later", "never"]
 
 # A share that failed, or whose answer is overdue, is assigned once more, and no further.
@@ -25,7 +25,7 @@ _MAX_ATTEMPTS = 2
 
 @final
 class Request:
-    """Tracks shares of coded inputs, each to be computed by some worker.
+    """Tracks the shares of one request, each to be computed by some worker, see `AbstractPool`.
 
     Shares are assigned and answers accepted on the scheduler's thread, while another thread waits in `gather`.
 
@@ -34,10 +34,10 @@ class Request:
         signature: Shapes and dtypes of one share's batch and of its answer.
         order: The numbers of the shares, in the order in which they are assigned.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
-        began: Monotonic time at which the request was made, in seconds; that of the call if None.
+        start_time: Monotonic time at which the request was made, in seconds; that of the call if None.
 
     Attributes:
-        returned: Shares whose answers were accepted, bool, shape (shares,).
+        returned: Which shares have a valid answer, bool, shape (shares,).
         faults: The faults of workers, in the order in which they happened.
         compiling: Workers that compile for this request.
         in_flight: How many workers compute a share of it.
@@ -50,7 +50,7 @@ class Request:
         signature: Signature,
         order: Sequence[int],
         again_after: float | None = None,
-        began: float | None = None,
+        start_time: float | None = None,
     ):
         num_shares = len(order)
         self._shares, self.signature = shares, signature
@@ -70,7 +70,7 @@ class Request:
         # Pairs (worker, share) of failures, and the worker that answered each share.
         self._failures: list[tuple[int, int]] = []
         self._answered_by = np.full(num_shares, -1)
-        self._began = time.monotonic() if began is None else began
+        self._start_time = time.monotonic() if start_time is None else start_time
         self._failure: Exception | None = None
         self._outlook: Outlook = "soon"
         # Incremented whenever `gather` must evaluate the stop policy again.
@@ -84,7 +84,7 @@ class Request:
         """Returns whether there are shares to be assigned."""
         return bool(self._queued)
 
-    def may_ask(self, worker: int) -> bool:
+    def is_allowed(self, worker: int) -> bool:
         """Returns whether shares may be assigned to this worker."""
         return worker not in self._failed
 
@@ -99,11 +99,11 @@ class Request:
         while self._queued:
             share = self._queued.popleft()
             if not self.returned[share]:
-                self.note_assigned(share)
+                self.record_assignment(share)
                 return share
         return None
 
-    def overdue(self) -> list[int]:
+    def overdue_shares(self) -> list[int]:
         """Returns the shares whose answers are overdue, those assigned longest ago first."""
         if self.finished or self.again_after is None:
             return []
@@ -113,34 +113,34 @@ class Request:
         shares = np.flatnonzero(is_overdue)
         return shares[np.argsort(self._assigned_at[shares], kind="stable")].tolist()
 
-    def note_assigned(self, share: int) -> None:
+    def record_assignment(self, share: int) -> None:
         """Records that a share has been assigned to a worker."""
         self._attempts[share] += 1
         self._assigned_at[share] = time.monotonic()
         self.in_flight += 1
 
     def batch(self, share: int) -> PyTree[np.ndarray]:
-        """Returns the coded inputs of a share."""
+        """Returns the batch of a share, leaves (batch, ...)."""
         return jax.tree.map(lambda leaf: leaf[share], self._shares)
 
-    def is_answered(self, share: int) -> bool:
-        """Returns whether no thread waits for this share any more."""
+    def is_late(self, share: int) -> bool:
+        """Returns whether an answer to this share would be late: it has one, or no thread waits for the request."""
         return self.finished or bool(self.returned[share])
 
     def accept(self, share: int, worker: int, answer: PyTree[np.ndarray]) -> None:
-        """Stores an answer, unless it is late."""
+        """Stores a valid answer, unless it is late."""
         self.in_flight -= 1
         with self._changed:
-            if self.is_answered(share):
+            if self.is_late(share):
                 return
             for rows, leaf in zip(jax.tree.leaves(self._values), jax.tree.leaves(answer), strict=True):
                 rows[share] = leaf
-            self._latency[share] = time.monotonic() - self._began
+            self._latency[share] = time.monotonic() - self._start_time
             self._answered_by[share] = worker
             self.returned[share] = True
             self._notify()
 
-    def reject(self, share: int, fault: Fault) -> None:
+    def record_fault(self, share: int, fault: Fault) -> None:
         """Records a fault and queues the share for another worker, unless all attempts are used."""
         self.in_flight -= 1
         self.faults.append(fault)
@@ -151,11 +151,12 @@ class Request:
         if not self.returned[share] and self._attempts[share] < _MAX_ATTEMPTS:
             self._queued.appendleft(share)
 
-    def blamed(self) -> set[int]:
-        """Returns the workers to blame for their failures: those that failed at what others can do.
+    def faulty_workers(self) -> set[int]:
+        """Finds the workers whose failures are their own fault and not the request's.
 
-        A worker is to blame if another answered the share, or if no other worker failed at it and other shares were
-        answered. If several workers failed at a share and none answered it, the request is to blame.
+        A worker that failed at a share is faulty if another worker answered it, or if no other worker failed at it and
+        other shares were answered. If several workers failed at a share and none answered it, f cannot be computed on
+        it, and none of them is faulty.
         """
         workers_by_share = {share: {w for w, s in self._failures if s == share} for _, share in self._failures}
         return {
@@ -164,8 +165,8 @@ class Request:
             if self.returned[share] or (len(workers_by_share[share]) == 1 and self.returned.any())
         }
 
-    def set_progress(self, outlook: Outlook) -> None:
-        """Notifies the thread that waits when the request can make progress."""
+    def set_outlook(self, outlook: Outlook) -> None:
+        """Stores when the request can make progress, and notifies the thread that waits if that has changed."""
         if outlook != self._outlook:
             with self._changed:
                 self._outlook = outlook
@@ -189,12 +190,12 @@ class Request:
     # ---- on the thread that waits --------------------------------------------------------------------------
 
     def gather(self, stop: AbstractStop, time_limit: float, enough: Enough, error: PredictedError | None) -> Responses:
-        """Waits until answers are enough, as `AbstractPool.run`."""
+        """Waits until the stop policy is met; arguments, result and errors as for `AbstractPool.run`."""
         moments = (*stop.moments(), time_limit)
         version = -1
         while True:
             with self._changed:
-                elapsed = time.monotonic() - self._began
+                elapsed = time.monotonic() - self._start_time
                 waits = [moment - elapsed for moment in moments if moment > elapsed]
                 if self._version == version and waits:
                     self._changed.wait(min(waits))
@@ -202,7 +203,7 @@ class Request:
                 returned = self.returned.copy()
             if failure is not None:
                 raise failure
-            elapsed = time.monotonic() - self._began
+            elapsed = time.monotonic() - self._start_time
             out_of_time = elapsed >= time_limit
             if enough(returned):
                 predicted_error = (
@@ -213,7 +214,7 @@ class Request:
                     return self._responses(returned, elapsed)
             elif out_of_time or outlook == "never":
                 responses = self._responses(returned, elapsed)
-                raise NotEnoughAnswers(self._shortfall(responses, time_limit, out_of_time), responses)
+                raise NotEnoughAnswers(self._describe_shortage(responses, time_limit, out_of_time), responses)
 
     def _responses(self, returned, elapsed):
         self.finish()
@@ -229,7 +230,8 @@ class Request:
             seconds=elapsed,
         )
 
-    def _shortfall(self, responses, time_limit, out_of_time):
+    def _describe_shortage(self, responses, time_limit, out_of_time):
+        """Says how many answers came, why no more did, and the first faults."""
         returned = responses.returned
         reason = f"within {time_limit:.3g} s" if out_of_time else "and no worker is left that could compute the others"
         parts = [f"{returned.sum()} of {len(returned)} answers came {reason}, too few to decode"]

@@ -30,7 +30,7 @@ class Fault(NamedTuple):
     Attributes:
         worker: Index of the worker.
         kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "refused": its answer
-            had another structure, shape or dtype than the model's, or was not finite.
+            was invalid, of another structure, shape or dtype than the model's or not finite.
         message: The reason, in words.
     """
 
@@ -41,11 +41,11 @@ class Fault(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Responses:
-    """Holds the answers of workers, by share.
+    """Holds the answers of workers to the N shares of a request, see `AbstractPool`.
 
     Attributes:
         values: Answers, NumPy arrays, leaves (N, batch, ...); zeros where none came.
-        returned: Shares whose answers were accepted, bool, shape (N,).
+        returned: Which shares have a valid answer, bool, shape (N,).
         latency: Seconds from the request to each answer, shape (N,); infinite where none came.
         faults: The failures of workers.
         seconds: Seconds from the request to the decision to stop waiting.
@@ -58,6 +58,7 @@ class Responses:
     seconds: float
 
 
-# Whether the answers of those that returned can be decoded, and the predicted error of each input of the batch.
-Enough = Callable[[Bool[np.ndarray, "workers"]], bool]
+# Returns whether the answers of the shares that returned are enough to decode.
+Enough = Callable[[Bool[np.ndarray, "workers"]], bool | np.bool_]
+# Predicts the error of each input of the batch, from the answers and the shares that returned.
 PredictedError = Callable[[PyTree[np.ndarray], Bool[np.ndarray, "workers"]], Float[np.ndarray, "batch"]]

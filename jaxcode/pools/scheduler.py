@@ -13,7 +13,7 @@ from typing import Any, final
 
 import jax
 
-from .compute import Signature, refusal
+from .compute import Signature, find_invalid
 from .event_loop import EventLoop
 from .request import Request
 from .responses import Fault, PoolClosed
@@ -57,7 +57,7 @@ class Scheduler:
         # Oldest first.
         self._requests: list[Request] = []
         self._counters = {"answers": 0, "late": 0, "raised": 0, "refused": 0}
-        self._hedging = False
+        self._is_hedging = False
         self._startup = _Milestone("be started")
         self._milestones = [self._startup]
         # What workers compile for when they are restarted.
@@ -131,15 +131,15 @@ class Scheduler:
     def _on_request(self, request):
         self._requests.append(request)
         self._assign()
-        self._update_progress([request])
-        if request.again_after is not None and not self._hedging:
-            self._hedging = True
+        self._update_outlooks([request])
+        if request.again_after is not None and not self._is_hedging:
+            self._is_hedging = True
             self._hedge()
 
     def _on_finished(self, request):
         if request in self._requests:
             self._requests.remove(request)
-        for number in request.blamed():
+        for number in request.faulty_workers():
             self._supervisor.record_failure(self._supervisor.slots[number])
 
     def _assign(self):
@@ -162,50 +162,49 @@ class Scheduler:
             self._log_compilation(request.signature)
         submit = functools.partial(self._workers[slot.number].call, request.batch(share))
         self._supervisor.call(slot, submit, functools.partial(self._on_answer, request, share))
-        self._update_progress([request])
+        self._update_outlooks([request])
 
     def _hedge(self):
         """Assigns shares whose answers are overdue to idle workers as well; one timer serves all requests."""
-        # Pairs of the seconds after which shares are overdue and the request.
         requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
         idle_slots = self._supervisor.idle()
         for _, request in requests:
             if not idle_slots:
                 break
-            for share in request.overdue():
-                slot = next((slot for slot in idle_slots if request.may_ask(slot.number)), None)
+            for share in request.overdue_shares():
+                slot = next((slot for slot in idle_slots if request.is_allowed(slot.number)), None)
                 if slot is None:
                     break
                 idle_slots.remove(slot)
-                request.note_assigned(share)
+                request.record_assignment(share)
                 self._compute(slot, request, share)
-        self._hedging = bool(requests)
+        self._is_hedging = bool(requests)
         if requests:
             self._loop.call_later(min(seconds for seconds, _ in requests) / 4, self._hedge)
 
     def _on_answer(self, request, share, slot, future):
         failure = future.exception()
         request.compiling.discard(slot.number)
-        is_late = request.is_answered(share)
+        is_late = request.is_late(share)
         if isinstance(failure, WorkerDied):
             fault = Fault(slot.number, "died", str(failure))
         elif failure is not None:
             fault = Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}")
         else:
             self._compiled[slot.number].add(request.signature)
-            problem = refusal(future.result(), request.signature.answers)
+            problem = find_invalid(future.result(), request.signature.answers)
             fault = None if problem is None else Fault(slot.number, "refused", problem)
         if fault is None:
             request.accept(share, slot.number, future.result())
             self._counters["late" if is_late else "answers"] += 1
             self._supervisor.record_success(slot)
-            self._update_progress([request])
+            self._update_outlooks([request])
             return
         if fault.kind != "died":
             self._count_fault(fault)
         was_finished = request.finished
-        request.reject(share, fault)
-        if was_finished and fault.kind != "died" and slot.number in request.blamed():
+        request.record_fault(share, fault)
+        if was_finished and fault.kind != "died" and slot.number in request.faulty_workers():
             self._supervisor.record_failure(slot)
 
     def _count_fault(self, fault):
@@ -214,22 +213,22 @@ class Scheduler:
 
     def _on_change(self):
         self._assign()
-        self._update_progress([request for request in self._requests if not request.in_flight])
-        self._conclude_reached()
+        self._update_outlooks([request for request in self._requests if not request.in_flight])
+        self._conclude_milestones()
 
-    def _update_progress(self, requests):
+    def _update_outlooks(self, requests):
         for request in requests:
-            request.set_progress(self._progress_of(request))
+            request.set_outlook(self._outlook_of(request))
 
-    def _progress_of(self, request):
-        """Returns when the request can make progress: soon; later, when a worker has been restarted; or never."""
+    def _outlook_of(self, request):
+        """Returns when the request can make progress."""
         if request.in_flight:
             return "soon"
         if not request.has_queued:
             return "never"
         outlook = "never"
         for slot in self._supervisor.slots:
-            if request.may_ask(slot.number):
+            if request.is_allowed(slot.number):
                 if slot.state in ("idle", "busy"):
                     return "soon"
                 outlook = "later"
@@ -243,19 +242,19 @@ class Scheduler:
             request.allow(slot.number)
         self._compiled[slot.number] = set()
         examples = list(self._examples)
-        return _mapped(self._workers[slot.number].warm_up([example.batch for example in examples]), examples)
+        return _map_future(self._workers[slot.number].warm_up([example.batch for example in examples]), examples)
 
     def _on_ready(self, slot, examples):
         self._compiled[slot.number].update(examples)
         for milestone in self._milestones:
             if milestone.example is None or milestone.example in examples:
                 milestone.record_ready(slot.number)
-        self._conclude_reached()
+        self._conclude_milestones()
 
     def _on_death(self, slot, failure):
         for milestone in self._milestones:
             milestone.record_failure(slot.number, failure)
-        self._conclude_reached()
+        self._conclude_milestones()
 
     def _add_example(self, example):
         """Returns the milestone at which all workers have compiled for such batches."""
@@ -272,7 +271,7 @@ class Scheduler:
     def _compile_next(self, slot):
         """Compiles on an idle worker for an example that it has not tried; returns whether there is one."""
         for milestone in self._milestones:
-            if milestone.example is not None and not milestone.tried_by(slot.number):
+            if milestone.example is not None and not milestone.has_tried(slot.number):
                 submit = functools.partial(self._workers[slot.number].warm_up, [milestone.example.batch])
                 self._supervisor.call(slot, submit, functools.partial(self._on_compiled, milestone))
                 return True
@@ -286,16 +285,16 @@ class Scheduler:
             if milestone.example not in self._examples:
                 self._examples.append(milestone.example)
         elif not isinstance(failure, WorkerDied):
-            # The example may be at fault, not the worker: this does not count among the worker's failures.
+            # Perhaps f cannot be computed on the example: this does not count among the worker's failures.
             self._count_fault(Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}"))
             milestone.record_failure(slot.number, failure)
-        self._conclude_reached()
+        self._conclude_milestones()
 
-    def _conclude_reached(self):
-        """Concludes the milestones that every worker, quarantined ones aside, has reached or failed at."""
+    def _conclude_milestones(self):
+        """Concludes the milestones that every worker that is not quarantined has taken or failed at."""
         for milestone in list(self._milestones):
             running_slots = [slot for slot in self._supervisor.slots if slot.state != "quarantined"]
-            if milestone.attempted and all(milestone.tried_by(slot.number) for slot in running_slots):
+            if milestone.is_attempted and all(milestone.has_tried(slot.number) for slot in running_slots):
                 self._conclude(milestone)
 
     def _conclude(self, milestone):
@@ -330,7 +329,7 @@ class _Milestone:
 
     Attributes:
         name: A verb that completes "no worker could ..." in errors.
-        example: The signature that is compiled for; None for starting.
+        example: The signature that workers compile for; None for starting.
         ready: Workers that have taken the step.
         failures: Exceptions of the workers that failed at it.
         done: A future that is done when all running workers have tried.
@@ -345,11 +344,11 @@ class _Milestone:
         self.on_ready: Callable[[], object] = lambda: None
 
     @property
-    def attempted(self) -> bool:
+    def is_attempted(self) -> bool:
         """Returns whether any worker has tried."""
         return bool(self.ready or self.failures)
 
-    def tried_by(self, number: int) -> bool:
+    def has_tried(self, number: int) -> bool:
         """Returns whether this worker has tried."""
         return number in self.ready or number in self.failures
 
@@ -375,16 +374,16 @@ class _Milestone:
         self.done.set_exception(problem)
 
 
-def _mapped(future, value):
+def _map_future(future, value):
     """Returns a future of this value, which waits for another future and fails where that fails."""
-    mapped: Future[Any] = Future()
+    outcome: Future[Any] = Future()
 
     def transfer(source):
         failure = source.exception()
         if failure is None:
-            mapped.set_result(value)
+            outcome.set_result(value)
         else:
-            mapped.set_exception(failure)
+            outcome.set_exception(failure)
 
     future.add_done_callback(transfer)
-    return mapped
+    return outcome

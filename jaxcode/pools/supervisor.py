@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, final
 
-from .event_loop import EventLoop, failed, when_done
+from .event_loop import EventLoop, failed_future, post_when_done
 
 log = logging.getLogger("jaxcode.pools")
 
@@ -160,8 +160,8 @@ class Supervisor:
         try:
             future = submit()
         except Exception as failure:
-            future = failed(WorkerDied(str(failure)))
-        when_done(future, self._loop, functools.partial(self._finish, slot, slot._call_number))
+            future = failed_future(WorkerDied(str(failure)))
+        post_when_done(future, self._loop, functools.partial(self._finish, slot, slot._call_number))
 
     def _finish(self, slot, call_number, future):
         if call_number != slot._call_number:
@@ -235,7 +235,7 @@ class Supervisor:
             limit = {"busy": self._stuck_after, "starting": self._start_limit}.get(slot.state)
             if limit is not None and time.monotonic() - slot._since > limit:
                 failure = WorkerDied(f"it did not answer for {limit} s and was given up")
-                self._finish(slot, slot._call_number, failed(failure))
+                self._finish(slot, slot._call_number, failed_future(failure))
         self._loop.call_later(_CHECK_INTERVAL, self._check_stuck)
 
     def _end_process(self, slot):

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from .._float64 import x64_is_on
 from ..checks import check_count
 from ..functions import as_pure_function
-from .compute import Around, Compute
+from .compute import CompiledModel, Interceptor
 from .pool import WorkerPool
 from .supervisor import WorkerDied
 from .worker import AbstractWorker
@@ -27,7 +27,7 @@ def ThreadPool(
     *,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
     example: PyTree[Any] | None = None,
-    around: Around | None = None,
+    interceptor: Interceptor | None = None,
 ) -> WorkerPool:
     """Makes a pool of workers that are threads of this process, one for each device or several.
 
@@ -39,14 +39,14 @@ def ThreadPool(
         num_workers: N; the number of devices if not given.
         devices: Worker n computes on device n modulo their number; `jax.local_devices()` if not given.
         example: A batch for one worker that all compile for before they are ready, as for `AbstractPool.warm_up`.
-        around: Replaces the computation of workers: called with the worker's number, the compiled model and a batch, it
-            returns what the worker answers. For measuring, tracing and injecting delays and faults.
+        interceptor: Called in place of the compiled model with the worker's number, the compiled model and a batch;
+            returns the worker's answer. For measuring, tracing and injecting delays and faults.
 
     Returns:
         The pool, started.
 
     Raises:
-        ValueError: If f is no model, or there are no devices or workers.
+        ValueError: If f is no model, or there are no devices or workers; and as for `WorkerPool`.
         RuntimeError: If no worker could be started.
 
     >>> import jax.numpy as jnp
@@ -62,7 +62,7 @@ def ThreadPool(
     num_workers = check_count("num_workers", len(devices) if num_workers is None else num_workers)
     fn, params = as_pure_function(f)
     makers = [
-        functools.partial(Compute, fn, params, number, around, devices[number % len(devices)])
+        functools.partial(CompiledModel, fn, params, number, interceptor, devices[number % len(devices)])
         for number in range(num_workers)
     ]
     workers = [_ThreadWorker(number, make, x64_is_on()) for number, make in enumerate(makers)]
@@ -73,9 +73,9 @@ def ThreadPool(
 class _ThreadWorker(AbstractWorker):
     """Computes on one thread. A restart makes another thread with another copy of the parameters."""
 
-    def __init__(self, number: int, make: Callable[[], Compute], x64: bool):
+    def __init__(self, number: int, make: Callable[[], CompiledModel], x64: bool):
         self._number, self._make, self._x64 = number, make, x64
-        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[Compute], Any]] | None] | None = None
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable[[CompiledModel], Any]] | None] | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -87,10 +87,10 @@ class _ThreadWorker(AbstractWorker):
         self._thread.start()
 
     def warm_up(self, examples: Sequence[PyTree[jax.ShapeDtypeStruct]]) -> Future:
-        return self._submit(lambda compute: compute.warm_up(examples))
+        return self._submit(lambda model: model.warm_up(examples))
 
     def call(self, batch: PyTree[np.ndarray]) -> Future:
-        return self._submit(lambda compute: compute(batch))
+        return self._submit(lambda model: model(batch))
 
     def close(self) -> None:
         if self._tasks is not None:
@@ -111,13 +111,13 @@ class _ThreadWorker(AbstractWorker):
 
 def _work(tasks, make, x64):
     """Runs tasks until None is queued, with the setting of jax_enable_x64 of the thread that made the pool."""
-    compute = None
+    model = None
     with jax.enable_x64(x64):
         while (item := tasks.get()) is not None:
             future, task = item
             try:
-                compute = make() if compute is None else compute
-                future.set_result(task(compute))
+                model = make() if model is None else model
+                future.set_result(task(model))
             except BaseException as failure:  # whatever a model raises is the outcome of its call
                 future.set_exception(failure)
             # While the thread waits for its next task, it must not keep the last answer alive.

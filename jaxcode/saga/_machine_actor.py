@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..pools.compute import unpacked
+from ..pools.compute import unpack
 from . import _rounds
 from .state import Common, Machine
 
 # Called with a machine's number and its work of a round, a function without arguments; returns the work's result.
-Around = Callable[[int, Callable[[], Any]], Any]
+Interceptor = Callable[[int, Callable[[], Any]], Any]
 
 
 @final
@@ -27,17 +27,17 @@ class MachineActor:
     Args:
         number: Index of the machine.
         method: What it computes.
-        params: Parameters as `packed` returns them, of which only the structure and shapes matter.
+        params: Parameters as `pack` returns them, of which only the structure and shapes matter.
         num_samples: n, the samples of all machines.
-        around: See `Around`; None to work without it.
+        interceptor: See `Interceptor`; None to work without it.
         x64: Whether JAX computes in 64 bits.
         samples: Its samples, leaves (m, ...).
         size: How many of them are samples; the rest are padding.
     """
 
-    def __init__(self, number, method, params, num_samples, around, x64, samples, size):
+    def __init__(self, number, method, params, num_samples, interceptor, x64, samples, size):
         jax.config.update("jax_enable_x64", x64)
-        _, unravel = ravel_pytree(unpacked(params))
+        _, unravel = ravel_pytree(unpack(params))
         samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
 
         def machine(message, local, dtype):
@@ -53,7 +53,7 @@ class MachineActor:
             return _rounds.with_dtype(method, w.dtype).work(common, machine(message, local, w.dtype), machine_key)
 
         self._begin, self._work = jax.jit(begin), jax.jit(work)
-        self._compute = (lambda compute: compute()) if around is None else functools.partial(around, number)
+        self._compute = (lambda compute: compute()) if interceptor is None else functools.partial(interceptor, number)
 
     def begin(self, w, step_size):
         """Starts at parameters, with a local state of their gradients; the value is None."""
@@ -61,7 +61,7 @@ class MachineActor:
 
     def work(self, message_sum, w, step_size, rounds, key):
         """Computes its part of a round; the value is its change of the parameters."""
-        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpacked(key), self._message, self._local
+        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpack(key), self._message, self._local
         return self._keep(*self._compute(lambda: self._work(*args)))
 
     def local(self):

@@ -15,12 +15,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._float64 import x64_is_on
-from ..pools.compute import packed
+from ..pools.compute import pack
 from ..pools.event_loop import EventLoop
 from ..pools.ray_actors import RayActor, connect
 from ..pools.supervisor import Supervisor, WorkerDied
 from . import _rounds
-from ._machine_actor import Around, MachineActor
+from ._machine_actor import Interceptor, MachineActor
 from .method import AbstractMethod, local_shapes, prepare
 from .run import DivergenceError, History, run
 from .state import State
@@ -55,7 +55,7 @@ class RayMachines:
         time_limit: Seconds after which a round without any answer fails, and a machine that does not answer is
             restarted.
         start_limit: Seconds that machines may take to start.
-        around: Called, in the machine's process, with its number and its work of a round; what it returns is the
+        interceptor: Called, in the machine's process, with its number and its work of a round; what it returns is the
             answer. For tests of delays and faults.
 
     Raises:
@@ -81,7 +81,7 @@ class RayMachines:
         deadline: float | None = None,
         time_limit: float = 300.0,
         start_limit: float = 300.0,
-        around: Around | None = None,
+        interceptor: Interceptor | None = None,
     ):
         if method.mesh is not None:
             raise ValueError("method.mesh is given; expected None, as each machine is a process of its own")
@@ -89,7 +89,7 @@ class RayMachines:
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self.method, self._deadline, self._time_limit, self._start_limit = method, deadline, time_limit, start_limit
-        self._around = around
+        self._interceptor = interceptor
         self._cluster = connect(address)
         self._actor_class = self._cluster.actor_class(
             MachineActor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources
@@ -129,7 +129,7 @@ class RayMachines:
         w, unravel = ravel_pytree(state.params)
         number, sizes = int(jax.device_get(state.round)), np.asarray(state.data.sizes)
         self._start_at = np.asarray(w), np.asarray(state.step_size)
-        common = *self._start_at, number, packed(key)
+        common = *self._start_at, number, pack(key)
         self._wait_until(self._supervisor.idle, end)
         answers = self._loop.ask(functools.partial(self._call_work, common))
         self._wait_until(lambda: not answers.pending, min(end, start_time + (self._deadline or self._time_limit)))
@@ -274,7 +274,7 @@ class RayMachines:
         self._changed = threading.Event()
         # Parameters and step size at which machines start, replaced in every round.
         self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
-        shared_arguments = self.method, packed(params), shards.num_samples, self._around, x64_is_on()
+        shared_arguments = self.method, pack(params), shards.num_samples, self._interceptor, x64_is_on()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
         def arguments(machine):

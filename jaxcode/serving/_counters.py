@@ -22,7 +22,7 @@ class Counters:
         self._latency = [0] * (len(LATENCY_BOUNDS) + 1)
 
     def count_answered(self, latency: float, stragglers: int) -> None:
-        """Counts an answered request, with its latency in seconds and the number of workers not waited for."""
+        """Counts an answered request, its latency in seconds and the number of coded inputs it did not wait for."""
         with self._lock:
             self._outcomes["answered"] += 1
             self._stragglers += stragglers
@@ -30,12 +30,12 @@ class Counters:
             self._latency[bisect.bisect_left(LATENCY_BOUNDS, latency)] += 1
 
     def count_refused(self) -> None:
-        """Counts a request for which too few answers came within the time limit."""
+        """Counts a request that was refused, as too few answers came."""
         with self._lock:
             self._outcomes["refused"] += 1
 
     def count_rejected(self) -> None:
-        """Counts a request for which the queue had no room."""
+        """Counts a request that was rejected, as the queue was full."""
         with self._lock:
             self._outcomes["rejected"] += 1
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 
 class QueueFull(RuntimeError):
-    """Raised when a server has as many requests as it takes; submit the request again later, or elsewhere."""
+    """Raised when a request is rejected, as the server's queue is full; submit it again later, or elsewhere."""
 
 
 @final
@@ -27,9 +27,9 @@ class BoundedQueue:
         self._num_threads, self._max_queued = num_threads, max_queued
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="jaxcode request")
         self._lock = threading.Lock()
-        # Tasks that are neither done nor cancelled, and those of them that wait.
-        self._admitted = 0
-        self._waiting: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
+        # How many tasks are neither done nor cancelled, those of them that wait, and how many threads run tasks.
+        self._num_admitted = 0
+        self._queued: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
         self._num_running = 0
         self._closed = False
 
@@ -47,7 +47,7 @@ class BoundedQueue:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the server is closed; make another one to submit requests")
-            if self._admitted >= self._num_threads + self._max_queued:
+            if self._num_admitted >= self._num_threads + self._max_queued:
                 raise QueueFull(
                     f"{self._num_threads} requests are in flight and {self._max_queued} wait (max_in_flight and "
                     "max_queued); submit this one again later, or allow more to wait"
@@ -56,8 +56,8 @@ class BoundedQueue:
                 # The thread waits for the lock, and then takes the task.
                 self._executor.submit(self._run)
                 self._num_running += 1
-            self._admitted += 1
-            self._waiting.append((future, task))
+            self._num_admitted += 1
+            self._queued.append((future, task))
         # Outside of the lock, as the callback takes it.
         future.add_done_callback(self._on_done)
         return future
@@ -72,10 +72,10 @@ class BoundedQueue:
         """Runs waiting tasks until there are none."""
         while True:
             with self._lock:
-                if not self._waiting:
+                if not self._queued:
                     self._num_running -= 1
                     return
-                future, task = self._waiting.popleft()
+                future, task = self._queued.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             result = failure = None
@@ -85,7 +85,7 @@ class BoundedQueue:
                 failure = problem
             # A thread that waits for the future may submit its next task immediately, and there must be room for it.
             with self._lock:
-                self._admitted -= 1
+                self._num_admitted -= 1
             if failure is None:
                 future.set_result(result)
             else:
@@ -96,5 +96,5 @@ class BoundedQueue:
     def _on_done(self, future):
         if future.cancelled():
             with self._lock:
-                self._admitted -= 1
-                self._waiting = collections.deque(item for item in self._waiting if item[0] is not future)
+                self._num_admitted -= 1
+                self._queued = collections.deque(item for item in self._queued if item[0] is not future)

@@ -6,7 +6,8 @@
 
 The response to JSON is JSON: "outputs", "error" (predicted, for each input; null where none can be), "returned" (how
 many answers were used) and "latency" in seconds. The response to a NumPy file is a NumPy file of the outputs. Invalid
-requests get status 400, 404, 405, 413 or 415; requests for which too few answers came in time, 503.
+requests get status 400, 404, 405, 413 or 415; those that are refused as too few answers came in time, or rejected as
+the queue is full, 503. Errors are JSON: "error", a message.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from ..pools.ray_actors import connect
 from ._queue import QueueFull
 from .server import CodedServer
 
-__all__ = ["Front", "main"]
+__all__ = ["Ingress", "main"]
 
 log = logging.getLogger("jaxcode.serving.http")
 
@@ -48,13 +49,15 @@ _JSON, _NPY = "application/json", "application/x-npy"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serves a model, on a new cluster or a running one, until SIGTERM or SIGINT; then finishes requests in flight.
+    """Serves a model, on a new cluster or a running one, until SIGTERM or SIGINT; then answers requests in flight.
 
     Args:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
 
     Raises:
-        SystemExit: With code 2 if an argument is invalid.
+        SystemExit: With code 2 if an argument is invalid, or Ray Serve is not installed.
+        ImportError: If Ray is not installed.
+        RuntimeError: If the server cannot be started.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -94,7 +97,7 @@ def _serve(serve, args):
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     deployment = serve.deployment(
-        Front,
+        Ingress,
         num_replicas=1,
         max_ongoing_requests=4 * args.max_in_flight,
         ray_actor_options={"num_cpus": 0},
@@ -104,8 +107,8 @@ def _serve(serve, args):
     serve.run(deployment.bind(vars(args)), name="jaxcode", route_prefix="/")
 
 
-class Front:
-    """Answers HTTP requests by a `CodedServer`, whose pool it starts, in a replica of Ray Serve.
+class Ingress:
+    """Answers HTTP requests by a `CodedServer`, whose pool it starts: the ingress deployment of Ray Serve.
 
     Args:
         settings: The parsed command line arguments of `main`, by name.
@@ -153,8 +156,8 @@ class Front:
         try:
             body, media_type = await self._respond(request)
             return Response(body, media_type=media_type)
-        except _Refusal as refusal:
-            return JSONResponse({"error": refusal.message}, refusal.status, headers=refusal.headers)
+        except _HTTPError as problem:
+            return JSONResponse({"error": problem.message}, problem.status, headers=problem.headers)
         except (NotEnoughAnswers, PoolClosed, QueueFull) as problem:
             return JSONResponse({"error": str(problem)}, 503)
         except Exception:
@@ -164,15 +167,15 @@ class Front:
     async def _respond(self, request):
         path, method = request.url.path.rstrip("/"), request.method
         if path in ("/healthz", "/metrics"):
-            _allow(method, "GET", "HEAD")
+            _check_method(method, "GET", "HEAD")
             return self._health() if path == "/healthz" else self._metrics()
         if path != "":
-            raise _Refusal(404, f"there is nothing at {path}; expected /, /healthz or /metrics")
-        _allow(method, "POST")
+            raise _HTTPError(404, f"there is nothing at {path}; expected /, /healthz or /metrics")
+        _check_method(method, "POST")
         media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         readers = {_JSON: _from_json, _NPY: _from_npy}
         if media_type not in readers:
-            raise _Refusal(415, f"content type is {media_type or 'not given'}; expected {' or '.join(readers)}")
+            raise _HTTPError(415, f"content type is {media_type or 'not given'}; expected {' or '.join(readers)}")
         body = await self._read_body(request)
         x = readers[media_type](body, self._dtype)
         self._check(x)
@@ -180,8 +183,8 @@ class Front:
         return (_to_json if media_type == _JSON else _to_npy)(prediction)
 
     async def _read_body(self, request):
-        """Reads the body of a request, and refuses it as soon as it is too long."""
-        too_long = _Refusal(413, f"the body is longer than {self._limit} bytes; send smaller batches")
+        """Reads the body of a request; raises as soon as it is too long."""
+        too_long = _HTTPError(413, f"the body is longer than {self._limit} bytes; send smaller batches")
         if int(request.headers.get("content-length", 0)) > self._limit:
             raise too_long
         parts, length = [], 0
@@ -197,25 +200,25 @@ class Front:
         try:
             batch_size("inputs", x)
         except ValueError as problem:
-            raise _Refusal(400, str(problem)) from problem
+            raise _HTTPError(400, str(problem)) from problem
         if self._shape is not None and any(leaf.shape[1:] != self._shape for leaf in leaves):
             shapes = ", ".join(str(leaf.shape) for leaf in leaves)
-            raise _Refusal(400, f"inputs have shape {shapes}; expected a batch of inputs of shape {self._shape}")
+            raise _HTTPError(400, f"inputs have shape {shapes}; expected a batch of inputs of shape {self._shape}")
         if not all(np.isfinite(leaf).all() for leaf in leaves):
-            raise _Refusal(400, "inputs have NaN or infinite numbers")
+            raise _HTTPError(400, "inputs have NaN or infinite numbers")
 
     async def _predict(self, x):
         try:
             return await self._server.predict_async(x)
         except (TypeError, ValueError) as problem:  # raised by models for shapes they cannot take
-            log.warning("refused: %s", problem)
-            raise _Refusal(400, f"the model cannot take these inputs: {str(problem).splitlines()[0]}") from problem
+            log.warning("invalid inputs: %s", problem)
+            raise _HTTPError(400, f"the model cannot take these inputs: {str(problem).splitlines()[0]}") from problem
 
     def _health(self):
         states = self._pool.states()
         ready = sum(state in ("idle", "busy") for state in states)
         if ready < 2:
-            raise _Refusal(503, f"{ready} of {len(states)} workers are ready")
+            raise _HTTPError(503, f"{ready} of {len(states)} workers are ready")
         return json.dumps({"status": "ready", "workers": {s: states.count(s) for s in sorted(set(states))}}), _JSON
 
     def _metrics(self):
@@ -241,7 +244,7 @@ def _stay_on_loopback():
     replica.add_port_to_grpc_server = add_local_port  # pyright: ignore[reportPrivateImportUsage]
 
 
-class _Refusal(Exception):
+class _HTTPError(Exception):
     """Carries an HTTP error response: its status, a message and headers."""
 
     def __init__(self, status, message, headers=None):
@@ -249,20 +252,20 @@ class _Refusal(Exception):
         self.status, self.message, self.headers = status, message, headers
 
 
-def _allow(method, *methods):
-    if method not in methods:
-        raise _Refusal(405, f"method is {method}; expected {methods[0]}", {"Allow": ", ".join(methods)})
+def _check_method(method, *allowed):
+    if method not in allowed:
+        raise _HTTPError(405, f"method is {method}; expected {allowed[0]}", {"Allow": ", ".join(allowed)})
 
 
 def _from_json(body, dtype):
     try:
         x = json.loads(body)["inputs"]
     except (ValueError, TypeError, KeyError, RecursionError) as problem:
-        raise _Refusal(400, 'the body is not JSON of the form {"inputs": [...]}') from problem
+        raise _HTTPError(400, 'the body is not JSON of the form {"inputs": [...]}') from problem
     try:
         return jax.tree.map(functools.partial(np.asarray, dtype=dtype), x, is_leaf=lambda x: isinstance(x, list))
     except (ValueError, TypeError) as problem:
-        raise _Refusal(400, f"inputs are not numbers in equal rows: {problem}") from problem
+        raise _HTTPError(400, f"inputs are not numbers in equal rows: {problem}") from problem
 
 
 def _from_npy(body, dtype):
@@ -270,7 +273,7 @@ def _from_npy(body, dtype):
         x = np.load(io.BytesIO(body), allow_pickle=False)
         return np.asarray(x, dtype)
     except (ValueError, TypeError, EOFError, AttributeError, OSError) as problem:
-        raise _Refusal(400, f"the body is not a NumPy file of numbers: {problem}") from problem
+        raise _HTTPError(400, f"the body is not a NumPy file of numbers: {problem}") from problem
 
 
 def _to_json(prediction):
@@ -289,7 +292,7 @@ def _to_json(prediction):
 
 def _to_npy(prediction):
     if not isinstance(prediction.values, np.ndarray):
-        raise _Refusal(400, "the model returns several arrays; send the inputs as JSON")
+        raise _HTTPError(400, "the model returns several arrays; send the inputs as JSON")
     file = io.BytesIO()
     np.save(file, prediction.values, allow_pickle=False)
     return file.getvalue(), _NPY
@@ -347,7 +350,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-order", action="store_true", help="group inputs in the order of the batch, not similar ones together")
     add_number("--answers", None, "answers to wait for (default: halfway between K and N)")
     add_number(
-        "--deadline", None, "seconds after which to decode from the answers that came, if they are enough", float
+        "--deadline",
+        None,
+        "seconds after which to decode from the answers that came, if they are enough",
+        float,
     )
     add_number("--error-below", None, "predicted error to reach, for all inputs of a batch", float)
     add_number("--time-limit", 30.0, "seconds after which a request is refused", float)
@@ -355,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input-shape",
         type=_shape,
         metavar="n,n,...",
-        help="shape of one input: others are refused, and workers compile for it at the start",
+        help="shape of one input: others are errors, and workers compile for it at the start",
     )
     add("--dtype", default="float32", help="dtype of inputs (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
@@ -369,6 +375,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(kind):
+    """Returns a function that reads a number above zero from an argument."""
+
     def read(text):
         value = kind(text)
         if not value > 0:

@@ -3,6 +3,8 @@
 import collections
 from typing import final
 
+from ..pools.supervisor import STATES
+
 try:
     from prometheus_client import REGISTRY
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -26,6 +28,8 @@ def register(server, pool, registry=None) -> None:
 
 @final
 class _ServerCollector(Collector):
+    """Reads the counters of a server and the states of its workers."""
+
     def __init__(self, server, pool):
         self._server, self._pool = server, pool
 
@@ -50,7 +54,7 @@ class _ServerCollector(Collector):
         yield events
         workers = GaugeMetricFamily("jaxcode_workers", "Workers, by state.", labels=["state"])
         states = collections.Counter(self._pool.states())
-        for state in ("idle", "busy", "starting", "quarantined"):
+        for state in STATES:
             workers.add_metric([state], states[state])
         yield workers
 

@@ -21,9 +21,9 @@ from ..pipeline import StaticCode
 from ..pools import AbstractPool, Fault, NotEnoughAnswers, Responses
 from ..robust import Defence, Detection
 from ..stop import AbstractStop, answers
+from ._assignment import assignment_order
 from ._codec import Codec
 from ._counters import Counters
-from ._dispatch import dispatch_order
 from ._layout import find_finite, host_arrays, pad_inputs
 from ._queue import BoundedQueue, QueueFull
 
@@ -37,7 +37,7 @@ class Prediction:
     """Holds the results of a request and what is known of their quality, in read-only NumPy arrays.
 
     Attributes:
-        values: Results in the order of the batch, NumPy arrays, leaves (B, ...). NaN (the lowest number of an integer
+        values: Results in the order of the batch, leaves (B, ...). NaN (the lowest number of an integer
             dtype) for an input that has a NaN or an infinite number.
         error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
             `decode_with_error`, in the space in which answers are decoded; infinite where none can be predicted. None
@@ -78,11 +78,11 @@ class CodedServer:
     Args:
         code: The code. Any idle worker computes any of its N coded inputs; usually there are N workers.
         pool: The workers that compute f. The server does not close it.
-        stop: When answers are enough, such as `stop.answers(25) | stop.deadline(0.2)`. The policy is asked once the
-            code can decode every input, and waiting also ends when no running worker could still answer. Its seconds,
-            too, count from the submission of a request.
-        time_limit: Seconds from its submission after which a request is answered from the answers that came, or refused
-            if they are too few.
+        stop: When to stop waiting, such as `stop.answers(25) | stop.deadline(0.2)`. The policy is asked once the
+            answers are enough to decode every input, and waiting also ends when no running worker could still answer.
+            Its seconds, too, count from the submission of a request.
+        time_limit: Seconds after the submission of a request at which its results are decoded from the answers that
+            came, or it is refused if these are not enough.
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
         defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
@@ -94,7 +94,8 @@ class CodedServer:
         max_queued: How many more of them may wait; any further one is rejected with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, a number is out of range, or code is no code or not a static one.
+        ValueError: If stop can never be reached, a number is out of range, code is no code or not a static one, or
+            predict_error is True and the code predicts no errors.
 
     >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode, stop
@@ -143,7 +144,7 @@ class CodedServer:
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
         self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
-        self._again_after, self._dispatch_order = again_after, dispatch_order(code)
+        self._again_after, self._assignment_order = again_after, assignment_order(code)
         self._x64 = x64_is_on()
         self._codec = Codec(StaticCode(code), order, output, defence, self._x64)
         self._queue = BoundedQueue(
@@ -163,7 +164,8 @@ class CodedServer:
             The prediction.
 
         Raises:
-            NotEnoughAnswers: If too few workers answered within the time limit.
+            NotEnoughAnswers: If the answers that came within the time limit are not enough to decode, or no worker is
+                left that could compute the missing ones.
             PoolClosed: If the pool is closed.
             ValueError: As a call of `jaxcode.coded`'s result does; if no input is finite; or if x64 is on now and was
                 off when the server was made.
@@ -217,10 +219,13 @@ class CodedServer:
             zeros = host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
             all_finite = np.ones(batch_size("x", x), bool)
             padded = pad_inputs(zeros, all_finite, self._code.num_data)
-            _, coded = self._codec.encode(padded, all_finite)
-            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], coded))
-            values = self._pool.run(coded, answers(1), time_limit=self._time_limit, enough=lambda returned: True).values
-            num_groups = jax.tree.leaves(coded)[0].shape[1]
+            _, coded_inputs = self._codec.encode(padded, all_finite)
+            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], coded_inputs))
+            # No answer is needed: those to zeros may all be invalid, such as NaN.
+            values = self._pool.run(
+                coded_inputs, answers(1), time_limit=self._time_limit, enough=lambda returned: True
+            ).values
+            num_groups = jax.tree.leaves(coded_inputs)[0].shape[1]
             # Decoding may be another program where every worker answered. A defence examines all groups, or half.
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
                 for num_examined in {num_groups, -(-num_groups // 2)}:
@@ -232,10 +237,10 @@ class CodedServer:
     def counters(self) -> dict[str, Any]:
         """Returns the number of events of each kind since the server was made.
 
-        Requests that were "answered", "refused" for too few answers and "rejected" by a full queue; "stragglers", the
-        coded inputs that answered requests did not wait for; "latency", a cumulative histogram: the number of
-        predictions that took at most as many seconds as each key; "latency_sum", their seconds in total; and "workers",
-        the counters of the pool, since it was made.
+        Requests that were "answered", "refused" as too few answers came (`NotEnoughAnswers`) and "rejected" as the
+        queue was full (`QueueFull`); "stragglers", the coded inputs that answered requests did not wait for; "latency",
+        a cumulative histogram: the number of predictions that took at most as many seconds as each key; "latency_sum",
+        their seconds in total; and "workers", the counters of the pool, since it was made.
         """
         return {**self._counters.snapshot(), "workers": self._pool.counters()}
 
@@ -263,14 +268,14 @@ class CodedServer:
                 "server and its pool with x64 on, as with jax.enable_x64(True)"
             )
 
-    def _predict(self, x, submitted):
-        """Answers a batch, logs the outcome and counts it; `submitted` is a reading of `time.monotonic`."""
+    def _predict(self, x, submit_time):
+        """Answers a batch, logs the outcome and counts it; `submit_time` is a reading of `time.monotonic`."""
         with jax.enable_x64(self._x64):
             try:
-                prediction = self._answer(x, submitted)
-            except NotEnoughAnswers as refusal:
+                prediction = self._answer(x, submit_time)
+            except NotEnoughAnswers as shortage:
                 self._counters.count_refused()
-                log.warning("refused: %s", refusal, extra={"kind": "refused", "batch": batch_size("x", x)})
+                log.warning("refused: %s", shortage, extra={"kind": "refused", "batch": batch_size("x", x)})
                 raise
         num_answers = int(prediction.returned.sum())
         self._counters.count_answered(prediction.latency, len(prediction.returned) - num_answers)
@@ -285,11 +290,11 @@ class CodedServer:
         )
         return prediction
 
-    def _answer(self, x, submitted):
+    def _answer(self, x, submit_time):
         code = self._code
         batch_size("x", x)
-        if time.monotonic() - submitted >= self._time_limit:
-            raise self._refuse_unsent()
+        if time.monotonic() - submit_time >= self._time_limit:
+            raise self._queue_timeout()
         x = host_arrays(x)
         finite = find_finite(x)
         if not finite.all():
@@ -300,28 +305,28 @@ class CodedServer:
         if is_cold:
             log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
         predict_errors = _keep_latest(self._codec.predict_errors)
-        encode_began = time.monotonic()
-        layout, coded = self._codec.encode(padded, finite)
-        seconds_to_encode = time.monotonic() - encode_began
+        encode_start = time.monotonic()
+        layout, coded_inputs = self._codec.encode(padded, finite)
+        seconds_to_encode = time.monotonic() - encode_start
         try:
             responses = self._pool.run(
-                coded,
+                coded_inputs,
                 self._stop,
                 time_limit=self._time_limit,
-                began=submitted,
+                start_time=submit_time,
                 enough=lambda returned: bool(np.all(code.recovered(returned))),
                 error=(lambda values, mask: predict_errors(values, mask)[layout.place]) if self._predicts else None,
-                order=self._dispatch_order,
+                order=self._assignment_order,
                 again_after=self._again_after,
             )
-        except NotEnoughAnswers as refusal:
+        except NotEnoughAnswers as shortage:
             if not is_cold:
                 raise
             message = (
-                f"{refusal}; it was the first request of its shape, for which the server compiled for "
+                f"{shortage}; it was the first request of its shape, for which the server compiled for "
                 f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
             )
-            raise NotEnoughAnswers(message, refusal.responses) from refusal
+            raise NotEnoughAnswers(message, shortage.responses) from shortage
         values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_groups)
         self._warm.add(shapes)
         return Prediction(
@@ -329,13 +334,13 @@ class CodedServer:
             error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts else None,
             exact=layout.restore_members(np.asarray(code.exact(returned))),
             returned=_read_only(returned),
-            latency=time.monotonic() - submitted,
+            latency=time.monotonic() - submit_time,
             faults=responses.faults,
             detection=detection,
         )
 
-    def _refuse_unsent(self):
-        """Returns the exception for a request that used up its time limit in the queue."""
+    def _queue_timeout(self):
+        """Returns the exception for a request that is refused as it used up its time limit in the queue."""
         num_workers = self._code.num_workers
         no_responses = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
         message = (

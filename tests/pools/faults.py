@@ -1,4 +1,4 @@
-"""Injects faults into workers, and observes processes and sockets."""
+"""Injects faults into workers, waits for conditions, and observes processes and sockets."""
 
 import contextlib
 import ipaddress
@@ -13,66 +13,72 @@ import numpy as np
 
 
 class Faults:
-    """Replaces the computation of workers that are threads of this process."""
+    """Intercepts workers that are threads of this process.
+
+    Attributes:
+        behaviours: By worker, functions of the model and a batch that are called in place of the model.
+    """
 
     def __init__(self):
-        self.does = {}
-        self._waiting_for = []
+        self.behaviours = {}
+        self._gates = []
 
     def __call__(self, worker, compute, batch):
-        return self.does.get(worker, lambda compute, batch: compute(batch))(compute, batch)
+        return self.behaviours.get(worker, lambda compute, batch: compute(batch))(compute, batch)
 
-    def waits(self, *numbers):
-        """Has workers wait until `go_on`."""
-        go = threading.Event()
-        self._waiting_for.append(go)
+    def block(self, *workers):
+        """Makes workers wait until `release`."""
+        gate = threading.Event()
+        self._gates.append(gate)
 
         def wait(compute, batch):
-            go.wait(60)
+            gate.wait(60)
             return compute(batch)
 
-        self.does.update(dict.fromkeys(numbers, wait))
+        self.behaviours.update(dict.fromkeys(workers, wait))
 
-    def go_on(self):
-        """Has all workers compute again, those that wait too."""
-        self.does.clear()
-        while self._waiting_for:
-            self._waiting_for.pop().set()
+    def release(self):
+        """Makes all workers compute again, the blocked ones too."""
+        self.behaviours.clear()
+        while self._gates:
+            self._gates.pop().set()
 
-    def fails(self, worker, answer):
-        self.does[worker] = answer
+    def replace(self, worker, behaviour):
+        self.behaviours[worker] = behaviour
 
 
 class FileFaults:
-    """Replaces the computation of workers in other processes by what a file says; notes their pids."""
+    """Intercepts workers in other processes: each behaves as a file of its number says and writes its pid to a file."""
 
     def __init__(self, folder):
         self.folder = str(folder)
 
     def __call__(self, worker, compute, batch):
-        own = Path(self.folder) / f"pid{worker}"
-        if not own.exists() or own.read_text() != str(os.getpid()):
-            own.with_suffix(".new").write_text(str(os.getpid()))
-            own.with_suffix(".new").replace(own)
-        file = Path(self.folder) / f"does{worker}"
-        does = file.read_text() if file.exists() else ""
-        if does.startswith("wait"):
-            time.sleep(float(does.split()[1]))
-        if does == "raise":
+        pid_file = Path(self.folder) / f"pid{worker}"
+        if not pid_file.exists() or pid_file.read_text() != str(os.getpid()):
+            pid_file.with_suffix(".new").write_text(str(os.getpid()))
+            pid_file.with_suffix(".new").replace(pid_file)
+        file = Path(self.folder) / f"behaviour{worker}"
+        behaviour = file.read_text() if file.exists() else ""
+        if behaviour.startswith("wait"):
+            time.sleep(float(behaviour.split()[1]))
+        if behaviour == "raise":
             raise OSError("no disk")
         answer = compute(batch)
         return {
             "NaN": lambda: answer * np.nan,
             "shape": lambda: answer[:1],
             "dtype": lambda: answer.astype(np.float64),
-        }.get(does, lambda: answer)()
+        }.get(behaviour, lambda: answer)()
 
-    def tell(self, does, *workers):
+    def set_behaviour(self, behaviour, *workers):
+        """Makes workers "raise", "wait" so many seconds, or answer "NaN", another "shape" or "dtype"; "" for none."""
         for worker in workers:
-            (Path(self.folder) / f"does{worker}").write_text(does)
+            (Path(self.folder) / f"behaviour{worker}").write_text(behaviour)
 
-    def forget(self):
-        for path in Path(self.folder).glob("does*"):
+    def clear(self):
+        """Makes all workers compute again."""
+        for path in Path(self.folder).glob("behaviour*"):
             path.unlink()
 
     def pid(self, worker):
@@ -86,15 +92,15 @@ class FileFaults:
         self.signal(signal.SIGKILL, *workers)
 
 
-def until(condition, seconds=60.0):
-    """Waits until it holds."""
+def wait_until(condition, seconds=60.0):
+    """Waits until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
 
 
-def returned(responses):
+def returned_shares(responses):
     return np.flatnonzero(responses.returned).tolist()
 
 
@@ -104,34 +110,38 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def alive_in_ray(pid):
-    """Whether it is a process of Ray that runs an actor."""
+def is_ray_worker(pid):
+    """Returns whether a process is one of Ray that runs an actor."""
     with contextlib.suppress(OSError):
         return "ray::" in Path(f"/proc/{pid}/cmdline").read_text()
     return False
 
 
-def processes_of_session(session):
-    """The numbers of those that run; not of those that have ended and that nobody has asked about yet."""
-    found = []
+def running_processes(session):
+    """Finds the pids of a session's processes, without zombies, which have ended already."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             # The command's name, in brackets, may hold anything.
-            state, _, _, of = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found.append(int(process.name))
-    return found
+            state, _, _, process_session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(process_session) == session and state != "Z":
+                pids.append(int(process.name))
+    return pids
 
 
-def sockets_of(chosen):
-    """Addresses that processes listen at, from the kernel's tables."""
+def listening_addresses(is_chosen):
+    """Finds the addresses at which processes listen, in the kernel's tables.
+
+    Args:
+        is_chosen: Called with a process's folder in /proc and its command line; returns whether it is one of them.
+    """
     inodes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if chosen(process, (process / "cmdline").read_text()):
+            if is_chosen(process, (process / "cmdline").read_text()):
                 links = [os.readlink(fd) for fd in (process / "fd").iterdir()]
                 inodes |= {link[8:-1] for link in links if link.startswith("socket:")}
-    found = []
+    addresses = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
@@ -139,5 +149,5 @@ def sockets_of(chosen):
                 words = bytes.fromhex(local.split(":")[0])
                 octets = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
                 address = ipaddress.ip_address(octets)
-                found.append(getattr(address, "ipv4_mapped", None) or address)
-    return found
+                addresses.append(getattr(address, "ipv4_mapped", None) or address)
+    return addresses

@@ -1,4 +1,4 @@
-"""Who starts Ray, who ends it, and what is asked of it in between; against a stand-in that keeps account."""
+"""Tests how Ray is started, used and ended, with a fake Ray that records the calls."""
 
 import itertools
 import os
@@ -13,7 +13,11 @@ from jaxcode.pools.ray_actors import RayActor, connect
 
 
 class FakeRay(types.ModuleType):
-    """As much of Ray as is used. Like Ray, it starts a cluster by itself when it is asked for anything without one."""
+    """Fakes what is used of Ray. Like Ray, it starts a cluster by itself when it is called while there is none.
+
+    Args:
+        host: The address at which a cluster of this machine listens.
+    """
 
     class exceptions:
         class RayTaskError(Exception):
@@ -22,11 +26,11 @@ class FakeRay(types.ModuleType):
         class RayActorError(Exception):
             pass
 
-    def __init__(self, listens="127.0.0.1"):
+    def __init__(self, host="127.0.0.1"):
         super().__init__("ray")
         self.cluster, self.started_by_itself, self.inits, self.killed = None, 0, [], []
         self._numbers = itertools.count()
-        self.util = types.SimpleNamespace(get_node_ip_address=lambda: listens)
+        self.util = types.SimpleNamespace(get_node_ip_address=lambda: host)
 
     def is_initialized(self):
         return self.cluster is not None
@@ -39,28 +43,28 @@ class FakeRay(types.ModuleType):
     def shutdown(self):
         self.cluster = None
 
-    def _need(self):
+    def _start_if_needed(self):
         if self.cluster is None:
             self.started_by_itself += 1
             self.init()
 
     def get_runtime_context(self):
-        self._need()
+        self._start_if_needed()
         return types.SimpleNamespace(get_job_id=lambda: "1", get_node_id=lambda: str(self.cluster))
 
     def put(self, value):
-        self._need()
+        self._start_if_needed()
         return value
 
     def kill(self, actor):
-        self._need()
+        self._start_if_needed()
         self.killed.append(actor)
 
     def remote(self, cls):
         return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._create))
 
     def _create(self, *arguments):
-        self._need()
+        self._start_if_needed()
         return FakeActor(self, arguments)
 
 
@@ -71,7 +75,7 @@ class FakeActor:
     @property
     def work(self):
         def remote(*arguments):
-            self.ray._need()
+            self.ray._start_if_needed()
             future = Future()
             if isinstance(self.outcome, Exception):
                 future.set_exception(self.outcome)
@@ -84,7 +88,7 @@ class FakeActor:
 
 @pytest.fixture
 def ray(monkeypatch):
-    # As if nothing were connected, whatever other tests are.
+    # As if this process were not connected, whatever other tests have done.
     monkeypatch.setattr("jaxcode.pools.ray_actors._session", None)
     ray = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", ray)
@@ -92,19 +96,19 @@ def ray(monkeypatch):
     assert ray.started_by_itself == 0
 
 
-def actor_of(cluster, arguments=lambda: (1,)):
+def make_actor(cluster, arguments=lambda: (1,)):
     return RayActor(cluster, cluster.actor_class(object), arguments)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_cluster_is_ended_with_its_last_user_whoever_started_it(ray, order):
+def test_the_cluster_is_ended_with_its_last_reference_whichever_that_is(ray, order):
     clusters = [connect() for _ in range(3)]
     assert len(ray.inits) == 1
     for number in order[:2]:
         clusters[number].close()
         clusters[number].close()
         assert ray.is_initialized()
-    actor = actor_of(clusters[order[2]])
+    actor = make_actor(clusters[order[2]])
     actor.start()
     clusters[order[2]].close()
     assert not ray.is_initialized()
@@ -121,8 +125,8 @@ def test_a_cluster_of_this_machine_listens_on_the_loopback_interface(ray):
     assert arguments["_node_ip_address"] == "127.0.0.1"
 
 
-def test_a_cluster_that_others_could_reach_is_refused_before_it_is_started(ray, monkeypatch):
-    other = FakeRay(listens="10.0.0.7")
+def test_a_cluster_that_other_machines_could_reach_is_not_started(ray, monkeypatch):
+    other = FakeRay(host="10.0.0.7")
     monkeypatch.setitem(sys.modules, "ray", other)
     with pytest.raises(RuntimeError, match=r"listens on 10\.0\.0\.7.*RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"):
         connect()
@@ -131,7 +135,7 @@ def test_a_cluster_that_others_could_reach_is_refused_before_it_is_started(ray, 
     assert other.inits[0]["address"] == "10.0.0.7:6379"
 
 
-def test_what_others_initialised_is_used_and_left_alone(ray):
+def test_a_ray_that_other_code_initialised_is_used_and_not_ended(ray):
     ray.init()
     cluster = connect()
     with pytest.raises(ValueError, match="connected to a Ray cluster already"):
@@ -140,28 +144,28 @@ def test_what_others_initialised_is_used_and_left_alone(ray):
     assert ray.is_initialized()
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["shut down", "another"])
-def test_nothing_is_asked_of_a_ray_that_was_shut_down_or_is_another(ray, again):
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["shut down", "another"])
+def test_no_function_of_ray_is_called_once_it_was_shut_down_or_is_another(ray, is_restarted):
     cluster = connect()
-    actor = actor_of(cluster)
+    actor = make_actor(cluster)
     actor.start()
     ray.shutdown()
-    if again:
+    if is_restarted:
         ray.init()
-    for ask in (lambda: actor.call("work"), actor.start, lambda: cluster.put(1)):
+    for call in (lambda: actor.call("work"), actor.start, lambda: cluster.put(1)):
         with pytest.raises(WorkerDied):
-            ask()
+            call()
     actor.close()
     cluster.close()
     assert ray.killed == []
-    # What others have started since is not ended.
-    assert ray.is_initialized() == again
+    # The other cluster is not ended.
+    assert ray.is_initialized() == is_restarted
 
 
-def test_every_start_has_arguments_of_its_own_and_ends_the_actor_before(ray):
+def test_every_start_calls_for_arguments_and_ends_the_previous_actor(ray):
     numbers = itertools.count()
     cluster = connect()
-    actor = actor_of(cluster, lambda: (next(numbers),))
+    actor = make_actor(cluster, lambda: (next(numbers),))
     with pytest.raises(WorkerDied):
         actor.call("work")
     for number in range(3):
@@ -176,7 +180,7 @@ def test_every_start_has_arguments_of_its_own_and_ends_the_actor_before(ray):
 
 def test_an_exception_of_the_actor_differs_from_its_death(ray):
     cluster = connect()
-    actor = actor_of(cluster)
+    actor = make_actor(cluster)
     actor.start()
     raised = ray.exceptions.RayTaskError()
     raised.cause = OSError("no disk")

@@ -1,5 +1,6 @@
-"""Pools of threads: early answers, late ones, wrong ones, and several requests at once."""
+"""Tests pools of threads: early, late and invalid answers, and several requests concurrently."""
 
+import inspect
 import re
 import threading
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from jaxcode import pools, stop
 
-from .faults import Faults, returned, until
+from .faults import Faults, returned_shares, wait_until
 
 N = 5
 BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
@@ -21,16 +22,16 @@ BATCH = np.arange(N * 2 * 3, dtype=np.float32).reshape(N, 2, 3)
 def faults():
     faults = Faults()
     yield faults
-    faults.go_on()
+    faults.release()
 
 
 @pytest.fixture
 def pool(faults):
-    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], around=faults) as pool:
+    with pools.ThreadPool(jnp.sin, N, example=BATCH[0], interceptor=faults) as pool:
         yield pool
 
 
-def test_every_worker_answers_its_own_batch(pool):
+def test_every_share_gets_its_own_answer(pool):
     responses = pool.run(BATCH, stop.answers(N))
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
     assert responses.returned.all()
@@ -40,21 +41,21 @@ def test_every_worker_answers_its_own_batch(pool):
 
 
 def test_late_workers_are_not_waited_for_and_their_answers_change_nothing(pool, faults):
-    faults.waits(1, 3)
+    faults.block(1, 3)
     responses = pool.run(BATCH, stop.answers(3))
-    assert returned(responses) == [0, 2, 4]
+    assert returned_shares(responses) == [0, 2, 4]
     assert (responses.values[[1, 3]] == 0).all()
     assert np.isinf(responses.latency[[1, 3]]).all()
     assert [pool.states()[n] for n in (1, 3)] == ["busy", "busy"]
-    faults.go_on()
-    until(lambda: pool.states() == ["idle"] * N)
+    faults.release()
+    wait_until(lambda: pool.states() == ["idle"] * N)
     assert (responses.values[[1, 3]] == 0).all()
     assert pool.counters()["late"] == 2
     np.testing.assert_allclose(pool.run(BATCH, stop.answers(N)).values, np.sin(BATCH), rtol=1e-6)
 
 
 def test_shares_do_not_wait_for_busy_workers(pool, faults):
-    faults.waits(0, 3)
+    faults.block(0, 3)
     pool.run(BATCH, stop.answers(3))
     responses = pool.run(2 * BATCH, stop.answers(N))
     assert pool.states().count("busy") >= 2
@@ -62,54 +63,55 @@ def test_shares_do_not_wait_for_busy_workers(pool, faults):
 
 
 def test_shares_may_be_more_or_fewer_than_workers_and_are_assigned_in_order(pool, faults):
-    faults.waits(1, 2, 3, 4)
+    faults.block(1, 2, 3, 4)
     pool.run(BATCH, stop.answers(1))
     many = np.arange(12 * 2 * 3, dtype=np.float32).reshape(12, 2, 3) / 10
     order = np.random.default_rng(0).permutation(12).tolist()
     responses = pool.run(many, stop.answers(12), order=order)
-    faults.go_on()
+    faults.release()
     np.testing.assert_allclose(responses.values, np.sin(many), rtol=1e-5)
     assert np.argsort(responses.latency).tolist() == order
     assert pool.run(BATCH[:2], stop.answers(2)).values.shape == (2, 2, 3)
 
 
 def test_shares_whose_answers_are_overdue_are_assigned_to_another_worker_too(pool, faults):
-    faults.waits(1, 3)
+    faults.block(1, 3)
     responses = pool.run(BATCH, stop.answers(N), again_after=0.1)
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
     assert 0.1 <= responses.latency[[1, 3]].min() <= responses.latency[[1, 3]].max() < 5
     assert [pool.states()[n] for n in (1, 3)] == ["busy", "busy"]
-    faults.go_on()
-    until(lambda: pool.counters()["late"] == 2)
+    faults.release()
+    wait_until(lambda: pool.counters()["late"] == 2)
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
 
 
-def test_a_deadline_is_kept_to_and_extended_only_until_answers_are_enough(pool, faults):
-    faults.waits(*range(N))
-    threading.Timer(0.4, faults.go_on).start()
+def test_a_deadline_is_kept_and_extended_only_until_answers_are_enough(pool, faults):
+    faults.block(*range(N))
+    threading.Timer(0.4, faults.release).start()
     responses = pool.run(BATCH, stop.deadline(0.1))
     assert responses.seconds >= 0.1
     assert responses.returned.any()
-    until(lambda: pool.states() == ["idle"] * N)
-    faults.waits(2)
+    wait_until(lambda: pool.states() == ["idle"] * N)
+    faults.block(2)
     responses = pool.run(BATCH, stop.deadline(0.5))
     assert responses.returned.sum() == 4
     assert responses.seconds >= 0.5
 
 
-def test_too_few_answers_are_refused_within_the_time_limit_with_the_reason(pool, faults):
-    faults.waits(1, 2, 3)
-    faults.fails(0, _raise)
+def test_a_request_with_too_few_answers_is_refused_at_its_time_limit_with_the_reason(pool, faults):
+    faults.block(1, 2, 3)
+    faults.replace(0, _raise)
     with pytest.raises(pools.NotEnoughAnswers, match=r"\d of 5 answers .* 1 s.*worker 0 raised: OSError") as caught:
         pool.run(BATCH, stop.answers(N), time_limit=1.0, enough=lambda returned: bool(returned.all()))
-    assert returned(caught.value.responses) == [0, 4]  # the one that was left did both
+    assert returned_shares(caught.value.responses) == [0, 4]  # worker 4 computed both, as worker 0 had failed
 
 
 def _raise(compute, batch):
     raise OSError("no disk")
 
 
-WRONG = {
+# Behaviours of a worker, with the kind and the message of the fault.
+FAULTS = {
     "raises": (_raise, "raised", "OSError: no disk"),
     "NaN": (lambda compute, batch: compute(batch) * np.nan, "refused", "NaN or infinite"),
     "one infinity": (lambda compute, batch: np.where(np.arange(3) == 1, np.inf, compute(batch)), "refused", "infinite"),
@@ -121,12 +123,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
-    does, kind, message = wrong
-    faults.fails(3, does)
+@pytest.mark.parametrize(("behaviour", "kind", "message"), FAULTS.values(), ids=FAULTS)
+def test_invalid_answers_do_not_count_and_are_reported(pool, faults, behaviour, kind, message):
+    faults.replace(3, behaviour)
     responses = pool.run(BATCH, stop.answers(N))
-    np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)  # another worker did it
+    np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)  # another worker computed it
     (fault,) = responses.faults
     assert (fault.worker, fault.kind) == (3, kind)
     assert re.search(message, fault.message)
@@ -134,38 +135,30 @@ def test_wrong_answers_do_not_count_and_are_reported(pool, faults, wrong):
 
 
 def test_workers_that_keep_failing_are_quarantined_and_return_when_they_can_compute(pool, faults):
-    faults.fails(3, _raise)
+    faults.replace(3, _raise)
     for _ in range(3):
         pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.states()[3] == "quarantined")
+    wait_until(lambda: pool.states()[3] == "quarantined")
     assert not pool.run(BATCH, stop.answers(N)).faults
-    until(lambda: pool.states()[3] == "idle")
+    wait_until(lambda: pool.states()[3] == "idle")
     pool.run(BATCH, stop.answers(N))
-    until(lambda: pool.counters()["quarantines"] == 2)
-    faults.does.clear()
-    until(lambda: pool.states()[3] == "idle")
+    wait_until(lambda: pool.counters()["quarantines"] == 2)
+    faults.behaviours.clear()
+    wait_until(lambda: pool.states()[3] == "idle")
     assert pool.run(BATCH, stop.answers(N)).returned.all()
-    faults.fails(3, _raise)
+    faults.replace(3, _raise)
     pool.run(BATCH, stop.answers(N))
     assert pool.states()[3] == "idle"
 
 
-def test_requests_that_every_worker_fails_at_do_not_count_as_failures_of_workers(pool):
-    for _ in range(4):
-        with pytest.raises(pools.NotEnoughAnswers, match="NaN"):
-            pool.run(np.full_like(BATCH, np.inf), stop.answers(N), time_limit=0.5)
-    until(lambda: pool.states() == ["idle"] * N)
-    assert pool.run(BATCH, stop.answers(N)).returned.all()
-
-
 def test_requests_of_several_threads_do_not_mix(pool):
-    wrong = []
+    mixed = []
 
     def client(scale):
         for _ in range(20):
             values = pool.run(scale * BATCH, stop.answers(N)).values
             if not np.allclose(values, np.sin(scale * BATCH), atol=1e-6):
-                wrong.append(scale)
+                mixed.append(scale)
 
     clients = [threading.Thread(target=client, args=[np.float32(0.1 * c)], daemon=True) for c in range(6)]
     for thread in clients:
@@ -173,47 +166,43 @@ def test_requests_of_several_threads_do_not_mix(pool):
     for thread in clients:
         thread.join(30)
         assert not thread.is_alive()
-    assert not wrong
+    assert not mixed
     assert pool.counters()["answers"] == 6 * 20 * N
 
 
-def test_closing_ends_requests_that_are_under_way_and_leaves_no_thread(faults):
+def test_closing_ends_requests_in_flight_and_leaves_no_thread(faults):
     before = set(threading.enumerate())
-    pool = pools.ThreadPool(jnp.sin, N, around=faults)
-    faults.waits(*range(N))
+    pool = pools.ThreadPool(jnp.sin, N, interceptor=faults)
+    faults.block(*range(N))
     threading.Timer(0.2, pool.close).start()
     with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
     with pytest.raises(pools.PoolClosed):
         pool.run(BATCH, stop.answers(N))
     pool.close()
-    faults.go_on()
-    until(lambda: not set(threading.enumerate()) - before - {t for t in threading.enumerate() if "Timer" in t.name})
+    faults.release()
+    wait_until(
+        lambda: not set(threading.enumerate()) - before - {t for t in threading.enumerate() if "Timer" in t.name}
+    )
 
 
-def test_workers_are_spread_over_devices_and_keep_the_parameters_there():
-    seen = {}
-
-    def where(worker, compute, batch):
-        seen[worker] = compute
-        return compute(batch)
-
+def test_workers_are_spread_over_devices():
     devices = jax.devices()[:3]
-    with pools.ThreadPool(lambda x: x * 2, devices=devices, around=where) as three:
+    with pools.ThreadPool(lambda x: x * 2, devices=devices) as three:
         assert three.num_workers == 3
         np.testing.assert_array_equal(three.run(BATCH[:3], stop.answers(3)).values, 2 * BATCH[:3])
     with pools.ThreadPool(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 5, devices=devices) as five:
         assert five.run(BATCH, stop.answers(5)).values.shape == (N, 2, 2)
 
 
-def test_pytrees_narrow_dtypes_and_batches_of_other_sizes():
+def test_pytrees_narrow_dtypes_and_batches_of_any_size_are_computed():
     def f(batch):
         return {"sum": batch["a"].sum(-1), "wide": batch["b"]}
 
     with pools.ThreadPool(f, 3) as pool:
         for size in (1, 4):
-            sent = {"a": np.ones((3, size, 2), np.float32), "b": jnp.ones((3, size, 2, 2), jnp.bfloat16)}
-            responses = pool.run(sent, stop.answers(3))
+            shares = {"a": np.ones((3, size, 2), np.float32), "b": jnp.ones((3, size, 2, 2), jnp.bfloat16)}
+            responses = pool.run(shares, stop.answers(3))
             assert responses.values["sum"].shape == (3, size)
             assert responses.values["wide"].dtype == jnp.bfloat16
 
@@ -233,8 +222,21 @@ def test_warming_up_compiles_on_every_worker_before_a_request():
         assert len(traces) == before
 
 
-def test_what_makes_no_sense_is_refused(pool, unchecked):
-    for wrong, message in (
+def test_the_pool_has_the_signature_of_the_interface():
+    for name in ("run", "warm_up"):
+        interface, method = (getattr(cls, name) for cls in (pools.AbstractPool, pools.WorkerPool))
+        assert inspect.signature(method) == inspect.signature(interface)
+
+
+def test_what_a_model_raises_when_it_is_traced_is_raised():
+    with pools.ThreadPool(lambda x: x["missing"], 1) as pool:
+        for call in (lambda: pool.run({"a": BATCH}, stop.answers(1)), lambda: pool.warm_up({"a": BATCH[0]})):
+            with pytest.raises(KeyError, match="missing"):
+                call()
+
+
+def test_arguments_that_make_no_sense_raise(pool, unchecked):
+    for call, message in (
         (lambda: pool.run(BATCH, stop.answers(2), order=[0, 1, 2]), "expected the numbers of the 5 shares"),
         (lambda: pool.run({"a": BATCH, "b": BATCH[:3]}, stop.answers(2)), "of the same length"),
         (lambda: pool.run(np.ones(N), stop.answers(2)), "expected"),
@@ -249,4 +251,4 @@ def test_what_makes_no_sense_is_refused(pool, unchecked):
         (lambda: pools.ThreadPool(lambda x: 1.0, 2, example=BATCH[0]), "expected the batch as its leading axis"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrong()
+            call()

@@ -13,7 +13,7 @@ import pytest
 from jaxcode import saga
 from jaxcode.saga import DistributedSaga, RayMachines
 
-from ..pools.faults import FileFaults, alive_in_ray, until
+from ..pools.faults import FileFaults, is_ray_worker, wait_until
 from . import problems
 
 KEY = jax.random.key(0)
@@ -58,7 +58,7 @@ class Faults:
 def shared(tmp_path_factory):
     with jax.enable_x64(True):
         faults = Faults(tmp_path_factory.mktemp("faults"))
-        with RayMachines(METHOD, deadline=1.0, time_limit=60.0, around=faults) as machines:
+        with RayMachines(METHOD, deadline=1.0, time_limit=60.0, interceptor=faults) as machines:
             yield machines, faults
 
 
@@ -94,20 +94,20 @@ def test_rounds_go_on_without_late_dead_stuck_and_failing_machines_which_rejoin(
         state = machines.round(state, KEY)
         settle(machines)
     # Late: its move is discarded; its table changes, and its next message says so.
-    faults.tell("wait 3", 1)
+    faults.set_behaviour("wait 3", 1)
     before = state.messages[1]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[1], before)
-    faults.tell("", 1)
+    faults.set_behaviour("", 1)
     settle(machines)
     state = machines.round(state, KEY)
     assert (state.messages[1] != before).any()
     # A machine that raises has missed the round, no more.
-    faults.tell("raise", 2)
+    faults.set_behaviour("raise", 2)
     before = state.messages[2]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[2], before)
-    faults.tell("", 2)
+    faults.set_behaviour("", 2)
     # Dead: starts again with gradients at the current parameters.
     faults.kill(0)
     state = machines.round(state, KEY)
@@ -132,12 +132,12 @@ def test_errors_name_the_failures_if_no_machine_answers(shared):
     machines, faults = shared[0], shared[1].files
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)  # the first round compiles, and may take machines longer than the deadline
-    faults.tell("raise", 0, 1, 2)
+    faults.set_behaviour("raise", 0, 1, 2)
     try:
         with pytest.raises(saga.NoMachines, match=r"round 1: machine 0 raised OSError: no disk; machine 1 raised"):
             machines.round(state, KEY)
     finally:
-        faults.tell("", 0, 1, 2)
+        faults.set_behaviour("", 0, 1, 2)
     machines.round(state, KEY)
 
 
@@ -147,17 +147,17 @@ def test_a_machine_that_keeps_raising_is_restarted(shared):
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)
     process = faults.pid(1)
-    faults.tell("raise", 1)
+    faults.set_behaviour("raise", 1)
     try:
         for _ in range(3):
             state = machines.round(state, KEY)
             assert np.isfinite(state.params).all()
-        until(lambda: machines._supervisor.counters()["restarts"] == 1)
+        wait_until(lambda: machines._supervisor.counters()["restarts"] == 1)
     finally:
-        faults.tell("", 1)
+        faults.set_behaviour("", 1)
     settle(machines)
     machines.round(state, KEY)
-    until(lambda: faults.pid(1) != process)
+    wait_until(lambda: faults.pid(1) != process)
 
 
 @pytest.mark.long
@@ -267,7 +267,7 @@ def test_closing_leaves_no_processes(shared):
     pids = [faults.pid(machine) for machine in range(3)]
     machines.close()
     machines.close()
-    until(lambda: not any(map(alive_in_ray, pids)))
+    wait_until(lambda: not any(map(is_ray_worker, pids)))
 
 
 def test_settings_that_make_no_sense_are_refused(unchecked):

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def scores(x):
-    """Computes scores, two seconds late where an input starts with 9."""
+    """Computes scores; takes two seconds where an input starts with 9."""
     assert x.shape[-1] == 4, "four numbers an input"
 
     def wait(first):
@@ -17,7 +17,3 @@ def scores(x):
 
     pause = jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x[..., 0])
     return jnp.tanh(x @ jnp.ones((4, 3)) / 4) + pause
-
-
-def make():
-    return {"not": "a model"}

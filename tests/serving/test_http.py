@@ -1,4 +1,4 @@
-"""The HTTP front, as a client sees it."""
+"""Tests the HTTP server as its clients see it."""
 
 import concurrent.futures
 import contextlib
@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from ..pools.faults import free_port, processes_of_session, sockets_of, until
+from ..pools.faults import free_port, listening_addresses, running_processes, wait_until
 from .model import scores
 
 INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
@@ -22,7 +22,7 @@ JSON, NPY = "application/json", "application/x-npy"
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory):
+def server(tmp_path_factory):
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     arguments = f"--model tests.serving.model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
@@ -46,8 +46,8 @@ def front(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(front, method="POST", path="/", body=b"", kind=JSON, headers=()):
-    connection = http.client.HTTPConnection("127.0.0.1", front[0], timeout=60)
+def send(server, method="POST", path="/", body=b"", kind=JSON, headers=()):
+    connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=60)
     try:
         connection.request(method, path, body, {"content-type": kind, **dict(headers)})
         response = connection.getresponse()
@@ -66,8 +66,8 @@ def as_npy(x):
     return file.getvalue()
 
 
-def test_json_is_answered_with_json(front):
-    status, _, body = ask(front, body=as_json(INPUTS))
+def test_a_json_request_gets_a_json_response(server):
+    status, _, body = send(server, body=as_json(INPUTS))
     answer = json.loads(body)
     assert status == 200
     np.testing.assert_allclose(answer["outputs"], scores(INPUTS), atol=0.05)
@@ -76,14 +76,14 @@ def test_json_is_answered_with_json(front):
     assert 0 < answer["latency"] < 20
 
 
-def test_a_numpy_file_is_answered_with_one(front):
-    status, headers, body = ask(front, body=as_npy(INPUTS), kind=NPY)
+def test_a_numpy_file_gets_a_numpy_file(server):
+    status, headers, body = send(server, body=as_npy(INPUTS), kind=NPY)
     assert (status, headers["content-type"]) == (200, NPY)
     np.testing.assert_allclose(np.load(io.BytesIO(body), allow_pickle=False), scores(INPUTS), atol=0.05)
 
 
 @pytest.mark.parametrize(
-    ("request_", "status", "message"),
+    ("arguments", "status", "message"),
     [
         ({"body": b"{"}, 400, "not JSON"),
         ({"body": b"[1]"}, 400, "not JSON of the form"),
@@ -102,52 +102,52 @@ def test_a_numpy_file_is_answered_with_one(front):
         ({"path": "/elsewhere"}, 404, "nothing at /elsewhere"),
     ],
 )
-def test_invalid_requests_have_a_status_and_a_message(front, request_, status, message):
-    found, headers, body = ask(front, **request_)
-    assert found == status, body
+def test_invalid_requests_have_a_status_and_a_message(server, arguments, status, message):
+    found_status, headers, body = send(server, **arguments)
+    assert found_status == status, body
     assert message in json.loads(body)["error"]
     assert ("allow" in headers) == (status == 405)
 
 
-def test_a_chunked_body_is_refused_when_it_is_too_long(front):
-    status, _, _ = ask(front, body=iter([b" " * 50_000] * 4))  # sent in chunks
+def test_a_chunked_body_that_is_too_long_has_status_413(server):
+    status, _, _ = send(server, body=iter([b" " * 50_000] * 4))  # sent in chunks
     assert status == 413
 
 
-def test_health_and_metrics(front):
-    ask(front, body=as_json(INPUTS))
-    status, _, body = ask(front, "GET", "/healthz")
+def test_health_and_metrics_report_workers_and_requests(server):
+    send(server, body=as_json(INPUTS))
+    status, _, body = send(server, "GET", "/healthz")
     assert status == 200
     assert sum(json.loads(body)["workers"].values()) == 6
-    status, headers, body = ask(front, "GET", "/metrics")
+    status, headers, body = send(server, "GET", "/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     answered = next(line for line in body.decode().splitlines() if 'jaxcode_requests_total{outcome="answered"}' in line)
     assert float(answered.split()[-1]) >= 1
 
 
-def test_it_listens_on_the_loopback_interface_only(front):
-    addresses = sockets_of(lambda process, command: os.getsid(int(process.name)) == os.getsid(front[1].pid))
+def test_it_listens_on_the_loopback_interface_only(server):
+    addresses = listening_addresses(lambda process, command: os.getsid(int(process.name)) == os.getsid(server[1].pid))
     assert addresses
     assert all(address.is_loopback for address in addresses), addresses
 
 
-def test_sigterm_answers_requests_in_flight_and_leaves_no_process(front):
-    _, process, log = front
+def test_sigterm_answers_requests_in_flight_and_leaves_no_process(server):
+    _, process, log = server
     slow = np.where(np.arange(4) == 0, np.float32(9), INPUTS[:4])
     with concurrent.futures.ThreadPoolExecutor(2) as clients:
-        futures = [clients.submit(ask, front, body=as_json(slow)) for _ in range(2)]
+        futures = [clients.submit(send, server, body=as_json(slow)) for _ in range(2)]
         time.sleep(0.7)
         process.send_signal(signal.SIGTERM)
         answers = [future.result(60) for future in futures]
     for status, _, body in answers:
         assert status == 200, body
-    # Ray Serve ends a replica that it takes to be busy after twice the time limit.
+    # If Ray Serve takes the replica to be busy, it ends it after twice the time limit.
     assert process.wait(120) == 0, log.read_text()
     with pytest.raises(OSError, match="refused"):
-        ask(front, "GET", "/healthz")
+        send(server, "GET", "/healthz")
     # Processes may take a moment to end.
-    until(lambda: not processes_of_session(process.pid), 20)
+    wait_until(lambda: not running_processes(process.pid), 20)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_sigterm_answers_requests_in_flight_and_leaves_no_process(front):
         ("--model tests.serving.model:scores --num-data 1", "num_data"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_started(arguments, message, capsys, unchecked):
+def test_invalid_arguments_end_the_program_before_anything_is_started(arguments, message, capsys, unchecked):
     from jaxcode.serving.http import main
 
     with pytest.raises(SystemExit) as caught:

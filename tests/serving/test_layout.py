@@ -1,4 +1,4 @@
-"""Where inputs are in the groups that are encoded."""
+"""Tests the places of inputs in the groups that are encoded."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +32,9 @@ def test_results_come_back_to_their_inputs(num_data, size, is_ordered, num_missi
     # The groups that hold inputs are those of the ordered batch, the others repeat them.
     groups = layout.index.reshape(-1, num_data)
     order = np.arange(size) if permutation is None else permutation[permutation < size]
-    real = groups[: layout.num_groups].reshape(-1)
-    np.testing.assert_array_equal(real[:size], order)
-    assert (real[size:] == order[-1]).all()
+    ordered = groups[: layout.num_groups].reshape(-1)
+    np.testing.assert_array_equal(ordered[:size], order)
+    assert (ordered[size:] == order[-1]).all()
     for number in range(layout.num_groups, len(groups)):
         np.testing.assert_array_equal(groups[number], groups[number % layout.num_groups])
 
@@ -55,6 +55,6 @@ def test_an_input_is_finite_if_all_its_numbers_are(dtype):
     np.testing.assert_array_equal(find_finite(x), [True, False, False, True])
 
 
-def test_a_permutation_that_names_an_input_twice_is_refused():
+def test_a_permutation_that_names_an_input_twice_raises():
     with pytest.raises(ValueError, match="order did not return a permutation"):
         lay_out(np.ones(3, bool), 2, np.array([0, 0, 2, 3]))

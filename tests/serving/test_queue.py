@@ -1,4 +1,4 @@
-"""The bounded queue: order, room, cancellation."""
+"""Tests the bounded queue: order, limits, cancellation."""
 
 import gc
 import random
@@ -29,13 +29,13 @@ def test_tasks_run_in_the_order_of_their_submission(gate):
     assert order == list(range(10))
 
 
-def test_a_task_makes_room_before_its_future_is_done():
+def test_a_task_leaves_the_queue_before_its_future_is_done():
     queue = BoundedQueue(1, 0)
     for i in range(2000):
         assert queue.submit(lambda i=i: i).result(30) == i
 
 
-def test_an_exception_is_the_future_s_and_the_thread_goes_on():
+def test_an_exception_is_set_on_the_future_and_later_tasks_run():
     queue = BoundedQueue(1, 1)
     with pytest.raises(KeyError, match="lost"):
         queue.submit(lambda: {}["lost"]).result(30)
@@ -67,13 +67,13 @@ def test_what_a_finished_task_holds_is_freed():
     reference = weakref.ref(payload)
     queue.submit(lambda payload=payload: None).result(30)
     del payload
-    # The thread lets go of the task just after its future is done: a second one is run after that.
+    # The thread frees the task just after its future is done, and before it runs the next one.
     queue.submit(lambda: None).result(30)
     gc.collect()
     assert reference() is None
 
 
-def test_closing_waits_for_what_was_submitted_and_takes_no_more(gate):
+def test_closing_waits_for_submitted_tasks_and_accepts_no_more(gate):
     queue = BoundedQueue(2, 10)
     futures = [queue.submit(lambda: gate.wait(300)) for _ in range(6)]
     threading.Timer(0.1, gate.set).start()
@@ -83,17 +83,17 @@ def test_closing_waits_for_what_was_submitted_and_takes_no_more(gate):
         queue.submit(lambda: None)
 
 
-def test_no_room_is_lost_or_gained_when_many_threads_submit_and_cancel():
+def test_the_limits_hold_while_many_threads_submit_and_cancel():
     queue = BoundedQueue(3, 4)
-    most = threading.Lock()
+    lock = threading.Lock()
     running = peak = 0
 
     def task():
         nonlocal running, peak
-        with most:
+        with lock:
             running += 1
             peak = max(peak, running)
-        with most:
+        with lock:
             running -= 1
 
     def client(seed):

@@ -1,22 +1,22 @@
-"""Orders coded inputs by how informative their answers are."""
+"""Chooses the order in which coded inputs are assigned to workers."""
 
 import numpy as np
 
 from ..codes import AbstractCode
 
 
-def dispatch_order(code: AbstractCode) -> list[int]:
-    """Orders coded inputs by how informative their answers are, for when fewer workers are idle than there are inputs.
+def assignment_order(code: AbstractCode) -> list[int]:
+    """Orders coded inputs by how informative their answers are, for where fewer workers are idle than there are inputs.
 
     First comes one coded input for each data node at which there is a worker node, as its answer is an exact result;
-    then, one after the other, the worker node that is farthest from all before it. Codes without nodes keep their
-    order.
+    then, one after the other, that of the worker node farthest from the nodes of all before it. Those of codes without
+    nodes keep their order.
 
     Args:
         code: A code whose nodes, if it has any, are static.
 
     Returns:
-        A permutation of the N coded inputs.
+        A permutation of the numbers of the N coded inputs.
     """
     if code.nodes is None:
         return list(range(code.num_workers))
