@@ -46,7 +46,7 @@ def test_the_optimum_is_the_one_without_stragglers_within_the_decoding_error():
         with jax.enable_x64(True):
             method = saga.DistributedSaga(saga.multinomial, 8, 64, RIDGE)
             state = method.init(jnp.zeros((32, 10)), (features, labels))
-            state, _ = method.run(state, jax.random.key(0), 500, every=500, progress=False)
+            state, _ = method.run(state, jax.random.key(0), 200, every=200, progress=False)
             # The gradient of the coded problem at the optimum of the exact one.
             gradient = jax.grad(lambda w: method.objective(w, state))(jnp.asarray(optimum))
         error = np.sqrt(np.mean(np.sum((features - exact) ** 2, axis=1)))
