@@ -12,7 +12,7 @@ import sys
 from tqdm import tqdm
 
 from tests.interpolants.spline import cases
-from tests.interpolants.spline.measure import PROGRAMS, bar, errors, scipy_is_right
+from tests.interpolants.spline.measure import PROGRAMS, error_limit, errors, scipy_is_right
 
 
 def main(argv=None):
@@ -40,9 +40,9 @@ def main(argv=None):
             oracle = "SciPy" if scipy_is_right(n, smoothing) else "60 digits"
             figures = "  ".join(f"{largest[program][0]:14.1e}" for program in PROGRAMS)
             print(f"{n:5d} {smoothing:7.0e}  {figures}   {oracle}", flush=True)
-            exceeded += [(n, smoothing, p, *largest[p]) for p in PROGRAMS if not largest[p][0] <= bar(p)]
+            exceeded += [(n, smoothing, p, *largest[p]) for p in PROGRAMS if not largest[p][0] <= error_limit(p)]
     for n, smoothing, program, error, case in exceeded:
-        print(f"exceeded: {program} at n={n}, mu={smoothing:g}: {error:.1e} > {bar(program):.0e} ({case})")
+        print(f"exceeded: {program} at n={n}, mu={smoothing:g}: {error:.1e} > {error_limit(program):.0e} ({case})")
     if not exceeded:
         print("every error is within its limit: 1e-9 in float64, 1e-5 in float32")
     return 1 if exceeded else 0
