@@ -17,13 +17,13 @@ import jaxcode as jc
 from . import datasets
 from .comparison import Comparison, Scheme, compare, figures, standard_schemes, tuned_scheme
 from .datasets import Dataset
-from .networks import NETWORK_OF, NETWORKS, network
+from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train
 from .train import accuracy
 
 Setting = tuple[int, int, int]
 
 _SETTINGS = ((100, 20, 60), (60, 20, 20), (30, 20, 5), (20, 8, 3), (12, 8, 2))
-_SHOWN = {
+_TITLES = {
     "agreement": "same class as without stragglers",
     "accuracy": "accuracy",
     "rmse": "RMSE of the class probabilities, norm over classes",
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"images, got {args.batch_size}"
         )
     start = time.perf_counter()
-    name = args.network or NETWORK_OF[args.dataset]
+    name = args.network or DEFAULT_NETWORKS[args.dataset]
     path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
-    model = network(name, data, args.dataset, path, seed=args.seed)
+    model = load_or_train(name, data, args.dataset, path, seed=args.seed)
     score = accuracy(model, data.x_test, data.y_test)
-    print(f"{name} on {args.dataset}: {score:.1%} of {len(data.x_test):,} test images right.\n", flush=True)
+    print(f"{name} on {args.dataset}: accuracy {score:.1%} on {len(data.x_test):,} test images.\n", flush=True)
 
     comparisons = {}
     for setting in settings:
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compares every code, and one tuned for the network, at several (N, K, S).",
     )
 
-    def number(name: str, default: int, text: str) -> None:
+    def add_number(name: str, default: int, text: str) -> None:
         parser.add_argument(name, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     parser.add_argument(
@@ -101,12 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         + " ".join(",".join(map(str, setting)) for setting in _SETTINGS)
         + ")",
     )
-    number("--batch-size", 400, "test images in a batch")
-    number("--num-batches", 5, "batches to average over")
-    number("--num-sets", 20, "straggler sets for each request of a batch")
-    number("--seed", 0, "seed of weights, batches and stragglers")
+    add_number("--batch-size", 400, "test images in a batch")
+    add_number("--num-batches", 5, "batches to average over")
+    add_number("--num-sets", 20, "straggler sets for each request of a batch")
+    add_number("--seed", 0, "seed of weights, batches and stragglers")
     parser.add_argument(
-        "--weights", type=Path, help="safetensors file with the network's weights; trained and written if not there"
+        "--weights", type=Path, help="safetensors file with the network's weights; written if it does not exist"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("out/compare"), help="folder to write to (default: %(default)s)"
@@ -159,33 +159,33 @@ def _schemes(num_data: int, num_workers: int, tune) -> tuple[Scheme, ...]:
         Scheme("bri", "Floater-Hormann (BRI)", jc.FloaterHormannCode.chebyshev(*size), "softmax"),
         Scheme("bscc", "B-spline (BSCC)", jc.BSplineCode.chebyshev(*size), "softmax"),
         Scheme("lcc", "Lagrange (LCC)", jc.LagrangeCode.chebyshev(*size), "softmax"),
-        Scheme("nercc", "two smoothings tuned (NeRCC)", nested.code, tuned_scheme(nested).decodes),
+        Scheme("nercc", "two smoothings tuned (NeRCC)", nested.code, tuned_scheme(nested).output),
         Scheme("systematic", "systematic, logits, ordered", jc.SplineCode.systematic(*size), "logits", order),
     )
 
 
-def _tables(compared: dict[Setting, Comparison], args: argparse.Namespace) -> str:
-    first = next(iter(compared.values()))
-    head = f"{'':30}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in compared)
+def _tables(comparisons: dict[Setting, Comparison], args: argparse.Namespace) -> str:
+    schemes = next(iter(comparisons.values())).schemes
+    header = f"{'':30}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in comparisons)
     parts = []
-    for metric, title in _SHOWN.items():
-        intervals = [comparison.interval(metric) for comparison in compared.values()]
-        lines = [f"{title}\n{head}"]
-        for i, scheme in enumerate(first.schemes):
-            cells = (_cell(mean[i, 0], half[i, 0]) for mean, half in intervals)
+    for metric, title in _TITLES.items():
+        intervals = [comparison.interval(metric) for comparison in comparisons.values()]
+        lines = [f"{title}\n{header}"]
+        for i, scheme in enumerate(schemes):
+            cells = (_cell(mean[i, 0], half_width[i, 0]) for mean, half_width in intervals)
             lines.append(f"{_label(scheme):30}" + "".join(f"{cell:>16}" for cell in cells))
         parts.append("\n".join(lines))
-    shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in compared.values())
+    shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in comparisons.values())
     parts.append(
-        f"Classes lost by the tuned code, as a share of those lost by replication\n{head}\n{'tuned':30}{shares}"
+        f"Classes lost by the tuned code, as a share of those lost by replication\n{header}\n{'tuned':30}{shares}"
     )
     parts.append(_FOOTNOTE.format(**vars(args)))
     return "\n\n".join(parts)
 
 
-def _cell(mean: float, half: float) -> str:
+def _cell(mean: float, half_width: float) -> str:
     digits = 4 if mean < 10 else 0
-    return f"{mean:.{digits}f} ±{half:.{digits}f}"
+    return f"{mean:.{digits}f} ±{half_width:.{digits}f}"
 
 
 def _label(scheme: Scheme) -> str:
@@ -202,30 +202,30 @@ def _share_of_replication(comparison: Comparison) -> float:
     return float(tuned / replication) if replication else float("nan")
 
 
-def _write(compared: dict[Setting, Comparison], path: Path) -> None:
+def _write(comparisons: dict[Setting, Comparison], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("num_workers", "num_data", "num_stragglers", "scheme", "metric", "mean", "low", "high"))
-        for (num_workers, num_data, _), comparison in compared.items():
+        for (num_workers, num_data, _), comparison in comparisons.items():
             for scheme, num_stragglers, *rest in figures(comparison):
                 writer.writerow((num_workers, num_data, num_stragglers, scheme, *rest))
 
 
-def _plot(compared: dict[Setting, Comparison], title: str, path: Path) -> None:
+def _plot(comparisons: dict[Setting, Comparison], title: str, path: Path) -> None:
     """Draws the share of classes that each scheme loses, and that of replication as a line."""
-    figure = Figure(figsize=(3 * len(compared) + 2.5, 5), layout="constrained")
+    figure = Figure(figsize=(3 * len(comparisons) + 2.5, 5), layout="constrained")
     figure.suptitle(f"{title}: classes lost to stragglers (mean and 95 % interval over batches)")
-    panels = figure.subplots(1, len(compared), sharey=True, squeeze=False)[0]
-    for axes, (setting, comparison) in zip(panels, compared.items(), strict=True):
-        mean, half = comparison.interval("agreement")
+    panels = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+    for axes, (setting, comparison) in zip(panels, comparisons.items(), strict=True):
+        mean, half_width = comparison.interval("agreement")
         for i, scheme in enumerate(comparison.schemes):
             color = "#0072B2" if scheme.name == "tuned" else "#444444"
-            axes.errorbar(max(1 - mean[i, 0], 1e-4), i, xerr=half[i, 0], color=color, marker="o", capsize=3)
+            axes.errorbar(max(1 - mean[i, 0], 1e-4), i, xerr=half_width[i, 0], color=color, marker="o", capsize=3)
         axes.axvline(_lost_classes(comparison, "replication").mean(), color="#000000", linestyle="--", linewidth=0.8)
         axes.set(title=f"N, K, S = {', '.join(map(str, setting))}", xlabel="1 - agreement", xscale="log")
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    schemes = next(iter(compared.values())).schemes
+    schemes = next(iter(comparisons.values())).schemes
     panels[0].set_yticks(range(len(schemes)), [_label(scheme) for scheme in schemes])
     panels[0].invert_yaxis()
     figure.savefig(path, dpi=130, facecolor="white")

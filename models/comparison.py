@@ -28,14 +28,14 @@ class Scheme:
         name: Short name, for files.
         label: Its name in tables and plots.
         code: The code; a code for fewer than N workers uses the first of them.
-        decodes: Whether the code decodes the model's logits or their softmax.
+        output: What the code decodes, the model's logits or their softmax.
         order: Orders the images of a batch before they are grouped into requests; None for their own order.
     """
 
     name: str
     label: str
     code: jc.AbstractCode
-    decodes: Literal["softmax", "logits"]
+    output: Literal["softmax", "logits"]
     order: jc.ordering.Ordering | None = None
 
 
@@ -69,15 +69,15 @@ def mean_and_half_width(
         ValueError: If there are fewer than two values, which have no interval.
     """
     values = np.asarray(values, np.float64)
-    num = values.shape[-1]
-    if num < 2:
-        raise ValueError(f"a confidence interval needs at least 2 seeds, got {num}")
-    half = stats.t.ppf(0.975, num - 1) * values.std(axis=-1, ddof=1) / np.sqrt(num)
-    return values.mean(axis=-1), half
+    num_seeds = values.shape[-1]
+    if num_seeds < 2:
+        raise ValueError(f"a confidence interval needs at least 2 seeds, got {num_seeds}")
+    half_width = stats.t.ppf(0.975, num_seeds - 1) * values.std(axis=-1, ddof=1) / np.sqrt(num_seeds)
+    return values.mean(axis=-1), half_width
 
 
 def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
-    """Makes the published schemes as published, and improved ones.
+    """Makes the schemes of the literature as published, and improved ones.
 
     LeTCC (arXiv 2406.00300) and BACC (2009.08327) have the nodes of their papers and decode softmax outputs,
     as in their experiments. LeTCC's smoothing is the best of a grid on digits with (N, K, S) = (60, 20, 20),
@@ -107,8 +107,8 @@ def standard_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
 
 def tuned_scheme(tuned: jc.tuning.Tuned) -> Scheme:
     """Makes the scheme that tuning chose, for a model that returns logits."""
-    decodes = "softmax" if tuned.output is jc.outputs.probabilities else "logits"
-    return Scheme("tuned", "tuned", tuned.code, decodes, tuned.order)
+    output = "softmax" if tuned.output is jc.outputs.probabilities else "logits"
+    return Scheme("tuned", "tuned", tuned.code, output, tuned.order)
 
 
 def compare(
@@ -153,12 +153,12 @@ def compare(
     graph, state = nnx.split(model)
     requests = batch_size // num_data
 
-    def apply(state: nnx.State, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
+    def apply_model(state: nnx.State, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
         return nnx.merge(graph, state)(images)
 
-    # Ordering happens before the compiled part, so schemes that differ in nothing else share it.
-    run = {(s.code, s.decodes): jax.jit(partial(_measure, s, apply, num_data)) for s in schemes}
-    base = jax.jit(apply)
+    # Batches are ordered outside of the compiled programs, so that schemes that differ in the order alone share one.
+    programs = {(s.code, s.output): jax.jit(partial(_measure, s, apply_model, num_data)) for s in schemes}
+    compiled_model = jax.jit(apply_model)
     sample = jax.jit(partial(_sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
     counts = jnp.asarray(straggler_counts)
     values = {m: np.zeros((len(schemes), len(straggler_counts), num_seeds), np.float32) for m in METRICS}
@@ -169,12 +169,12 @@ def compare(
             images, labels = jnp.asarray(x[indices]), jnp.asarray(y[indices])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
             permutations = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
-            targets = base(state, images)
+            targets = compiled_model(state, images)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
             for j, scheme in enumerate(schemes):
                 index = permutations[scheme.order] if scheme.order else np.arange(len(indices))
                 batch = images[index], labels[index], targets[index]
-                metrics = run[scheme.code, scheme.decodes](state, *batch, masks)
+                metrics = programs[scheme.code, scheme.output](state, *batch, masks)
                 for metric in METRICS:
                     values[metric][j, :, i] = np.mean(metrics[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
@@ -182,12 +182,12 @@ def compare(
 
 
 def figures(comparison: Comparison) -> Iterator[tuple[str, int, str, str, str, str]]:
-    """Yields scheme, straggler count, metric, and in digits the mean over seeds and the ends of its 95 % interval."""
+    """Yields scheme, straggler count, metric, and as text the mean over seeds and the ends of its 95 % interval."""
     for metric in METRICS:
-        mean, half = comparison.interval(metric)
+        mean, half_width = comparison.interval(metric)
         for i, scheme in enumerate(comparison.schemes):
             for j, count in enumerate(comparison.straggler_counts):
-                low, high = mean[i, j] - half[i, j], mean[i, j] + half[i, j]
+                low, high = mean[i, j] - half_width[i, j], mean[i, j] + half_width[i, j]
                 yield scheme.name, count, metric, f"{mean[i, j]:.6f}", f"{low:.6f}", f"{high:.6f}"
 
 
@@ -215,7 +215,7 @@ def _sample_masks(
 
 def _measure(
     scheme: Scheme,
-    apply: Callable[[nnx.State, Float[Array, "batch ..."]], Float[Array, "batch classes"]],
+    apply_model: Callable[[nnx.State, Float[Array, "batch ..."]], Float[Array, "batch classes"]],
     num_data: int,
     state: nnx.State,
     images: Float[Array, "batch height width channels"],
@@ -228,13 +228,13 @@ def _measure(
     grouped = images.reshape(requests, num_data, *images.shape[1:]).swapaxes(0, 1)
     coded = scheme.code.encode(grouped)
     num_workers = coded.shape[0]
-    logits = apply(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
-    answers = logits if scheme.decodes == "logits" else jax.nn.softmax(logits)
+    logits = apply_model(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
+    answers = logits if scheme.output == "logits" else jax.nn.softmax(logits)
 
     def measure_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
         decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
         decoded = decoded.reshape(targets.shape)
-        probabilities = jax.nn.softmax(decoded) if scheme.decodes == "logits" else decoded
+        probabilities = jax.nn.softmax(decoded) if scheme.output == "logits" else decoded
         is_lost = jnp.isnan(decoded).any(axis=-1)
         # Where nothing is known, every class has the same probability.
         filled = jnp.where(is_lost[:, None], 1 / targets.shape[-1], probabilities)

@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    problem = _problem(args)
-    if problem:
-        parser.error(problem)
+    error = _argument_error(args)
+    if error:
+        parser.error(error)
     try:
         data = datasets.load(args.dataset, args.data_dir)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -77,26 +77,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     epochs = ", ".join(f"{number} for {name}" for name, number in _EPOCHS.items())
 
-    def number(name: str, default: int | None, text: str) -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(name, type=int, default=default, metavar="n", help=text + shown)
+    def add_number(name: str, default: int | None, text: str) -> None:
+        suffix = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=int, default=default, metavar="n", help=text + suffix)
 
-    number("--num-data", 20, "K, images in a request")
-    number("--num-workers", 60, "N, workers that a request is spread over")
-    number("--num-stragglers", 20, "S, workers that never reply")
+    add_number("--num-data", 20, "K, images in a request")
+    add_number("--num-workers", 60, "N, workers that a request is spread over")
+    add_number("--num-stragglers", 20, "S, workers that never reply")
     parser.add_argument(
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    number("--epochs", None, f"passes over the training images (default: {epochs})")
-    number("--batch-size", 400, "test images in a batch")
-    number("--num-seeds", 12, "batches to average over")
-    number("--seed", 0, "seed of weights, batches and stragglers")
+    add_number("--epochs", None, f"passes over the training images (default: {epochs})")
+    add_number("--batch-size", 400, "test images in a batch")
+    add_number("--num-seeds", 12, "batches to average over")
+    add_number("--seed", 0, "seed of weights, batches and stragglers")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
     return parser
 
 
-def _problem(args: argparse.Namespace) -> str | None:
+def _argument_error(args: argparse.Namespace) -> str | None:
+    """Describes the first invalid argument; returns None if all are valid."""
     if args.num_data < 2:
         return f"--num-data must be at least 2, got {args.num_data}"
     if args.num_workers < args.num_data:
@@ -125,7 +126,7 @@ def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
     fit(model, data, seed=args.seed, epochs=epochs, batch_size=_TRAINING_BATCH[args.dataset])
     seconds = time.perf_counter() - start
     score = accuracy(model, data.x_test, data.y_test)
-    print(f"   {score:.1%} of {len(data.x_test)} test images right, after {seconds:.0f} s.\n")
+    print(f"   Accuracy {score:.1%} on {len(data.x_test)} test images, after {seconds:.0f} s.\n")
     return model
 
 
@@ -149,7 +150,7 @@ def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.T
 
 
 def _predict_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
-    """Predicts with the library in three lines, and draws one request."""
+    """Predicts one batch by the tuned code, prints the calls and the accuracy, and draws one request."""
     images, labels = jnp.asarray(data.x_test[: args.batch_size]), data.y_test[: args.batch_size]
     key = jax.random.key(args.seed)
     returned = jc.stragglers.Uniform(args.num_stragglers).sample(key, num_workers=args.num_workers)
@@ -164,7 +165,7 @@ def _predict_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: ar
         f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late)\n"
         "       predict = tuned.coded(model)\n"
         "       logits = predict(images, returned)\n\n"
-        f"   {coded_accuracy:.1%} of {len(images)} images right; {full_accuracy:.1%} when every worker replies.\n",
+        f"   Accuracy on {len(images)} images: {coded_accuracy:.1%}; {full_accuracy:.1%} when every worker replies.\n",
         flush=True,
     )
     inputs = images[: args.num_data]
@@ -198,7 +199,7 @@ def _compare(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argpars
         seed=args.seed,
     )
     print(_table(comparison, args))
-    print(_verdict(comparison, args))
+    print(_summary(comparison, args))
     return comparison
 
 
@@ -221,8 +222,8 @@ def _table(comparison: Comparison, args: argparse.Namespace) -> str:
     header = f"\n   {'':28}{'decodes':10}" + "".join(f"{title:14}" for title in metrics.values())
     lines = [header.rstrip()]
     for i, scheme in enumerate(comparison.schemes):
-        cells = (f"{mean[i, index]:.3f} ±{half[i, index]:.3f}" for mean, half in intervals.values())
-        lines.append(f"   {scheme.label:28}{scheme.decodes:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
+        cells = (f"{mean[i, index]:.3f} ±{half_width[i, index]:.3f}" for mean, half_width in intervals.values())
+        lines.append(f"   {scheme.label:28}{scheme.output:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
     base = float(comparison.base_accuracy.mean())
     lines.append(f"   {'every worker replies':38}{base:.3f}")
     footnote = _FOOTNOTE.format(
@@ -235,14 +236,14 @@ def _table(comparison: Comparison, args: argparse.Namespace) -> str:
     return "\n".join(lines) + f"\n\n{indented}"
 
 
-def _verdict(comparison: Comparison, args: argparse.Namespace) -> str:
+def _summary(comparison: Comparison, args: argparse.Namespace) -> str:
     mean, _ = comparison.interval("agreement")
     shares = mean[:, comparison.straggler_counts.index(args.num_stragglers)]
     best = int(shares.argmax())
     share_of = {s.name: share for s, share in zip(comparison.schemes, shares, strict=True)}
     label, share = comparison.schemes[best].label, shares[best]
     return (
-        f"\n   With {args.num_stragglers} of {args.num_workers} workers silent, {share:.1%} of the images "
+        f"\n   While {args.num_stragglers} of {args.num_workers} workers never reply, {share:.1%} of the images "
         f"keep their class ({label});\n"
         f"   {share_of['replication']:.1%} do by replication, {share_of['uncoded']:.1%} uncoded."
     )

@@ -11,7 +11,7 @@ from .resnet import ResNet14
 from .train import fit
 
 NETWORKS = {"lenet5": LeNet5, "resnet14": ResNet14}
-NETWORK_OF = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
+DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
 _TRAINING = {
     "digits": {"epochs": 15, "batch_size": 64},
     "mnist": {"epochs": 4, "batch_size": 128},
@@ -19,7 +19,7 @@ _TRAINING = {
 }
 
 
-def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
+def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
     """Loads a trained network from the file of its weights; if there is none, trains it and writes the file.
 
     Args:
@@ -48,6 +48,6 @@ def network(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) ->
 
 
 def digits() -> nnx.Module:
-    """Loads a LeNet5 trained on scikit-learn's digits, or trains it in seconds."""
+    """Loads a LeNet5 trained on scikit-learn's digits; trains it, in seconds, if there is no file of its weights."""
     data = datasets.load("digits")
-    return network("lenet5", data, "digits", Path("out/lenet5-digits-0.safetensors").absolute(), seed=0)
+    return load_or_train("lenet5", data, "digits", Path("out/lenet5-digits-0.safetensors").absolute(), seed=0)

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,14 +21,14 @@ _STYLES = {
     "repeated": ("#009E73", "P", "-"),
     "tuned": ("#D55E00", "*", "-"),
 }
-_SERVING = {
+_SERVING_STYLES = {
     "uncoded": _STYLES["uncoded"],
     "replication": _STYLES["replication"],
     "hedged replication": ("#CC79A7", "v", "-."),
     "LeTCC, as published": _STYLES["letcc"],
     "ours": _STYLES["tuned"],
 }
-_MISSING = "#D55E00"
+_MISSING_COLOR = "#D55E00"
 
 
 def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, path: Path) -> None:
@@ -57,15 +57,15 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
     )
     panels = ((accuracy_axes, "accuracy", "accuracy"), (rmse_axes, "rmse", "RMSE of the class probabilities"))
     for axes, metric, label in panels:
-        mean, half = comparison.interval(metric)
+        mean, half_width = comparison.interval(metric)
         for i, scheme in enumerate(comparison.schemes):
             color, marker, line = _STYLES[scheme.name]
             style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
             axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
             axes.fill_between(
                 comparison.straggler_counts,
-                mean[i] - half[i],
-                mean[i] + half[i],
+                mean[i] - half_width[i],
+                mean[i] + half_width[i],
                 color=color,
                 alpha=0.2,
                 linewidth=0,
@@ -74,7 +74,7 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
         axes.set(xlabel="workers that never reply", ylabel=label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _set_view(accuracy_axes, comparison, base)
+    _set_limits(accuracy_axes, comparison, base)
     rmse_axes.set_ylim(bottom=0)
     figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
@@ -91,7 +91,7 @@ def plot_latency(latency: dict[str, Float[np.ndarray, "requests"]], title: str, 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for label, seconds in latency.items():
-        color, marker, line = _SERVING[label]
+        color, marker, line = _SERVING_STYLES[label]
         shares = 1 - np.arange(1, len(seconds) + 1) / (len(seconds) + 1)
         axes.plot(1000 * np.sort(seconds), shares, color=color, linestyle=line, label=label, linewidth=1.6)
         index = np.searchsorted(-shares, -0.01)
@@ -132,54 +132,65 @@ def plot_request(
     cell = width / num_data
     figure = Figure(figsize=(width, cell * (1 + rows) + 3.6), layout="constrained")
     heights = (cell, cell * rows, 2.0)
-    top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
+    input_axes, coded_axes, class_axes = figure.subplots(3, 1, height_ratios=heights)
 
-    _mosaic(top, inputs, 1, num_data)
-    _title(top, f"{num_data} inputs, ordered so that similar ones are neighbours", width)
-    _mosaic(middle, coded, rows, num_data)
+    _mosaic(input_axes, inputs, 1, num_data)
+    _title(input_axes, f"{num_data} inputs, ordered so that similar ones are neighbours", width)
+    _mosaic(coded_axes, coded, rows, num_data)
+    _cross_out(coded_axes, np.flatnonzero(~returned), rows, inputs.shape[1])
     missing = int(np.sum(~returned))
     _title(
-        middle,
+        coded_axes,
         f"coded inputs of the {num_workers} workers: points of a smooth curve through the inputs, column by column; "
         f"{missing} never reply",
         width,
     )
-    size = inputs.shape[1]
-    for worker in np.flatnonzero(~returned):
-        column, row = divmod(int(worker), rows)
-        x, y = column * size - 0.5, row * size - 0.5
-        middle.fill([x, x + size, x + size, x], [y, y, y + size, y + size], color="white", alpha=0.55, linewidth=0)
-        for ends in ((y, y + size), (y + size, y)):
-            middle.plot((x, x + size), ends, color=_MISSING, linewidth=1.6)
-
-    # Probabilities stop at the palette's middle, so that the rings stay readable.
-    bottom.imshow(decoded.T, cmap="Blues", vmin=0, vmax=1.7, aspect="auto")
-    best, truth = decoded.argmax(axis=-1), targets.argmax(axis=-1)
-    is_same, columns = best == truth, np.arange(num_data)
-    ring = {"marker": "o", "facecolors": "none", "s": 60, "linewidths": 1.6}
-    bottom.scatter(columns[is_same], truth[is_same], edgecolors="black", label="class the model gives, decoded", **ring)
-    if not is_same.all():
-        bottom.scatter(
-            columns[~is_same],
-            truth[~is_same],
-            edgecolors=_MISSING,
-            label="class the model gives, decoded as another",
-            **ring,
-        )
-    bottom.set_yticks(range(len(class_names)), class_names, fontsize=8)
-    bottom.set_xticks([])
+    num_equal = _plot_classes(class_axes, decoded, targets, class_names)
     _title(
-        bottom,
+        class_axes,
         f"class probabilities decoded from the {num_workers - missing} answers: "
-        f"{int(is_same.sum())} of {num_data} classes as without stragglers",
+        f"{num_equal} of {num_data} classes as without stragglers",
         width,
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _save(figure, path)
 
 
-def _set_view(axes: Axes, comparison: Comparison, base: float) -> None:
-    """Shows all schemes but the uncoded one, whose line may leave the panel."""
+def _cross_out(axes: Axes, workers: Int[np.ndarray, "missing"], rows: int, size: int) -> None:
+    """Draws crosses over the images of some workers in a mosaic of square images of a size."""
+    for worker in workers:
+        column, row = divmod(int(worker), rows)
+        x, y = column * size - 0.5, row * size - 0.5
+        axes.fill([x, x + size, x + size, x], [y, y, y + size, y + size], color="white", alpha=0.55, linewidth=0)
+        for ends in ((y, y + size), (y + size, y)):
+            axes.plot((x, x + size), ends, color=_MISSING_COLOR, linewidth=1.6)
+
+
+def _plot_classes(
+    axes: Axes,
+    decoded: Float[np.ndarray, "K classes"],
+    targets: Float[np.ndarray, "K classes"],
+    class_names: tuple[str, ...],
+) -> int:
+    """Plots decoded class probabilities with rings at the model's classes; returns how many classes are the same."""
+    # Colors end at the middle of the palette, so that rings are visible on the darkest.
+    axes.imshow(decoded.T, cmap="Blues", vmin=0, vmax=1.7, aspect="auto")
+    classes, expected = decoded.argmax(axis=-1), targets.argmax(axis=-1)
+    is_same, columns = classes == expected, np.arange(len(decoded))
+    ring = {"marker": "o", "facecolors": "none", "s": 60, "linewidths": 1.6}
+    label = "class the model gives, decoded"
+    axes.scatter(columns[is_same], expected[is_same], edgecolors="black", label=label, **ring)
+    if not is_same.all():
+        axes.scatter(
+            columns[~is_same], expected[~is_same], edgecolors=_MISSING_COLOR, label=f"{label} as another", **ring
+        )
+    axes.set_yticks(range(len(class_names)), class_names, fontsize=8)
+    axes.set_xticks([])
+    return int(is_same.sum())
+
+
+def _set_limits(axes: Axes, comparison: Comparison, base: float) -> None:
+    """Sets the y axis to the range of all schemes but the uncoded one, whose line may leave the panel."""
     mean, _ = comparison.interval("accuracy")
     others = [i for i, scheme in enumerate(comparison.schemes) if scheme.name != "uncoded"]
     lowest = float(mean[others].min()) if others else 0.0
@@ -193,13 +204,13 @@ def _title(axes: Axes, text: str, width: float) -> None:
 
 def _mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"], rows: int, columns: int) -> None:
     """Draws images in a grid, column by column, with blanks at the end."""
-    num, height, width, channels = images.shape
-    gray = channels == 1
-    tiles = np.full((columns * rows, height, width, channels), 0.0 if gray else 1.0)
-    tiles[:num] = np.clip(images, 0, 1)
+    count, height, width, channels = images.shape
+    is_gray = channels == 1
+    tiles = np.full((columns * rows, height, width, channels), 0.0 if is_gray else 1.0)
+    tiles[:count] = np.clip(images, 0, 1)
     tiles = tiles.reshape(columns, rows, height, width, channels).transpose(1, 2, 0, 3, 4)
     tiles = tiles.reshape(rows * height, columns * width, channels)
-    axes.imshow(tiles[..., 0] if gray else tiles, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(tiles[..., 0] if is_gray else tiles, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
     for edge in range(1, columns):
         axes.axvline(edge * width - 0.5, color="#cccccc", linewidth=0.6)
     for edge in range(1, rows):

@@ -15,13 +15,13 @@ from tqdm import tqdm
 import jaxcode as jc
 
 from . import datasets
-from .networks import NETWORK_OF, NETWORKS, network
+from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train
 from .plots import plot_latency
 from .train import predicted_classes
 
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
-# Quantiles of a delay: after which a share is sent again, and after which our scheme waits no longer.
-_HEDGE, _DEADLINE = 0.95, 0.995
+# Quantiles of a delay: after which a share is assigned to another worker, and after which our scheme waits no longer.
+_HEDGE_QUANTILE, _DEADLINE_QUANTILE = 0.95, 0.995
 
 _FOOTNOTE = """\
 {num_requests:,} requests of {batch_size} test images each, {clients} concurrently; the same images for every scheme.
@@ -53,17 +53,17 @@ class Delays:
 
     def __call__(self, worker, compute, batch):
         """Sleeps, then computes."""
-        # The state of a stream stays in the worker's process; this object is sent to it.
+        # This object is sent to the worker's process, where the streams stay.
         stream = _STREAMS.setdefault((worker, self), np.random.default_rng((self.seed, worker)))
         time.sleep(float(self.draw(stream, 1)[0]))
         return compute(batch)
 
-    def draw(self, rng: np.random.Generator, number: int) -> Float[np.ndarray, "number"]:
-        """Draws so many delays, in seconds."""
+    def draw(self, rng: np.random.Generator, count: int) -> Float[np.ndarray, "count"]:
+        """Draws delays, in seconds."""
         if self.law == "pareto":
-            seconds = self.scale * (1 + rng.pareto(self.tail, number))
+            seconds = self.scale * (1 + rng.pareto(self.tail, count))
         else:
-            seconds = self.scale * np.exp(self.tail * rng.normal(size=number))
+            seconds = self.scale * np.exp(self.tail * rng.normal(size=count))
         return np.minimum(seconds, self.longest)
 
     def model(self) -> jc.stragglers.AbstractLatency:
@@ -83,8 +83,9 @@ class Delays:
         return f"lognormal with median {milliseconds} and sigma {self.tail:g}"
 
 
+# Random streams of this process, by worker and delays.
 _STREAMS: dict = {}
-
+# Default tails, by law.
 _TAILS = {"pareto": 1.5, "lognormal": 1.0}
 
 
@@ -133,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     delays = Delays(args.delays, args.delay / 1000, tail, args.longest, args.seed)
 
     start = time.perf_counter()
-    name = args.network or NETWORK_OF[args.dataset]
+    name = args.network or DEFAULT_NETWORKS[args.dataset]
     path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
-    model = network(name, data, args.dataset, path, seed=args.seed)
+    model = load_or_train(name, data, args.dataset, path, seed=args.seed)
     reference = predicted_classes(model, data.x_test)
     accuracy = np.mean(reference == data.y_test)
-    print(f"{name} on {args.dataset}: {accuracy:.1%} of test images are classified correctly.", flush=True)
+    print(f"{name} on {args.dataset}: accuracy {accuracy:.1%} on test images.", flush=True)
     sample = data.x_train[: max(200, args.batch_size)]
-    stragglers = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE))
+    stragglers = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE_QUANTILE))
     tuned = jc.tune(model, sample, args.num_data, args.num_workers, stragglers)
     print(f"Tuned code: {tuned.candidates[0].layout}.", flush=True)
 
@@ -153,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         outcomes = [_measure(label, server, data.x_test, batches, args.clients) for label, server in servers.items()]
 
     table = _table(outcomes, reference[np.stack(batches)], data.y_test[np.stack(batches)])
-    footnote = _FOOTNOTE.format(
-        **vars(args), law=delays, hedge=1000 * delays.quantile(_HEDGE), deadline=1000 * delays.quantile(_DEADLINE)
-    )
+    hedge, deadline = (1000 * delays.quantile(probability) for probability in (_HEDGE_QUANTILE, _DEADLINE_QUANTILE))
+    footnote = _FOOTNOTE.format(**vars(args), law=delays, hedge=hedge, deadline=deadline)
     print(f"\n{table}\n\n{footnote}")
     _write(outcomes, args.out / "latency.csv")
     plot_latency(
@@ -212,7 +212,7 @@ def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str,
     def server(code, policy, **options):
         return jc.CodedServer(code, pool, policy, time_limit=3 * args.longest, **{"predict_error": False, **options})
 
-    uncoded, again_after = jc.UncodedCode(num_data), delays.quantile(_HEDGE)
+    uncoded, again_after = jc.UncodedCode(num_data), delays.quantile(_HEDGE_QUANTILE)
     accurate = stop.answers(num_data) & stop.error_below(args.tolerance)
     return {
         "uncoded": server(uncoded, stop.answers(num_data)),
@@ -223,7 +223,7 @@ def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str,
         ),
         "ours": server(
             code,
-            accurate | stop.deadline(delays.quantile(_DEADLINE)),
+            accurate | stop.deadline(delays.quantile(_DEADLINE_QUANTILE)),
             order=tuned.order,
             output=tuned.output,
             again_after=again_after,
@@ -245,11 +245,11 @@ def _measure(
             return time.perf_counter() - start_time, np.full(len(batch), -1), 0
         return time.perf_counter() - start_time, np.argmax(prediction.values, axis=-1), int(prediction.returned.sum())
 
-    start_of_calls = time.perf_counter()
+    first_call_time = time.perf_counter()
     with ThreadPoolExecutor(clients) as executor:
         results = list(tqdm(executor.map(send, batches), total=len(batches), desc=label, unit="request"))
     latency, classes, answers = (np.stack(column) for column in zip(*results, strict=True))
-    return Outcome(label, latency, time.perf_counter() - start_of_calls, classes, answers)
+    return Outcome(label, latency, time.perf_counter() - first_call_time, classes, answers)
 
 
 def _table(outcomes: list[Outcome], reference: np.ndarray, labels: np.ndarray) -> str:

@@ -65,7 +65,7 @@ def fit(
     @jax.jit
     def step(params, rest, opt_state, x: Float[Array, "batch ..."], y: Int[Array, "batch"]):
         def loss(params):
-            # Rebuilt, because flax lets a variable change only under the transformation that made it.
+            # Rebuilt, because Flax lets a variable change only under the transformation that made it.
             module = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
             value = optax.softmax_cross_entropy_with_integer_labels(module(x), y).mean()
             return value, nnx.split(module, nnx.Param, ...)[2]
@@ -82,7 +82,7 @@ def fit(
             for batch in rng.permutation(num_images)[: steps * batch_size].reshape(steps, batch_size):
                 x, y = dataset.x_train[batch], dataset.y_train[batch]
                 if augment:
-                    x = _augmented(x, rng)
+                    x = _augment(x, rng)
                 params, rest, opt_state, value = step(params, rest, opt_state, x, y)
                 total = total + value
                 bar.update()
@@ -93,7 +93,7 @@ def fit(
     return history
 
 
-def _augmented(
+def _augment(
     x: Float32[np.ndarray, "batch height width channels"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "batch height width channels"]:
     """Mirrors images with probability one half and shifts them within a black margin of an eighth of their size."""

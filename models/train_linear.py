@@ -23,8 +23,8 @@ from .datasets import libsvm
 
 DATASETS = ("breast_cancer", "digits", "a9a", "w8a")
 LEVELS = (1e-4, 1e-6, 1e-8)
-# The suboptimality for which steps are chosen and methods compared.
-AIM = 1e-6
+# The suboptimality for which step sizes are chosen and methods compared.
+TARGET = 1e-6
 _STYLES = {
     "distributed SAGA, anchored": ("#D55E00", "-"),
     "distributed SAGA, own": ("#E69F00", "--"),
@@ -35,7 +35,7 @@ _STYLES = {
     "minibatch SGD": ("#000000", ":"),
 }
 # Step sizes to try, in units of 1 / (3 L); those of round r are divided by 1 + decay r.
-_LENGTHS = {"saga": (0.1, 0.3, 1.0, 3.0), "sgd": (0.3, 1.0, 3.0, 5.0)}
+_STEP_SIZES = {"saga": (0.1, 0.3, 1.0, 3.0), "sgd": (0.3, 1.0, 3.0, 5.0)}
 _DECAYS = {"saga": (0.0,), "sgd": (0.0, 0.01, 0.1)}
 _SGD_METHODS = {
     "FedAvg": saga.FederatedAveraging,
@@ -46,8 +46,8 @@ _FOOTNOTE = """\
 Samples {lengths}, sorted by label over {machines} machines; {period} steps of one sample each a round, for minibatch
 SGD one step of as many samples. Floats are those that each machine sends. Steps are in units of 1 / (3 L), in round r.
 Of {saga} step sizes for SAGA, with {epochs} epochs, and {sgd} for the variants of SGD, with up to {longest}, a row
-shows the one that reaches {aim:.0e} first or comes closest. Rows are of one seed, ratios of {seeds}. The optimum is
-scikit-learn's, {least:.12f}."""
+shows the one that reaches {target:.0e} first or comes closest. Rows are of one seed, ratios of {seeds}. The optimum is
+scikit-learn's, {minimum:.12f}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Problem:
         data: Rows and labels.
         loss: The loss of one sample.
         params: The first parameters, zeros.
-        least: The objective at scikit-learn's optimum.
+        minimum: The objective at scikit-learn's optimum.
     """
 
     data: tuple[Any, np.ndarray]
     loss: saga.LinearLoss
     params: jax.Array
-    least: float
+    minimum: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +83,15 @@ class Run:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What it sent until it reached the aim, with the first seed, and how close it came."""
+        """The floats that it sent until it reached the target with the first seed, and its last suboptimality."""
         history = self.histories[0]
-        index = first(history, AIM)
-        # Runs that diverge end with values that are not finite.
+        index = first_record(history, TARGET)
+        # Runs that diverge may end with values that are not finite.
         return (np.inf if index is None else history.floats[index]), np.nan_to_num(history.values[-1], nan=np.inf)
 
 
-def first(history: saga.History, level: float) -> int | None:
-    """Returns the first record at or below a suboptimality, None if there is none."""
+def first_record(history: saga.History, level: float) -> int | None:
+    """Returns the index of the first record at or below a suboptimality, None if there is none."""
     indices = np.flatnonzero(history.values <= level)
     return int(indices[0]) if indices.size else None
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = train(problem, args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    text = table(runs, problem.least, args)
+    text = table(runs, problem.minimum, args)
     print(text)
     _write(runs, args.out / f"{args.dataset}.csv")
     _plot(runs, args, args.out / f"{args.dataset}.png")
@@ -153,12 +153,12 @@ def load(name: str, data_dir: Path | None, ridge: float, *, keep_lengths: bool =
     else:
         coefficients = model.coef_[0]
         losses = np.logaddexp(0, -y * (x @ coefficients))
-    least = float(losses.mean() + ridge / 2 * np.sum(coefficients**2))
-    return Problem((x, y), saga.multinomial if multiclass else saga.logistic, jnp.zeros(coefficients.shape), least)
+    minimum = float(losses.mean() + ridge / 2 * np.sum(coefficients**2))
+    return Problem((x, y), saga.multinomial if multiclass else saga.logistic, jnp.zeros(coefficients.shape), minimum)
 
 
 def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
-    """Trains by every method from zeros, with the best of several step sizes; by variants of SGD for longer."""
+    """Trains by every method from zeros, with the best of several step sizes; variants of SGD get more epochs."""
     settings: dict[str, Any] = {"num_machines": args.machines, "period": args.period, "ridge": args.ridge}
     methods: dict[str, Any] = {
         "distributed SAGA, anchored": saga.DistributedSaga(problem.loss, correction="anchored", **settings),
@@ -173,91 +173,92 @@ def train(problem: Problem, args: argparse.Namespace) -> list[Run]:
         kind, epochs = ("sgd", args.epochs * args.patience) if name in _SGD_METHODS else ("saga", args.epochs)
         first_state = method.init(problem.params, problem.data)
         trials = []
-        for length, decay in tqdm(
-            list(itertools.product(_LENGTHS[kind], _DECAYS[kind])), desc=name, unit="step size", leave=False
+        for factor, decay in tqdm(
+            list(itertools.product(_STEP_SIZES[kind], _DECAYS[kind])), desc=name, unit="step size", leave=False
         ):
             candidate = dataclasses.replace(method, decay=decay) if decay else method
-            state = dataclasses.replace(first_state, step_size=length * first_state.step_size)
-            steps = f"{length:g}" + (f"/(1 + {decay:g} r)" if decay else "")
+            state = dataclasses.replace(first_state, step_size=factor * first_state.step_size)
+            steps = f"{factor:g}" + (f"/(1 + {decay:g} r)" if decay else "")
             trials.append((Run(name, steps, (_run(candidate, state, problem, args, epochs, 0),)), candidate, state))
         best, best_method, best_state = min(trials, key=lambda trial: trial[0].rank)
-        others = [_run(best_method, best_state, problem, args, epochs, i) for i in range(1, args.seeds)]
-        runs.append(dataclasses.replace(best, histories=(*best.histories, *others)))
-        last = best.histories[0]
+        histories = [_run(best_method, best_state, problem, args, epochs, i) for i in range(1, args.seeds)]
+        runs.append(dataclasses.replace(best, histories=(*best.histories, *histories)))
+        history = best.histories[0]
         print(
-            f"{name}: {last.values[-1]:.1e} after {last.epochs[-1]:.0f} epochs in {last.seconds[-1]:.1f} s", flush=True
+            f"{name}: {history.values[-1]:.1e} after {history.epochs[-1]:.0f} epochs in {history.seconds[-1]:.1f} s",
+            flush=True,
         )
     return runs
 
 
-def _run(method, state, problem, args, epochs, number):
+def _run(method, state, problem, args, epochs, seed_offset):
     """Trains for a number of epochs, or until the suboptimality is far below all levels."""
     per_epoch = max(1, round(len(problem.data[1]) / method.samples_per_round()))
     try:
         _, history = method.run(
             state,
-            jax.random.key(args.seed + number),
+            jax.random.key(args.seed + seed_offset),
             epochs * per_epoch,
             every=max(1, per_epoch // 4) if isinstance(method, saga.DistributedSaga) else per_epoch,
-            evaluate=lambda params: method.objective(params, state) - problem.least,
+            evaluate=lambda params: method.objective(params, state) - problem.minimum,
             callbacks=[lambda _, record: record["values"] <= LEVELS[-1] / 100],
             progress=False,
         )
     except saga.DivergenceError as divergence:
-        # Step sizes that are too large have a result, too.
+        # A step size that is too large has a result, too: its last suboptimality is not finite or large.
         history = divergence.history
     return history
 
 
-def table(runs: Sequence[Run], least: float, args: argparse.Namespace) -> str:
+def table(runs: Sequence[Run], minimum: float, args: argparse.Namespace) -> str:
     """Formats the epochs and floats that each method needed for each level of suboptimality."""
-    heads = [f"{level:.0e}" for level in LEVELS]
+    headers = [f"{level:.0e}" for level in LEVELS]
     lines = [
         "",
         f"{args.dataset}: suboptimality, and epochs and floats until a level was reached; - if it never was",
         f"{'method':34} {'step':>16} {'last':>9}"
-        + "".join(f"{'epochs to ' + head:>17}" for head in heads)
-        + "".join(f"{'floats to ' + head:>17}" for head in heads),
+        + "".join(f"{'epochs to ' + header:>17}" for header in headers)
+        + "".join(f"{'floats to ' + header:>17}" for header in headers),
     ]
     for run in runs:
         history = run.histories[0]
-        records = [first(history, level) for level in LEVELS]
+        records = [first_record(history, level) for level in LEVELS]
         epochs = ["-" if i is None else f"{history.epochs[i]:.1f}" for i in records]
         floats = ["-" if i is None else f"{history.floats[i]:.2e}" for i in records]
         lines.append(
             f"{run.name:34} {run.steps:>16} {history.values[-1]:9.1e}"
             + "".join(f"{cell:>17}" for cell in (*epochs, *floats))
         )
-    anchored_records = [first(history, AIM) for history in runs[0].histories]
+    anchored_records = [first_record(history, TARGET) for history in runs[0].histories]
     if None not in anchored_records:
         lines.append("")
-        sent = [history.floats[i] for history, i in zip(runs[0].histories, anchored_records, strict=True)]
+        anchored_floats = [history.floats[i] for history, i in zip(runs[0].histories, anchored_records, strict=True)]
         lines += [
-            f"{run.name} sends {_times(run, sent)} as many floats as anchored SAGA."
+            f"{run.name} sends {_format_ratio(run, anchored_floats)} as many floats as anchored SAGA."
             for run in runs
             if run.name in _SGD_METHODS
         ]
-    tries = {kind: len(_LENGTHS[kind]) * len(_DECAYS[kind]) for kind in _LENGTHS}
+    num_trials = {kind: len(_STEP_SIZES[kind]) * len(_DECAYS[kind]) for kind in _STEP_SIZES}
     footnote = _FOOTNOTE.format(
         lengths="of their own lengths" if args.keep_lengths else "of length 1",
         machines=args.machines,
         period=args.period,
         epochs=args.epochs,
         longest=args.patience * args.epochs,
-        aim=AIM,
+        target=TARGET,
         seeds=args.seeds,
-        least=least,
-        **tries,
+        minimum=minimum,
+        **num_trials,
     )
     return "\n".join([*lines, "", footnote])
 
 
-def _times(run, ours):
-    """Formats the smallest and largest ratio of floats, over seeds, until the aim was reached or the run ended."""
-    records = [first(history, AIM) for history in run.histories]
+def _format_ratio(run, anchored_floats):
+    """Formats the smallest and largest ratio of floats, over seeds, until the target was reached or the run ended."""
+    records = [first_record(history, TARGET) for history in run.histories]
     ratios = [
         history.floats[-1 if i is None else i] / floats
-        for history, i, floats in zip(run.histories, records, ours, strict=True)
+        for history, i, floats in zip(run.histories, records, anchored_floats, strict=True)
     ]
     low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
     return f"{'more than ' if None in records else ''}{low if low == high else f'{low} to {high}'} times"

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and is committed without outputs, which would go stale."""
+"""Tests that notebooks run from top to bottom, and are committed without outputs, which would become outdated."""
 
 from pathlib import Path
 

@@ -22,14 +22,16 @@ from jaxtyping import Array, Bool, Float, Integer
 from ._tables import append_axes
 from .sparse import SparseRows
 
-# Steps in a block. The cost of beginning a block does not grow with them; that of inner products grows quadratically.
+# Steps in a block. More steps share the constant cost of beginning it, but inner products of dense rows and comparisons
+# of the samples that steps draw grow quadratically. `python -m tests.benchmarks.training` times an epoch.
 _STEPS_WITH_DENSE_ROWS = 32
 _STEPS_WITH_SPARSE_ROWS = 64
-# With more columns for each entry of a row, a block uses only the columns in which its samples have entries.
-_MOST_COLUMNS_PER_ENTRY = 64
-# Steps in such a block, which costs more to begin.
+# With more columns for each entry of a row, a block uses only the columns in which its samples have entries: to gather
+# and scatter them takes longer than to update few columns, and less time than to update many.
+_MAX_COLUMNS_PER_ENTRY = 64
+# Steps in such a block, whose columns increase with its steps.
 _STEPS_WITH_WIDE_ROWS = 32
-# Steps whose sparse rows are fetched together, a multiple of those in a block.
+# Steps whose sparse rows are fetched together, a multiple of those in a block: memory against the number of fetches.
 _STEPS_FETCHED = 1024
 
 
@@ -87,21 +89,21 @@ def blocked_steps(
     constants = _Constants(slope, mean, weight, ridge, step_size, active, bias)
     if not isinstance(x, SparseRows):
 
-        def dense(iterate, index, scale):
+        def compute_dense(iterate, index, scale):
             return _dense_block(iterate, _take(samples, index), index, scale, constants)
 
-        return _fold(dense, start, (index, scale), _STEPS_WITH_DENSE_ROWS)
+        return _fold(compute_dense, start, (index, scale), _STEPS_WITH_DENSE_ROWS)
 
-    is_wide = x.num_columns > _MOST_COLUMNS_PER_ENTRY * x.indices.shape[-1]
+    is_wide = x.num_columns > _MAX_COLUMNS_PER_ENTRY * x.indices.shape[-1]
     block, steps = (_wide_block, _STEPS_WITH_WIDE_ROWS) if is_wide else (_sparse_block, _STEPS_WITH_SPARSE_ROWS)
 
-    def sparse(iterate, fetched, index, scale):
-        return block(iterate, fetched, index, scale, constants)
+    def compute_sparse(iterate, block_samples, index, scale):
+        return block(iterate, block_samples, index, scale, constants)
 
-    def fetch(iterate, index, scale):
-        return _fold(sparse, iterate, (_take(samples, index), index, scale), steps)
+    def fetch_and_compute(iterate, index, scale):
+        return _fold(compute_sparse, iterate, (_take(samples, index), index, scale), steps)
 
-    return _fold(fetch, start, (index, scale), _STEPS_FETCHED)
+    return _fold(fetch_and_compute, start, (index, scale), _STEPS_FETCHED)
 
 
 class _Constants(NamedTuple):
@@ -124,12 +126,12 @@ def _fold(block, carry, xs, size):
     """Folds a block, a function of a carry and of size rows of xs, over all chunks of that size and the remainder."""
     chunks, remainder = divmod(jax.tree.leaves(xs)[0].shape[0], size)
 
-    def chunk(first, size):
+    def slice_chunk(first, size):
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), xs)
 
     if chunks:
-        carry = jax.lax.fori_loop(0, chunks, lambda i, carry: block(carry, *chunk(i * size, size)), carry)
-    return block(carry, *chunk(chunks * size, remainder)) if remainder else carry
+        carry = jax.lax.fori_loop(0, chunks, lambda i, carry: block(carry, *slice_chunk(i * size, size)), carry)
+    return block(carry, *slice_chunk(chunks * size, remainder)) if remainder else carry
 
 
 def _take(samples, index):
@@ -218,11 +220,11 @@ def _factors(steps, constants):
     step_size, dtype = constants.step_size, constants.mean.dtype
     decay = (1 - step_size * constants.ridge) ** jnp.arange(steps + 1, dtype=dtype)
     sums = jnp.concatenate([jnp.zeros(1, dtype), jnp.cumsum(decay)])
-    order = jnp.arange(steps)
-    steps_between = order[None] - 1 - order[:, None]
-    # By the number of steps after a change of slope.
+    number = jnp.arange(steps)
+    steps_between = number[None] - 1 - number[:, None]
+    # Factors by the number of steps since a change of slope.
     direct, indirect = step_size * decay, step_size * constants.weight * sums
-    steps_after = steps - 1 - order
+    steps_after = steps - 1 - number
     return _Factors(
         decay[:steps],
         step_size * sums[:steps],

@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, PyTree, UInt32
 
-from ._fingerprint import fingerprint, fingerprint_of_function
+from ._digests import function_digest, text_digest
 from .state import State
 
-# Functions have digests of their own, and a mesh changes no results.
-_NOT_SETTINGS = ("loss", "prox", "mesh")
+# Fields that are not digested with the settings: functions have digests of their own, a mesh changes no results.
+_EXCLUDED_FIELDS = ("loss", "prox", "mesh")
+# What differs where a digest does, for errors.
+_DIFFERENCES = {
+    "settings": "another method or other settings",
+    "loss": "another loss",
+    "prox": "another prox",
+    "samples": "other samples, or of the same in another order",
+}
 
 
 @final
@@ -36,8 +43,8 @@ class Checkpoints:
     def __init__(self, folder: str | Path, method: Any, state: State):
         try:
             import orbax.checkpoint as ocp
-        except ImportError as problem:
-            raise ImportError("checkpoint needs orbax: pip install 'jaxcode[train]'") from problem
+        except ImportError as error:
+            raise ImportError("checkpoint needs orbax: pip install 'jaxcode[train]'") from error
         self._args = ocp.args
         self._folder = Path(folder).absolute()
         self._digests = problem_digests(method, state)
@@ -67,33 +74,22 @@ class Checkpoints:
                 failures[step] = failure
                 continue
             leaves, structure = jax.tree.flatten(template.without_data())
-            stored = _by_number(leaves) | self._digests
+            stored = _number_leaves(leaves) | self._digests
             stored["checksum"] = jax.ShapeDtypeStruct((len(stored),), np.uint32)
             if shapes != {name: tuple(leaf.shape) for name, leaf in stored.items()}:
                 raise ValueError(f"checkpoint {self._folder} is of another method or other samples: it has {shapes}")
             try:
-                arrays_read = self._read(step, stored)
+                arrays = self._read(step, stored)
             except Exception as failure:
                 failures[step] = failure
                 continue
-            # Outside of the try block, as an error of this comparison is no damage.
-            if not np.array_equal(arrays_read.pop("checksum"), checksums(arrays_read)):
+            # Outside of the try block, as an error in this comparison would be a bug and no damaged file.
+            if not np.array_equal(arrays.pop("checksum"), checksums(arrays)):
                 failures[step] = OSError("wrong checksum")
                 continue
-            for name, digest in self._digests.items():
-                if not np.array_equal(arrays_read[name], digest):
-                    raise ValueError(
-                        f"checkpoint {self._folder} is of {_DIFFERENCES[name]}; expected the problem of this run, or "
-                        "another folder"
-                    )
-            for failed_step, failure in failures.items():
-                warnings.warn(
-                    f"checkpoint {self._folder / str(failed_step)} cannot be read ({_first_line(failure)}); it is "
-                    f"deleted, and the run resumes from round {step}",
-                    stacklevel=2,
-                )
-                self._manager.delete(failed_step)
-            leaves = [arrays_read.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+            self._check_problem(arrays)
+            self._delete_unreadable(failures, step)
+            leaves = [arrays.get(str(i), leaf) for i, leaf in enumerate(leaves)]
             return dataclasses.replace(template, **jax.tree.unflatten(structure, leaves))
         if failures:
             reasons = "; ".join(f"round {step}: {_first_line(failure)}" for step, failure in failures.items())
@@ -104,7 +100,7 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Writes a state; only the newest two are kept."""
-        arrays = _by_number(jax.tree.leaves(state.without_data())) | self._digests
+        arrays = _number_leaves(jax.tree.leaves(state.without_data())) | self._digests
         arrays["checksum"] = jax.device_put(checksums(arrays))
         self._manager.save(int(jax.device_get(state.round)), args=self._args.StandardSave(arrays))
 
@@ -113,6 +109,23 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+
+    def _check_problem(self, arrays):
+        for name, digest in self._digests.items():
+            if not np.array_equal(arrays[name], digest):
+                raise ValueError(
+                    f"checkpoint {self._folder} is of {_DIFFERENCES[name]}; expected the problem of this run, or "
+                    "another folder"
+                )
+
+    def _delete_unreadable(self, failures, step):
+        for failed_step, failure in failures.items():
+            warnings.warn(
+                f"checkpoint {self._folder / str(failed_step)} cannot be read ({_first_line(failure)}); it is deleted, "
+                f"and the run resumes from round {step}",
+                stacklevel=3,
+            )
+            self._manager.delete(failed_step)
 
     def _stored_shapes(self, step):
         shapes = {name: tuple(entry.shape) for name, entry in dict(self._manager.item_metadata(step)).items()}
@@ -128,28 +141,20 @@ class Checkpoints:
         return dict(self._manager.restore(step, args=self._args.StandardRestore(templates)))
 
 
-_DIFFERENCES = {
-    "settings": "another method or other settings",
-    "loss": "another loss",
-    "prox": "another prox",
-    "samples": "other samples, or of the same in another order",
-}
-
-
 def problem_digests(method: Any, state: State) -> dict[str, Integer[Array, "..."]]:
-    """Computes digests of a method's settings, loss and prox, and of the samples; they tell problems apart."""
-    fields = [field.name for field in dataclasses.fields(method) if field.name not in _NOT_SETTINGS]
+    """Computes digests of a method's settings, loss and prox, and of the samples, by which problems are compared."""
+    fields = [field.name for field in dataclasses.fields(method) if field.name not in _EXCLUDED_FIELDS]
     settings = repr((type(method).__name__, {name: getattr(method, name) for name in fields}))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params)
     sample = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), state.data.samples)
-    # The derivative tells losses apart that differ only in their rules of differentiation.
-    loss = fingerprint_of_function(jax.value_and_grad(method.loss), params, sample)
+    # Losses that differ only in their rules of differentiation have the same value, not the same derivative.
+    loss = function_digest(jax.value_and_grad(method.loss), params, sample)
     prox = getattr(method, "prox", None)
     step_size = jax.ShapeDtypeStruct((), state.step_size.dtype)
     digests = {
-        "settings": fingerprint(settings),
+        "settings": text_digest(settings),
         "loss": loss,
-        "prox": fingerprint("none") if prox is None else fingerprint_of_function(prox, params, step_size),
+        "prox": text_digest("none") if prox is None else function_digest(prox, params, step_size),
     }
     return jax.device_put({**digests, "samples": checksums(state.data.samples)})
 
@@ -182,8 +187,8 @@ def _checksum(leaf):
     return jnp.sum(hashes ^ (hashes >> 16), dtype=jnp.uint32)
 
 
-def _by_number(leaves):
-    """Names the leaves that are not empty; empty ones cannot be stored."""
+def _number_leaves(leaves):
+    """Names leaves by their index, except empty ones, which orbax cannot store."""
     return {str(i): leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
 
 

@@ -19,8 +19,8 @@ def check_signs(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
         ValueError: If labels have another shape or dtype or, where they are not traced, other values.
     """
     remedy = "expected -1 and 1, one for each sample: np.where(y > 0, 1, -1)"
-    _check_margin(margin, classes=False)
-    y = _vector(y, remedy)
+    _check_margin(margin, has_classes=False)
+    y = _check_vector(y, remedy)
     # In an unsigned dtype -1 is 255 or more.
     if y.dtype == np.bool_ or jnp.issubdtype(y.dtype, jnp.unsignedinteger):
         raise ValueError(f"y has dtype {y.dtype}, which has no -1; {remedy}")
@@ -36,10 +36,10 @@ def check_classes(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
     Raises:
         ValueError: If labels have another shape or dtype or, where they are not traced, other values.
     """
-    _check_margin(margin, classes=True)
+    _check_margin(margin, has_classes=True)
     (classes,) = margin.shape
     remedy = f"expected the class of each sample, an integer from 0 to {classes - 1}"
-    y = _vector(y, remedy)
+    y = _check_vector(y, remedy)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"y has dtype {y.dtype}; {remedy}: y.astype(int)")
     values = static_value(y)
@@ -57,8 +57,8 @@ def check_numbers(y: Any, margin: jax.ShapeDtypeStruct) -> Labels:
         ValueError: If they have another shape or dtype or, where they are not traced, are not finite.
     """
     remedy = "expected a finite real number for each sample"
-    _check_margin(margin, classes=False)
-    y = _vector(y, remedy)
+    _check_margin(margin, has_classes=False)
+    y = _check_vector(y, remedy)
     if y.dtype == np.bool_:
         raise ValueError(f"y has dtype bool; {remedy}: y.astype(float)")
     check_finite("y", y)
@@ -78,7 +78,7 @@ def check_finite(name: str, value: Any) -> None:
     raise ValueError(f"{name}[{', '.join(map(str, position))}] is {values[position]}; expected finite numbers")
 
 
-def _vector(y, remedy):
+def _check_vector(y, remedy):
     y = y if isinstance(y, np.ndarray | jax.Array) else np.asarray(y)
     if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.floating, jnp.integer, np.bool_)):
         raise ValueError(f"y has dtype {y.dtype}; {remedy}")
@@ -88,8 +88,8 @@ def _vector(y, remedy):
     return y
 
 
-def _check_margin(margin, *, classes):
-    if len(margin.shape) == classes:
+def _check_margin(margin, *, has_classes):
+    if len(margin.shape) == int(has_classes):
         return
     shape, expected = ("(d, classes)", "(d,)") if margin.shape else ("(d,)", "(d, classes)")
     raise ValueError(f"params has a kernel of shape {shape}; expected {expected} for this loss")

@@ -13,7 +13,7 @@ from ..pools.compute import unpack
 from . import _rounds
 from .state import Common, Machine
 
-# Called with a machine's number and its work of a round, a function without arguments; returns the work's result.
+# Called with a machine's number and its work of a round, a function of no arguments; returns the work's results.
 Interceptor = Callable[[int, Callable[[], Any]], Any]
 
 
@@ -40,29 +40,29 @@ class MachineActor:
         _, unravel = ravel_pytree(unpack(params))
         samples, size = jax.tree.map(jnp.asarray, samples), jnp.asarray(size)
 
-        def machine(message, local, dtype):
+        def make_machine(message, local, dtype):
             return Machine(message, local, samples, size, jnp.ones((), dtype))
 
         def begin(w, step_size):
             common = Common(w, None, step_size, jnp.zeros((), jnp.int32), unravel, num_samples)
-            return _rounds.with_dtype(method, w.dtype).begin(common, machine(None, None, w.dtype))
+            return _rounds.cast(method, w.dtype).begin(common, make_machine(None, None, w.dtype))
 
-        def work(message_sum, w, step_size, rounds, key, message, local):
-            common = Common(w, message_sum, step_size, rounds, unravel, num_samples)
-            machine_key = jax.random.fold_in(jax.random.fold_in(key, rounds), number)
-            return _rounds.with_dtype(method, w.dtype).work(common, machine(message, local, w.dtype), machine_key)
+        def work(message_sum, w, step_size, round_number, key, message, local):
+            common = Common(w, message_sum, step_size, round_number, unravel, num_samples)
+            machine_key = jax.random.fold_in(jax.random.fold_in(key, round_number), number)
+            return _rounds.cast(method, w.dtype).work(common, make_machine(message, local, w.dtype), machine_key)
 
         self._begin, self._work = jax.jit(begin), jax.jit(work)
         self._compute = (lambda compute: compute()) if interceptor is None else functools.partial(interceptor, number)
 
     def begin(self, w, step_size):
-        """Starts at parameters, with a local state of their gradients; the value is None."""
-        return self._keep(None, *self._begin(w, step_size))
+        """Sets the first local state and message, those of the given parameters; the value is None."""
+        return self._store(None, *self._begin(w, step_size))
 
-    def work(self, message_sum, w, step_size, rounds, key):
-        """Computes its part of a round; the value is its change of the parameters."""
-        args = message_sum, w, step_size, jnp.asarray(rounds, jnp.int32), unpack(key), self._message, self._local
-        return self._keep(*self._compute(lambda: self._work(*args)))
+    def work(self, message_sum, w, step_size, round_number, key):
+        """Computes its part of a round; the value is its update of the parameters."""
+        args = message_sum, w, step_size, jnp.asarray(round_number, jnp.int32), unpack(key)
+        return self._store(*self._compute(lambda: self._work(*args, self._message, self._local)))
 
     def local(self):
         """Returns its local state as the value."""
@@ -70,11 +70,11 @@ class MachineActor:
 
     def restore(self, local, message):
         """Continues from a local state and message of a checkpoint; the value is None."""
-        return self._keep(None, jax.tree.map(jnp.asarray, local), jnp.asarray(message))
+        return self._store(None, jax.tree.map(jnp.asarray, local), jnp.asarray(message))
 
-    def _keep(self, move, local, message):
-        parts = [np.asarray(part) for part in jax.tree.leaves((move, local, message))]
+    def _store(self, value, local, message):
+        parts = [np.asarray(part) for part in jax.tree.leaves((value, local, message))]
         if not all(np.isfinite(part).all() for part in parts if jnp.issubdtype(part.dtype, jnp.floating)):
             raise FloatingPointError("its numbers are not finite")
         self._local, self._message = local, message
-        return jax.tree.map(np.asarray, (move, message))
+        return jax.tree.map(np.asarray, (value, message))

@@ -20,13 +20,13 @@ def check_params(params: PyTree[Any]) -> PyTree[Array]:
     Raises:
         ValueError: If there are none, or they are not finite real numbers.
     """
-    arrays = jax.tree.map_with_path(_parameter, params)
+    arrays = jax.tree.map_with_path(_check_leaf, params)
     if not sum(leaf.size for leaf in jax.tree.leaves(arrays)):
         raise ValueError(f"params is {params!r}; expected at least one number to minimise the loss over")
     return arrays
 
 
-def _parameter(path, leaf):
+def _check_leaf(path, leaf):
     name = f"params{jax.tree_util.keystr(path)}"
     if not isinstance(leaf, np.ndarray | jax.Array):
         leaf = np.asarray(leaf)
@@ -52,7 +52,7 @@ def check_samples(loss: Callable[..., Any], params: PyTree[Array], data: PyTree[
     Raises:
         ValueError: If data do not fit each other, the parameters or the loss, or are not finite.
     """
-    data = _linear_samples(loss, params, data) if isinstance(loss, LinearLoss) else _any_samples(data)
+    data = _check_linear_samples(loss, params, data) if isinstance(loss, LinearLoss) else _check_any_samples(data)
     batch_size("data", data)
     sample = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], _dtype(leaf)), data)
     value = jax.eval_shape(loss, params, sample)
@@ -66,7 +66,7 @@ def check_samples(loss: Callable[..., Any], params: PyTree[Array], data: PyTree[
     return data
 
 
-def _any_samples(data):
+def _check_any_samples(data):
     def check(path, leaf):
         name = f"data{jax.tree_util.keystr(path)}"
         if is_foreign_sparse(leaf):
@@ -82,18 +82,18 @@ def _any_samples(data):
     return jax.tree.map_with_path(check, data, is_leaf=is_foreign_sparse)
 
 
-def _linear_samples(loss, params, data):
+def _check_linear_samples(loss, params, data):
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ValueError(f"data is a {type(data).__name__}; expected a pair (x, y), as loss is a LinearLoss")
     x, y = data
     kernel_shape = _check_linear_params(params)
     dtype = jnp.result_type(*jax.tree.leaves(params))
-    x = _rows(x, kernel_shape[0], dtype)
+    x = _check_rows(x, kernel_shape[0], dtype)
     count = np.shape(jax.tree.leaves(x)[0])[0]
     if loss.check_labels is not None:
         y = loss.check_labels(y, jax.ShapeDtypeStruct(kernel_shape[1:], dtype))
     else:
-        y = _any_samples(y)
+        y = _check_any_samples(y)
     for leaf in jax.tree.leaves(y):
         if np.shape(leaf)[:1] != (count,):
             raise ValueError(f"y has shape {np.shape(leaf)}; expected ({count}, ...), of the same length as x")
@@ -114,7 +114,7 @@ def _check_linear_params(params):
     return shape
 
 
-def _rows(x, num_columns, dtype) -> Shaped[Array | np.ndarray, "n d"] | SparseRows:
+def _check_rows(x, num_columns, dtype) -> Shaped[Array | np.ndarray, "n d"] | SparseRows:
     if is_foreign_sparse(x):
         x = to_sparse_rows(x)
     if isinstance(x, SparseRows):

@@ -27,8 +27,8 @@ class MinibatchSgd(AbstractMethod):
 
     Attributes:
         decay: :math:`\delta`; the step of round r is :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, like all other attributes. A round's minibatch has period times batch_size
-            samples.
+        loss: As for `AbstractMethod`, like all other attributes and errors. A round's minibatch has period times
+            batch_size samples.
     """
 
     loss: Loss
@@ -45,12 +45,12 @@ class MinibatchSgd(AbstractMethod):
         check_method(self)
 
     def begin(self, common, machine):
-        return _no_state(common)
+        return _empty_state(common)
 
     def work(self, common, machine, key):
         index = jax.random.randint(key, (self.period * self.batch_size,), 0, machine.size)
         step = _step_size(self, common)
-        return -step * _gradient(self, common, machine, index)(common.w), (), machine.message
+        return -step * _batch_gradient(self, common, machine, index)(common.w), (), machine.message
 
     def default_step_size(self, params, shards):
         return lipschitz_step_size(self.loss, self.ridge, params, shards)
@@ -69,7 +69,7 @@ class FederatedAveraging(AbstractMethod):
 
     Attributes:
         decay: :math:`\delta`; steps of round r are :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, like all other attributes.
+        loss: As for `AbstractMethod`, like all other attributes and errors.
 
     References:
         McMahan and others, Communication-Efficient Learning of Deep Networks from Decentralized Data, arXiv 1602.05629.
@@ -89,7 +89,7 @@ class FederatedAveraging(AbstractMethod):
         check_method(self)
 
     def begin(self, common, machine):
-        return _no_state(common)
+        return _empty_state(common)
 
     def work(self, common, machine, key):
         step = _step_size(self, common)
@@ -115,7 +115,7 @@ class Scaffold(AbstractMethod):
 
     Attributes:
         decay: :math:`\delta`: steps of round r are :math:`\gamma / (1 + \delta r)`.
-        loss: As for `AbstractMethod`, like all other attributes.
+        loss: As for `AbstractMethod`, like all other attributes and errors.
 
     References:
         Karimireddy and others, SCAFFOLD: Stochastic Controlled Averaging for Federated Learning, arXiv 1910.06378,
@@ -151,7 +151,7 @@ class Scaffold(AbstractMethod):
         return lipschitz_step_size(self.loss, self.ridge, params, shards)
 
 
-def _no_state(common):
+def _empty_state(common):
     """Returns the local state and message of a machine that remembers nothing."""
     return (), jnp.zeros(0, common.w.dtype)
 
@@ -161,7 +161,7 @@ def _step_size(method, common):
     return common.step_size / (1 + method.decay * common.round.astype(common.w.dtype))
 
 
-def _gradient(method, common, machine, index):
+def _batch_gradient(method, common, machine, index):
     """Returns the gradient, a function of parameters, of the mean loss of some samples, ridge included."""
     gradients = gradients_of(method.loss, common.w, common.unravel)
     samples = jax.tree.map(lambda leaf: leaf[index], machine.samples)
@@ -173,6 +173,6 @@ def _local_sgd(method, common, machine, key, step_size, correction):
     index = jax.random.randint(key, (method.period, method.batch_size), 0, machine.size)
 
     def step(t, w):
-        return w - step_size * (_gradient(method, common, machine, index[t])(w) + correction)
+        return w - step_size * (_batch_gradient(method, common, machine, index[t])(w) + correction)
 
     return jax.lax.fori_loop(0, method.period, step, common.w)

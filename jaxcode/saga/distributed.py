@@ -15,8 +15,8 @@ from ._tables import append_axes, compensated_add, first_occurrences
 from .gradients import gradients_of
 from .linear import LinearLoss
 from .method import AbstractMethod, Loss, check_method
-from .shards import real_rows
-from .step_size import lipschitz_step_size, smoothness, third_of_inverse
+from .shards import sample_mask
+from .step_size import lipschitz_step_size, saga_step_size, smoothness
 
 # The weight theta_k of the change of a machine's sum since machines last synchronised, from the number of its samples
 # and that of all samples.
@@ -53,8 +53,8 @@ class DistributedSaga(AbstractMethod):
     estimate of the mean gradient is a new difference plus the mean of the table; between two synchronisations, a
     machine can update only its own part of that mean. If this part counts as what it is, a share of the whole, the
     correction is "own"; if it counts as if all other machines had changed alike, the correction is "anchored". At the
-    optimum all differences vanish, whatever the correction, and parameters do not change. With a period of 1 all
-    corrections are the same, and with one machine they are plain SAGA.
+    optimum all differences vanish, whatever the correction, and parameters do not change. With a period of 1 both
+    corrections are the same, and with one machine both are plain SAGA.
 
     The guarantee is that of a period of 1: with steps of 1/(3 L) the expected squared distance from the optimum
     decreases at least by the factor :math:`1 - \min(K / (4 n), \mu / (3 L))` a step. For longer periods the rate is
@@ -132,7 +132,7 @@ class DistributedSaga(AbstractMethod):
     def begin(self, common, machine):
         gradients = gradients_of(self.loss, common.w, common.unravel)
         table = gradients.entries(common.w, machine.samples)
-        is_sample = append_axes(real_rows(table.shape[0], machine.size), table)
+        is_sample = append_axes(sample_mask(table.shape[0], machine.size), table)
         message = gradients.total(jnp.where(is_sample, table, 0), machine.samples)
         local = {"table": table, "compensation": jnp.zeros_like(message)}
         if self.sampling == "lipschitz":
@@ -158,13 +158,13 @@ class DistributedSaga(AbstractMethod):
             return lipschitz_step_size(self.loss, self.ridge, params, shards)
         p = jax.vmap(self._probabilities, (None, 0, 0))(params, shards.samples, shards.sizes)
         sizes = shards.sizes.astype(p.dtype)[:, None]
-        largest = smoothness(self.loss, params, shards.samples[0]) / (sizes * jnp.where(p > 0, p, jnp.inf))
-        return third_of_inverse(jnp.max(largest) + self.ridge)
+        bounds = smoothness(self.loss, params, shards.samples[0]) / (sizes * jnp.where(p > 0, p, jnp.inf))
+        return saga_step_size(jnp.max(bounds) + self.ridge)
 
     def _probabilities(self, params, samples, size):
         """Returns the probabilities with which a machine's samples are drawn."""
         bounds = smoothness(self.loss, params, samples[0])
-        is_sample = real_rows(bounds.size, size)
+        is_sample = sample_mask(bounds.size, size)
         p = jnp.where(is_sample, bounds + size.astype(bounds.dtype) * self.ridge / 3, 0)
         # Uniform where all samples are zero.
         p = jnp.where(jnp.sum(p) > 0, p, is_sample.astype(p.dtype))
@@ -211,35 +211,35 @@ class DistributedSaga(AbstractMethod):
         assert isinstance(self.loss, LinearLoss)
         bias = isinstance(common.unravel(common.w), Mapping)
 
-        def matrix(w):
+        def stack(w):
             params = common.unravel(w)
             kernel = params["kernel"] if bias else params
             rows = jnp.atleast_2d(kernel.T)
             return jnp.concatenate([rows, params["bias"].reshape(-1, 1)], axis=1) if bias else rows
 
-        def vector(matrix):
+        def unstack(matrix):
             params = common.unravel(common.w)
             if not bias:
                 return ravel_pytree(matrix.T.reshape(params.shape))[0]
             parts = {"kernel": matrix[:, :-1].T, "bias": matrix[:, -1]}
-            # Mappings differ in the order of their leaves.
+            # Mapped over params, because mappings differ in the order of their leaves.
             return ravel_pytree(jax.tree.map_with_path(lambda path, p: parts[path[0].key].reshape(p.shape), params))[0]
 
-        start = Iterate(matrix(common.w), matrix(jnp.zeros_like(common.w)), machine.local["table"])
+        start = Iterate(stack(common.w), stack(jnp.zeros_like(common.w)), machine.local["table"])
         w, sum_change, table = blocked_steps(
             start,
             jax.grad(self.loss.margin_loss),
             machine.samples,
             index[:, 0],
             scale[:, 0],
-            matrix(mean),
+            stack(mean),
             weight,
             self.ridge,
             common.step_size,
             active=machine.active,
             bias=bias,
         )
-        return vector(w), vector(sum_change), table
+        return unstack(w), unstack(sum_change), table
 
 
 def soft_threshold(strength: float) -> Callable[[PyTree[Array], Array], PyTree[Array]]:

@@ -30,7 +30,7 @@ class AbstractMethod(abc.ABC):
     .. math:: F(w) = \frac{1}{n} \sum_{i=1}^n \phi_i(w) + \frac{\lambda}{2} \|w\|^2
 
     In a round, every active machine makes some steps from the same parameters, with samples of its own. Then machines
-    synchronise by one sum over all of them: of each one's change of the parameters, and of its message. Machines are
+    synchronise by one sum over all of them: of each one's update of the parameters, and of its message. Machines are
     the leading axis of arrays on one device, or are spread over the devices of a mesh; a sum over its axis is then all
     that is communicated.
 
@@ -47,6 +47,9 @@ class AbstractMethod(abc.ABC):
         batch_size: Samples in a step, drawn with replacement.
         shard_sizes: The number of samples of each machine, which gets consecutive ones; about equal numbers if None.
         mesh: The mesh over whose first axis machines are spread; None for one device.
+
+    Raises:
+        ValueError: If a setting makes no sense, from `check_method`.
     """
 
     loss: Loss
@@ -79,7 +82,7 @@ class AbstractMethod(abc.ABC):
             key: The machine's key of the round.
 
         Returns:
-            Its change of the parameters, its new local state and its new message.
+            Its update of the parameters, which is added to them; its new local state and its new message.
         """
 
     @abc.abstractmethod
@@ -109,7 +112,7 @@ class AbstractMethod(abc.ABC):
                 number, or the step size does not follow from the loss and none was given.
         """
         params, shards, step_size = prepare(self, params, data)
-        fields = _rounds.begin(_rounds.on_device(self), params, shards, step_size)
+        fields = _rounds.begin(_rounds.transfer(self), params, shards, step_size)
         return _rounds.spread(self, State(**fields, data=shards))
 
     @final
@@ -120,7 +123,7 @@ class AbstractMethod(abc.ABC):
 
         Args:
             state: The state after the last round.
-            key: The same key for all rounds.
+            key: A key, the same in all rounds.
             returned: Which machines are active in this round, shape (K,), all if not given. Those that are not active
                 neither work nor move the parameters; their last messages still count.
 
@@ -133,8 +136,8 @@ class AbstractMethod(abc.ABC):
         _check_machines(self, state)
         active = np.ones(self.num_machines, bool) if returned is None else returned
         check_mask("returned", active, self.num_machines)
-        constants = _rounds.on_device((self, key, active), self.mesh)
-        fields = _rounds.advance(constants[0], _rounds.on_device(state), *constants[1:])
+        constants = _rounds.transfer((self, key, active), self.mesh)
+        fields = _rounds.advance(constants[0], _rounds.transfer(state), *constants[1:])
         return dataclasses.replace(state, **fields)
 
     @final
@@ -182,17 +185,17 @@ class AbstractMethod(abc.ABC):
             ImportError: If checkpoint is given and orbax is not installed.
         """
         _check_state(self, state)
-        constants = _rounds.on_device((self, key, stragglers), self.mesh)
+        constants = _rounds.transfer((self, key, stragglers), self.mesh)
 
         def advance(state, count):
             method, key, stragglers = constants
-            count = _rounds.on_device(np.int32(count), self.mesh)
+            count = _rounds.transfer(np.int32(count), self.mesh)
             fields = _rounds.advance_many(method, state, key, count, stragglers)
             return dataclasses.replace(state, **fields)
 
         return run(
             self,
-            _rounds.on_device(state),
+            _rounds.transfer(state),
             num_rounds,
             advance,
             every=every,
@@ -206,8 +209,8 @@ class AbstractMethod(abc.ABC):
     @final
     def objective(self, params: PyTree[Any], state: State) -> Float[Array, ""]:
         """Returns F of all samples."""
-        method, params = _rounds.on_device((self, params), self.mesh)
-        return _rounds.objective(method, params, _rounds.on_device(state.data))
+        method, params = _rounds.transfer((self, params), self.mesh)
+        return _rounds.objective(method, params, _rounds.transfer(state.data))
 
     @final
     def floats_per_round(self, state: State) -> int:
@@ -267,13 +270,13 @@ def prepare(
     params = check_params(params)
     data = check_samples(method.loss, params, data)
     shards = shard(data, method.num_machines, method.shard_sizes)
-    return params, shards, _step_size(_rounds.on_device(method), params, shards)
+    return params, shards, _step_size(_rounds.transfer(method), params, shards)
 
 
 @jax.jit
 def _step_size(method, params, shards):
     dtype = jnp.result_type(*jax.tree.leaves(params))
-    method = _rounds.with_dtype(method, dtype)
+    method = _rounds.cast(method, dtype)
     step_size = method.default_step_size(params, shards) if method.step_size is None else method.step_size
     return step_size.astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Runs the machines of a method as Ray actors: processes that hold samples and tables, and may be late or die."""
+"""Runs the machines of a method as Ray actors: processes with samples and tables, which may be late or die."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ class NoMachines(RuntimeError):
 class RayMachines:
     """Runs each machine of a method in a Ray actor, a process with its own samples and table.
 
-    A round sends the parameters and the sum of messages to every machine, and receives each one's change of
-    the parameters and its new message; samples stay where they are. A round goes on without machines that are late,
-    dead, or that send numbers that are not finite. The work of a late machine is discarded except for its table, whose
-    change its next message includes. A machine that died, raised three times in succession or did not answer within the
-    time limit is restarted in the background, with a table of gradients at the current parameters.
+    A round sends the parameters and the sum of messages to every machine, and receives each one's update of the
+    parameters and its new message; samples stay where they are. A round goes on without machines that are late, dead,
+    or that send numbers that are not finite. The update of a late machine is discarded; its table changes, which its
+    next message includes. A machine that died, raised three times in succession or did not answer within the time limit
+    is restarted in the background, with a table of gradients at the current parameters.
 
     Without an address, and unless Ray already runs in this process, a cluster of this machine alone is started, which
     listens on the loopback interface only and ends with the machines. A context manager; leaving it ends them.
@@ -127,28 +127,28 @@ class RayMachines:
         start_time = time.monotonic()
         end = start_time + self._time_limit
         w, unravel = ravel_pytree(state.params)
-        number, sizes = int(jax.device_get(state.round)), np.asarray(state.data.sizes)
-        self._start_at = np.asarray(w), np.asarray(state.step_size)
-        common = *self._start_at, number, pack(key)
+        round_number, sizes = int(jax.device_get(state.round)), np.asarray(state.data.sizes)
+        self._start_point = np.asarray(w), np.asarray(state.step_size)
+        common = *self._start_point, round_number, pack(key)
         self._wait_until(self._supervisor.idle, end)
         answers = self._loop.ask(functools.partial(self._call_work, common))
         self._wait_until(lambda: not answers.pending, min(end, start_time + (self._deadline or self._time_limit)))
         self._wait_until(lambda: answers.values or not answers.pending, end)
         # The answers of late machines may come at any time.
-        moves, failures, messages = self._loop.ask(
+        updates, failures, messages = self._loop.ask(
             lambda: (dict(answers.values), list(answers.failures.values()), self._messages.copy())
         )
-        if not moves and failures and all(isinstance(failure, FloatingPointError) for failure in failures):
+        if not updates and failures and all(isinstance(failure, FloatingPointError) for failure in failures):
             raise DivergenceError(
-                f"all machines that answered in round {number} sent numbers that are not finite; take shorter steps "
-                f"than step_size = {float(state.step_size):.3g}, or a shorter period"
+                f"all machines that answered in round {round_number} sent numbers that are not finite; take shorter "
+                f"steps than step_size = {float(state.step_size):.3g}, or a shorter period"
             )
-        if not moves:
-            raise NoMachines(f"no machine did its part of round {number}: {self._reasons()}")
-        active = sum(sizes[machine] for machine in moves)
-        move = sum(moves[machine][0] * (sizes[machine] / active) for machine in sorted(moves))
-        params = unravel(w + jax.device_put(np.asarray(move, w.dtype)))
-        next_round = jax.device_put(np.asarray(number + 1, np.int32))
+        if not updates:
+            raise NoMachines(f"no machine did its part of round {round_number}: {self._reasons()}")
+        active_size = sum(sizes[machine] for machine in updates)
+        update = sum(updates[machine][0] * (sizes[machine] / active_size) for machine in sorted(updates))
+        params = unravel(w + jax.device_put(np.asarray(update, w.dtype)))
+        next_round = jax.device_put(np.asarray(round_number + 1, np.int32))
         return dataclasses.replace(state, params=params, round=next_round, **_fields_of(messages))
 
     def run(
@@ -173,6 +173,7 @@ class RayMachines:
         Raises:
             NoMachines: As `round`.
             DivergenceError: As `round` and `AbstractMethod.run`.
+            ValueError: As `AbstractMethod.run`, as is ImportError.
         """
 
         def advance(state, count):
@@ -207,12 +208,12 @@ class RayMachines:
         self.close()
 
     def _wait_until(self, condition, end):
-        """Waits until a condition, tested on the loop's thread, holds or the end has come; returns whether it holds."""
+        """Waits until a condition, evaluated on the loop's thread, holds or time is up; returns whether it holds."""
         while True:
-            self._changed.clear()
+            self._change.clear()
             if self._loop.ask(condition):
                 return True
-            if not self._changed.wait(max(0.0, end - time.monotonic())):
+            if not self._change.wait(max(0.0, end - time.monotonic())):
                 return False
 
     def _reasons(self):
@@ -221,7 +222,7 @@ class RayMachines:
             machine: "has not answered" for machine, state in enumerate(states) if state in ("starting", "busy")
         }
         reasons = sorted({**late_machines, **self._failures}.items())
-        return "; ".join(f"machine {machine} {text}" for machine, text in reasons[:4])
+        return "; ".join(f"machine {machine} {reason}" for machine, reason in reasons[:4])
 
     def _template(self, state):
         """Fills a state with zeros for machines' local states."""
@@ -247,7 +248,7 @@ class RayMachines:
         """Sends local states and messages of a checkpoint to machines, also to those that are restarted in time."""
         end, missing = time.monotonic() + self._time_limit + self._start_limit, set(range(self.method.num_machines))
         stored = jax.tree.map(np.asarray, (state.local, state.messages))
-        self._start_at = np.asarray(ravel_pytree(state.params)[0]), np.asarray(state.step_size)
+        self._start_point = np.asarray(ravel_pytree(state.params)[0]), np.asarray(state.step_size)
 
         def arguments(machine):
             return jax.tree.map(lambda leaf: leaf[machine], stored)
@@ -265,15 +266,15 @@ class RayMachines:
 
     def _prepare_machines(self, params, shards, step_size):
         """Makes the machines' actors and their supervisor, without starting them."""
-        shape = jax.eval_shape(_rounds.begin, self.method, params, shards, step_size)["messages"]
-        # Messages are zero until machines have started. These and failures change on the loop's thread only.
-        self._messages = np.zeros(shape.shape, shape.dtype)
-        # The last failure of machines that have not answered since.
+        messages = jax.eval_shape(_rounds.begin, self.method, params, shards, step_size)["messages"]
+        # Messages are zero until machines have started. They and failures change on the loop's thread only.
+        self._messages = np.zeros(messages.shape, messages.dtype)
+        # The last failure of each machine that has not answered since.
         self._failures: dict[int, str] = {}
         # Set after every change, for threads that wait for a condition.
-        self._changed = threading.Event()
-        # Parameters and step size at which machines start, replaced in every round.
-        self._start_at = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
+        self._change = threading.Event()
+        # Parameters and step size from which machines start, those of the current round.
+        self._start_point = np.asarray(ravel_pytree(params)[0]), np.asarray(step_size)
         shared_arguments = self.method, pack(params), shards.num_samples, self._interceptor, x64_is_on()
         samples, sizes = jax.tree.map(np.asarray, (shards.samples, shards.sizes))
 
@@ -286,10 +287,10 @@ class RayMachines:
         supervisor = Supervisor(
             loop,
             actors,
-            prepare=lambda slot: actors[slot.number].call("begin", *self._start_at),
+            prepare=lambda slot: actors[slot.number].call("begin", *self._start_point),
             on_ready=self._accept,
             on_death=self._on_death,
-            on_change=self._changed.set,
+            on_change=self._change.set,
             stuck_after=self._time_limit,
             start_limit=self._start_limit,
         )
@@ -302,7 +303,7 @@ class RayMachines:
         return self._call(self._supervisor.idle(), "work", lambda machine: arguments)
 
     def _call(self, slots, method, arguments=lambda machine: ()):
-        """Calls a method of idle actors with arguments by machine; returns the record of their answers."""
+        """Calls a method of idle actors, with each machine's arguments; returns their answers, which are to come."""
         answers = _Answers({slot.number for slot in slots})
         for slot in slots:
             submit = functools.partial(self._actors[slot.number].call, method, *arguments(slot.number))
@@ -319,8 +320,8 @@ class RayMachines:
             return
         answers.failures[slot.number] = failure
         if not isinstance(failure, WorkerDied):
-            text = self._failures[slot.number] = f"raised {type(failure).__name__}: {failure}".splitlines()[0]
-            log.warning("machine %d %s", slot.number, text, extra={"machine": slot.number})
+            reason = self._failures[slot.number] = f"raised {type(failure).__name__}: {failure}".splitlines()[0]
+            log.warning("machine %d %s", slot.number, reason, extra={"machine": slot.number})
             if not isinstance(failure, FloatingPointError):
                 self._supervisor.record_failure(slot)
 

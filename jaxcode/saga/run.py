@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ..checks import check_count
 from ._checkpoints import Checkpoints
 
-# An objective so many times as large as that of the first parameters and that of zeros has diverged.
-_DIVERGED = 1e3
+# A run has diverged if its objective is more than so many times as large as that of the first parameters and of zeros.
+_MAX_GROWTH = 1e3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +78,13 @@ def run(
         template: From a state to one with the shapes of all that is stored.
         collect: From a state to one with all that is stored, or None if it is not available.
         distribute: From a restored state to one that advance takes.
+
+    Returns:
+        The last state, and what was recorded.
     """
     num_rounds, every = check_count("num_rounds", num_rounds, least=0), check_count("every", every)
-    start_time, first_round = time.monotonic(), _count(state)
-    objective = _Objective(method, state)
+    first_round = _round_number(state)
+    recorder = _Recorder(method, state, evaluate)
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if checkpoint is not None:
@@ -89,68 +92,82 @@ def run(
             restored = checkpoints.restore(template(state))
             state = state if restored is None else distribute(restored)
         bar = stack.enter_context(tqdm(total=num_rounds, desc="rounds", disable=not progress, file=sys.stderr))
-        bar.update(_count(state) - first_round)
-        records = []
-
-        def record(state, last):
-            """Records a state, unless it has diverged."""
-            objective_value = objective(state.params) if evaluate is None or last else None
-            values = objective_value if evaluate is None else jax.device_get(evaluate(state.params))
-            records.append(_record(method, state, values, start_time))
-            problem = objective.divergence(state.params, objective_value)
-            if problem is not None:
-                error = DivergenceError(
-                    f"after {records[-1]['rounds']} rounds {problem}; take shorter steps than step_size = "
-                    f"{float(jax.device_get(state.step_size)):.3g}, or a shorter period"
-                )
-                error.history = _history(records)
-                raise error
-            return records[-1]
-
-        num_done = _count(state) - first_round
-        record(state, last=num_done >= num_rounds)
+        num_done = _round_number(state) - first_round
+        bar.update(num_done)
+        recorder.record(state, is_last=num_done >= num_rounds)
         while num_done < num_rounds:
             count = min(every, num_rounds - num_done)
             try:
                 state = advance(state, count)
             except DivergenceError as error:
-                error.history = _history(records)
+                error.history = recorder.history()
                 raise
-            num_done = _count(state) - first_round
-            entry = record(state, last=num_done >= num_rounds)
+            num_done = _round_number(state) - first_round
+            record = recorder.record(state, is_last=num_done >= num_rounds)
             stored = None if checkpoints is None else collect(state)
             if checkpoints is not None and stored is not None:
                 checkpoints.save(stored)
             bar.update(count)
-            bar.set_postfix(_format_values(entry["values"]))
+            bar.set_postfix(_format_values(record["values"]))
             # All callbacks are called, whatever the others return.
-            if any([bool(callback(state, entry)) for callback in callbacks]):
+            if any([bool(callback(state, record)) for callback in callbacks]):
                 break
-    return state, _history(records)
+    return state, recorder.history()
 
 
-class _Objective:
-    """Evaluates the objective and compares it with that of the start."""
+class _Recorder:
+    """Records states of a run, and compares their objective with that of the start."""
 
-    def __init__(self, method, state):
-        self._method, self._data = method, state
+    def __init__(self, method, state, evaluate):
+        self._method, self._first_state, self._evaluate = method, state, evaluate
+        self._start_time, self._records = time.monotonic(), []
         zeros = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.params))
-        values = [abs(self(params)) for params in (state.params, zeros)]
+        values = [abs(self._objective(params)) for params in (state.params, zeros)]
         # Where the fit is perfect, rounding errors are no divergence.
         self._reference = max([1e-6, *(value for value in values if np.isfinite(value))])
 
-    def __call__(self, params):
-        return jax.device_get(self._method.objective(params, self._data))
+    def record(self, state, *, is_last):
+        """Adds a record of a state and returns it; raises DivergenceError if the state has diverged."""
+        objective = self._objective(state.params) if self._evaluate is None or is_last else None
+        values = objective if self._evaluate is None else jax.device_get(self._evaluate(state.params))
+        method, rounds = self._method, _round_number(state)
+        record = {
+            "rounds": rounds,
+            "epochs": rounds * method.samples_per_round() / state.data.num_samples,
+            "floats": rounds * method.floats_per_round(state),
+            "values": jax.tree.map(np.asarray, values),
+            "seconds": time.monotonic() - self._start_time,
+        }
+        self._records.append(record)
+        reason = self._divergence(state.params, objective)
+        if reason is not None:
+            error = DivergenceError(
+                f"after {rounds} rounds {reason}; take shorter steps than step_size = "
+                f"{float(jax.device_get(state.step_size)):.3g}, or a shorter period"
+            )
+            error.history = self.history()
+            raise error
+        return record
 
-    def divergence(self, params, value):
-        """Describes what is wrong with parameters or their objective; returns None if nothing is."""
+    def history(self):
+        """Returns all records so far."""
+        names = "rounds", "epochs", "floats", "seconds"
+        columns = {name: np.array([record[name] for record in self._records]) for name in names}
+        values = jax.tree.map(lambda *leaves: np.stack(leaves), *[record["values"] for record in self._records])
+        return History(**columns, values=values)
+
+    def _objective(self, params):
+        return jax.device_get(self._method.objective(params, self._first_state))
+
+    def _divergence(self, params, value):
+        """Describes why parameters or their objective have diverged; returns None if they have not."""
         if not jax.device_get(_all_finite(params)):
             return "params are not finite"
         if value is None:
             return None
         if not np.isfinite(value):
             return f"the objective is {value}"
-        if value > _DIVERGED * self._reference:
+        if value > _MAX_GROWTH * self._reference:
             return f"the objective is {value:.3g}, and not more than {self._reference:.3g} at the start"
         return None
 
@@ -160,27 +177,8 @@ def _all_finite(params):
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
-def _count(state):
+def _round_number(state):
     return int(jax.device_get(state.round))
-
-
-def _record(method, state, values, start_time):
-    rounds = _count(state)
-    return {
-        "rounds": rounds,
-        "epochs": rounds * method.samples_per_round() / state.data.num_samples,
-        "floats": rounds * method.floats_per_round(state),
-        "values": jax.tree.map(np.asarray, values),
-        "seconds": time.monotonic() - start_time,
-    }
-
-
-def _history(records):
-    columns = {
-        name: np.array([record[name] for record in records]) for name in ("rounds", "epochs", "floats", "seconds")
-    }
-    values = jax.tree.map(lambda *leaves: np.stack(leaves), *[record["values"] for record in records])
-    return History(**columns, values=values)
 
 
 def _format_values(values):

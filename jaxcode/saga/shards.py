@@ -54,8 +54,8 @@ def shard(data: PyTree[Any], num_machines: int, sizes: Sequence[int] | None) -> 
     return Shards(jax.tree.map(divide, data), jax.device_put(np.array(sizes, np.int32)), count)
 
 
-def real_rows(num_rows: int, sizes: Integer[Array, "*machines"]) -> Bool[Array, "*machines rows"]:
-    """Returns which of a machine's rows are samples and not padding."""
+def sample_mask(num_rows: int, sizes: Integer[Array, "*machines"]) -> Bool[Array, "*machines rows"]:
+    """Returns True for a machine's samples, and False for the rows that pad them."""
     rows = jnp.arange(num_rows, dtype=jnp.int32).reshape((1,) * sizes.ndim + (num_rows,))
     return rows < sizes[..., None]
 

@@ -17,12 +17,12 @@ def lipschitz_step_size(loss: Any, ridge: Any, params: PyTree[Array], shards: Sh
     Raises:
         ValueError: If loss is no `LinearLoss` of known curvature.
     """
-    return third_of_inverse(jnp.max(smoothness(loss, params, shards.samples[0])) + ridge)
+    return saga_step_size(jnp.max(smoothness(loss, params, shards.samples[0])) + ridge)
 
 
-def third_of_inverse(largest: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns 1 / (3 L), or 1 where L is zero and nothing depends on it."""
-    return 1 / (3 * jnp.where(largest > 0, largest, 1 / 3))
+def saga_step_size(smoothness_bound: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns 1 / (3 L), or 1 where L is zero, where gradients do not change and any step size will do."""
+    return 1 / (3 * jnp.where(smoothness_bound > 0, smoothness_bound, 1 / 3))
 
 
 def smoothness(loss: Any, params: PyTree[Array], x: Shaped[Array, "*rows d"] | SparseRows) -> Float[Array, "*rows"]:

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Integer, PyTree
 
 from ..checks import check_count, static_value
-from ._rounds import on_device
+from ._rounds import transfer
 from ._samples import check_params
 from ._tables import append_axes, compensated_add, first_occurrences, two_sum
 
@@ -55,7 +55,7 @@ def scale_by_saga(
         counts twice. Where index is traced, numbers outside of 0, ..., n - 1 are not noticed.
 
     Raises:
-        ValueError: If num_samples is no whole number of at least 1 or table_dtype is no dtype of real numbers; from
+        ValueError: If num_samples is no whole number of at least 1, or table_dtype is no dtype of real numbers; from
             `init`, if parameters are empty or no real numbers; or, from `update`, if index has other numbers than 0 to
             n - 1, or updates are no tree like the parameters or, for b samples, have no leading axis b.
 
@@ -79,7 +79,7 @@ def scale_by_saga(
 
     def update(updates, state, params=None, *, index: Integer[Array | np.ndarray | int, "..."], **_):
         del params
-        updates, index = on_device((updates, index if isinstance(index, jax.Array) else np.asarray(index)))
+        updates, index = transfer((updates, index if isinstance(index, jax.Array) else np.asarray(index)))
         _check_update(index, updates, state.table)
         return _update(updates, state, index)
 

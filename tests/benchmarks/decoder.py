@@ -1,7 +1,7 @@
 """Times the decoder for a fresh mask against other splines: `python -m tests.benchmarks.decoder`.
 
-What a server pays between the last answer and the first decoded result. The others are given the identity as data, at
-the knots that returned; interpax measures smoothing in its own units, which makes no difference to its time.
+This is the time of a server between the last answer and the first decoded result. The other libraries fit the identity,
+at the knots that returned. The unit of interpax's smoothing is another, which makes no difference to its time.
 """
 
 import functools
@@ -17,7 +17,7 @@ from scipy.interpolate import make_smoothing_spline
 from jaxcode import SplineCode, nodes
 from jaxcode.interpolants.spline import fit_and_evaluate
 
-from .timing import Report, progress, race, run_script
+from .timing import Report, progress, run_script, time_programs
 
 SMOOTHING = 1e-6
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -25,12 +25,12 @@ COLUMNS = 64
 
 
 def measure(report: Report):
-    many_small_masks(report)
-    one_large_mask(report)
-    cost_against_size(report)
+    measure_small_masks(report)
+    measure_large_mask(report)
+    measure_cost_by_size(report)
 
 
-def many_small_masks(report):
+def measure_small_masks(report):
     num_data, num_workers, count = 20, 64, 64
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def many_small_masks(report):
     knots = jnp.asarray(np.stack([code.nodes.workers[mask] for mask in masks]))
     batched_interpax = jax.jit(jax.vmap(lambda t: interpax_values(t, jnp.eye(t.shape[0]), code.nodes.data, 1.0)))
     np.testing.assert_allclose(batched(on_device)[0][:, masks[0]], scipy_matrix(code, masks[0]), atol=1e-5)
-    times = race(
+    times = time_programs(
         {
             "jaxcode, one compiled program": lambda: batched(on_device),
             "jaxcode, a loop on the host": lambda: [code.decoder_linop(mask) for mask in masks],
@@ -53,19 +53,19 @@ def many_small_masks(report):
     report.add(
         f"{count} random masks of N={num_workers}, K={num_data}: SciPy / ours",
         times["SciPy, a loop"] / times["jaxcode, one compiled program"],
-        at_least=10,
+        lower_limit=10,
     )
-    report.times(times)
+    report.add_times(times)
 
 
-def one_large_mask(report):
+def measure_large_mask(report):
     num_data, num_workers = 20, 1024
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
     mask = np.random.default_rng(0).permutation(num_workers) >= num_workers // 4
     on_device = jnp.asarray(mask)
     compiled = jax.jit(code.decoder_matrix)
     as_linop = jax.jit(code.decoder_linop)
-    times = race(
+    times = time_programs(
         {
             "jaxcode, as a matrix": lambda: compiled(on_device),
             "jaxcode, as blocks to apply": lambda: as_linop(on_device),
@@ -76,13 +76,13 @@ def one_large_mask(report):
     report.add(
         f"one mask of N={num_workers}, K={num_data}: SciPy / ours as a matrix",
         times["SciPy"] / times["jaxcode, as a matrix"],
-        at_least=3,
+        lower_limit=3,
     )
-    report.times(times)
+    report.add_times(times)
 
 
-def cost_against_size(report):
-    """Times a fresh mask, fitted to a fixed number of columns and read at N / 4 points."""
+def measure_cost_by_size(report):
+    """Times the fit for a fresh mask to a fixed number of columns, and its values at N / 4 points."""
     medians: dict[str, dict[int, float]] = {}
     memory = {}
     for n in progress(SIZES, "N"):
@@ -94,25 +94,25 @@ def cost_against_size(report):
         compiled = ours.lower(y, jnp.asarray(mask)).compile()
         memory[n] = compiled.memory_analysis().temp_size_in_bytes / n
         on_device, knots = jnp.asarray(mask), jnp.asarray(t[mask])
-        contenders = {
+        programs = {
             "jaxcode": functools.partial(ours, y, on_device),
             "SciPy": functools.partial(scipy_values, t[mask], y_float64[mask], points, SMOOTHING),
             "csaps": functools.partial(csaps_values, t[mask], y_float64[mask], points, 1 / (1 + SMOOTHING)),
             "interpax": functools.partial(jax.jit(interpax_values), knots, y[mask], points, 1 / (1 + SMOOTHING)),
         }
-        for name, seconds in race(contenders, seconds=1.5).items():
+        for name, seconds in time_programs(programs, seconds=1.5).items():
             medians.setdefault(name, {})[n] = float(np.median(seconds))
     ours = medians["jaxcode"]
     large_sizes = [n for n in SIZES if n >= 256]
     report.add(
         f"seconds ~ N^x from N=256 to 8192, {COLUMNS} columns: x",
         np.polyfit(np.log(large_sizes), np.log([ours[n] for n in large_sizes]), 1)[0],
-        at_most=1.15,
+        upper_limit=1.15,
     )
     report.add(
         "bytes of memory ~ N^x from N=256 to 8192: x",
         np.polyfit(np.log(large_sizes), np.log([n * memory[n] for n in large_sizes]), 1)[0],
-        at_most=1.15,
+        upper_limit=1.15,
     )
     report.add("  bytes per knot at N=8192", memory[8192])
     for name, by_size in medians.items():

@@ -8,7 +8,7 @@ import argparse
 
 import jax
 
-from tests.experiments import crossover, noisy, range_of_means, slopes
+from tests.experiments import crossover, noisy_workers, range_of_means, slopes
 
 
 def main(argv=None):
@@ -46,7 +46,7 @@ def main(argv=None):
         "\nNoisy workers, f(x) = x sin x, sigma = 0.1, K = 10, S = 5: mean squared error, LeTCC at its best smoothing"
     )
     recorded = {30: (9.0e-3, 1.8e-2), 480: (8.7e-4, 9.7e-3)}
-    results = noisy(options.trials, options.seed, tuple(recorded))
+    results = noisy_workers(options.trials, options.seed, tuple(recorded))
     print(f"    {'N':>3}  {'LeTCC ours':>18} {'recorded':>9} {'smoothing':>10}   {'BACC ours':>18} {'recorded':>9}")
     for count, (spline, berrut) in recorded.items():
         (a, da), best, (b, db) = results[count]

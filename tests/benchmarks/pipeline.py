@@ -12,29 +12,30 @@ from flax import linen, nnx
 import jaxcode as jc
 from models.lenet5 import LeNet5
 
-from .timing import Report, progress, race, run_script
+from .timing import Report, progress, run_script, time_programs
 
 
 def measure(report: Report):
-    lenet5(report)
-    vision_transformer(report)
-    dispatch(report)
-    first_call(report)
+    measure_lenet5(report)
+    measure_vision_transformer(report)
+    measure_dispatch(report)
+    measure_first_call(report)
 
 
-def lenet5(report):
-    """Measures batch 400, K = 20, N = 100, a fifth of the workers late."""
+def measure_lenet5(report):
+    """Measures LeNet5: batch 400, K = 20, N = 100, twenty workers late."""
     model, x = LeNet5(rngs=nnx.Rngs(0)), normal(400, 28, 28, 1)
-    parts(report, "LeNet5, batch 400, (N, K) = (100, 20)", model, x, jc.SplineCode.chebyshev(20, 100), (5, 100))
+    measure_parts(report, "LeNet5, batch 400, (N, K) = (100, 20)", model, x, jc.SplineCode.chebyshev(20, 100), (5, 100))
 
 
-def vision_transformer(report):
-    """Measures batch 8, K = 8, N = 12, two workers late."""
+def measure_vision_transformer(report):
+    """Measures ViT-B/16: batch 8, K = 8, N = 12, three workers late."""
     model, x = VisionTransformer(nnx.Rngs(0)), normal(8, 224, 224, 3)
-    parts(report, "ViT-B/16, batch 8, (N, K) = (12, 8)", model, x, jc.SplineCode.chebyshev(8, 12), (1, 2), rounds=3)
+    code = jc.SplineCode.chebyshev(8, 12)
+    measure_parts(report, "ViT-B/16, batch 8, (N, K) = (12, 8)", model, x, code, (1, 2), rounds=3)
 
 
-def parts(report, what, model, x, code, at_most, *, rounds=7):
+def measure_parts(report, name, model, x, code, upper_limits, *, rounds=7):
     """Measures the share of a coded call that is not the model's, part by part, and of ordering the batch."""
     predict = jc.coded(model, code)
     groups = -(-x.shape[0] // code.num_data)
@@ -48,7 +49,7 @@ def parts(report, what, model, x, code, at_most, *, rounds=7):
     answers = model_only(params, coded_inputs).reshape(code.num_workers, groups, -1)
     mask = np.arange(code.num_workers) % 5 != 0
     on_device = jnp.asarray(mask)
-    times = race(
+    times = time_programs(
         {
             "coded call": lambda: predict(x, mask),
             f"the model alone on {len(coded_inputs)} inputs": lambda: model_only(params, coded_inputs),
@@ -62,20 +63,20 @@ def parts(report, what, model, x, code, at_most, *, rounds=7):
     )
     call_times = times["coded call"]
     coding = times["encode"] + times["mask to decoder and decode, compiled"]
-    report.add(f"{what}: encode to decode", 100 * coding / call_times, "%", at_most=at_most[0])
-    report.add("  ordering the batch", 100 * times["order"] / call_times, "%", at_most=at_most[1])
-    for where in ("compiled", "on the host"):
-        share = times[f"mask to decoder in float64, {where}"] / call_times
-        report.add(f"  the algebra in float64, {where}", 100 * share, "%", at_most=2)
-    report.times(times)
+    report.add(f"{name}: encode to decode", 100 * coding / call_times, "%", upper_limit=upper_limits[0])
+    report.add("  ordering the batch", 100 * times["order"] / call_times, "%", upper_limit=upper_limits[1])
+    for place in ("compiled", "on the host"):
+        share = times[f"mask to decoder in float64, {place}"] / call_times
+        report.add(f"  the algebra in float64, {place}", 100 * share, "%", upper_limit=2)
+    report.add_times(times)
 
 
-def dispatch(report):
-    """Measures a call whose arithmetic takes no time, of a model with ten arrays of parameters.
+def measure_dispatch(report):
+    """Measures calls of a model whose arithmetic takes no time and whose parameters are ten arrays.
 
-    Between calls the caller does something else for a while, or calls again immediately. In the second case JAX's
-    threads on a CPU are still awake from the last call, if the next begins within some 20 us: the model's are, and
-    those of a coded call, which first prepares a decoder for its mask, may not be.
+    Between calls the caller computes something else for a while, or calls again immediately. In the second case JAX's
+    threads on a CPU are still awake from the last call, if the next begins within some 20 us. This is so for the model
+    alone; a coded call first prepares a decoder for its mask, and threads may sleep until it has.
     """
     code = jc.SplineCode.chebyshev(20, 100)
     module = linen.Sequential([linen.Dense(2) for _ in range(5)])
@@ -85,26 +86,26 @@ def dispatch(report):
     rng = np.random.default_rng(0)
     mask = rng.permutation(100) >= 20
     on_device = jnp.asarray(mask)
-    # More masks than are cached, so that each is fresh when its turn comes again.
-    fresh = itertools.cycle([rng.permutation(100) >= 20 for _ in range(1000)])
-    contenders = {
+    # More masks than are cached, so that each is fresh again when all others have been used.
+    fresh_masks = itertools.cycle([rng.permutation(100) >= 20 for _ in range(1000)])
+    programs = {
         "the model alone, 100 inputs": lambda: model_only(variables, coded_inputs),
         "coded call, a mask seen before": lambda: predict(x, mask),
         "coded call, a mask seen before, in a JAX array": lambda: predict(x, on_device),
         "coded call, all workers returned": lambda: predict(x),
-        "coded call, a fresh mask": lambda: predict(x, next(fresh)),
+        "coded call, a fresh mask": lambda: predict(x, next(fresh_masks)),
     }
     numbers = rng.normal(size=20_000)
     print("dispatch above the model's own:")
-    for suffix, between in {"": lambda: np.sort(numbers), ", immediately": None}.items():
-        times = race(contenders, between=between)
+    for suffix, prepare in {"": lambda: np.sort(numbers), ", immediately": None}.items():
+        times = time_programs(programs, prepare=prepare)
         base = times["the model alone, 100 inputs"]
-        for what in list(times)[1:]:
-            at_most = 300 if "fresh" in what else 150
-            report.add(f"  {what}{suffix}", (times[what] - base) * 1e6, "us", at_most=at_most)
+        for name in list(times)[1:]:
+            upper_limit = 300 if "fresh" in name else 150
+            report.add(f"  {name}{suffix}", (times[name] - base) * 1e6, "us", upper_limit=upper_limit)
 
 
-def first_call(report):
+def measure_first_call(report):
     """Measures the time from nothing compiled to the first result."""
     code = jc.SplineCode.chebyshev(20, 100)
     model, x = LeNet5(rngs=nnx.Rngs(0)), normal(20, 28, 28, 1)
@@ -123,21 +124,21 @@ def first_call(report):
         jax.block_until_ready(jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, coded_inputs))
         jitted_times.append(time.perf_counter() - start)
     coded_times, jitted_times = np.asarray(coded_times[1:]), np.asarray(jitted_times[1:])
-    report.add("first call of coded LeNet5 / of LeNet5 jitted", coded_times / jitted_times, at_most=2)
-    report.times({"coded": coded_times, "jitted": jitted_times})
+    report.add("first call of coded LeNet5 / of LeNet5 jitted", coded_times / jitted_times, upper_limit=2)
+    report.add_times({"coded": coded_times, "jitted": jitted_times})
 
 
 class VisionTransformer(nnx.Module):
-    """Has the sizes of ViT-B/16 (Dosovitskiy et al. 2021), pre-norm, mean-pooled: 17 GFLOP for an image."""
+    """Classifies images by a ViT-B/16 (Dosovitskiy et al. 2021), pre-norm, mean-pooled: 17 GFLOP for an image."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 768, depth: int = 12, heads: int = 12):
         self.patches = nnx.Conv(3, width, (16, 16), strides=(16, 16), rngs=rngs)
-        self.places = nnx.Param(jax.random.normal(rngs.params(), (196, width)) * 0.02)
+        self.positions = nnx.Param(jax.random.normal(rngs.params(), (196, width)) * 0.02)
         self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
         self.head = nnx.Linear(width, 1000, rngs=rngs)
 
     def __call__(self, x):
-        x = self.patches(x).reshape(x.shape[0], 196, -1) + self.places[...]
+        x = self.patches(x).reshape(x.shape[0], 196, -1) + self.positions[...]
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(axis=1))

@@ -1,9 +1,9 @@
-"""Measures every figure of speed, with its bar: `make bench`, or `python -m tests.benchmarks.speed`.
+"""Measures every figure of speed, with its limit: `make bench`, or `python -m tests.benchmarks.speed`.
 
-Runs scripts of this folder one after the other, each in a process of its own, whose contenders all have the same cores:
-every one of the machine's but in `training`, or as many as `--cores` says. Writes their figures to `speed.json` and a
-plot of cost against size to `speed.png`. Exits with 1 where a bar is missed by more than noise: by the better quartile
-of the rounds, and again when its script is run once more, for a shared machine can be slow for many rounds on end.
+Runs scripts of this folder one after the other, each in a process of its own, whose programs all have the same cores:
+one in `training`, all of the machine's in the others, or as many as `--cores` says. Writes their figures to
+`speed.json` and a plot of cost against size to `speed.png`. Exits with 1 where a limit is missed by more than noise: by
+the better quartile of the rounds, and again when the script is run once more, as a shared machine can be slow for long.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv=None):
         path.unlink(missing_ok=True)
         missed = subprocess.run(command).returncode != 0
         if missed and path.exists():
-            print(f"\n{script}: a bar is missed; what is measured now counts", flush=True)
+            print(f"\n{script}: a limit is missed; the figures of a second run count", flush=True)
             path.unlink()
             missed = subprocess.run(command).returncode != 0
         failed |= missed
@@ -43,37 +43,37 @@ def main(argv=None):
         return 1
     (options.out / "speed.json").write_text(json.dumps(reports, indent=1))
     machine = next(iter(reports.values()))["machine"]
-    print("\nmeasured on: " + ", ".join(f"{what} {value}" for what, value in machine.items()))
+    print("\nmeasured on: " + ", ".join(f"{name} {value}" for name, value in machine.items()))
     plot({k: v for report in reports.values() for k, v in report["series"].items()}, machine, options.out / "speed.png")
     print(f"wrote {options.out / 'speed.json'} and {options.out / 'speed.png'}")
     for report in reports.values():
         for figure in report["figures"]:
             if figure["missed"]:
-                print(f"MISSED: {figure['what']}: {figure['median']:.3g} {figure['unit']}")
+                print(f"MISSED: {figure['name']}: {figure['median']:.3g} {figure['unit']}")
     return int(failed)
 
 
-def plot(series, about, path):
+def plot(series, machine, path):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    what = {
-        "seconds against N": ("workers N (knots)", "a fresh mask: fit 64 columns, read N / 4 points"),
+    labels = {
+        "seconds against N": ("workers N (knots)", "a fresh mask: fit 64 columns, evaluate N / 4 points"),
         "seconds against n + p": ("knots and points n + p", "decode 65,536 columns from a fresh mask"),
     }
-    shown = [name for name in what if name in series]
-    if not shown:
+    names = [name for name in labels if name in series]
+    if not names:
         return
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], shown, strict=True):
-        for contender, by_size in series[name].items():
-            axis.loglog([int(n) for n in by_size], [1e3 * s for s in by_size.values()], "o-", ms=4, label=contender)
-        axis.set(xlabel=what[name][0], ylabel="milliseconds", title=what[name][1])
+    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        for program, seconds in series[name].items():
+            axis.loglog([int(n) for n in seconds], [1e3 * s for s in seconds.values()], "o-", ms=4, label=program)
+        axis.set(xlabel=labels[name][0], ylabel="milliseconds", title=labels[name][1])
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{about['processor']}, {about['cores used']} cores", fontsize=9)
+    figure.suptitle(f"{machine['processor']}, {machine['cores used']} cores", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

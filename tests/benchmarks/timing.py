@@ -1,4 +1,4 @@
-"""Times contenders side by side, and reports figures with their bars."""
+"""Times programs side by side, and reports figures with their limits."""
 
 import argparse
 import dataclasses
@@ -15,46 +15,48 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-# Shorter runs are repeated until they last as long, or the clock and the scheduler would be what is measured.
-_SHORTEST = 2e-3
+# Seconds that a measurement lasts at least: shorter calls are repeated, so that the clock's resolution and the
+# scheduler's pauses are small beside them.
+_MIN_DURATION = 2e-3
 
 
-def race(
-    contenders: Mapping[str, Callable[[], Any]],
+def time_programs(
+    programs: Mapping[str, Callable[[], Any]],
     seconds: float = 6.0,
     rounds: int = 7,
-    between: Callable[[], Any] | None = None,
+    prepare: Callable[[], Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Times contenders in rounds, each in another order, so that other load on the machine affects them alike.
+    """Times programs in rounds, each in another order, so that other load on the machine affects them alike.
 
     Args:
-        contenders: Functions of nothing; each is run twice beforehand, and waited for until its result is ready.
+        programs: Functions of no arguments. Each is called twice before it is timed; a call lasts until its result is
+            ready.
         seconds: Rounds continue until this time has passed.
         rounds: The least number of rounds.
-        between: Called before each call and not timed; calls follow each other immediately if not given.
+        prepare: Called before each call and not timed; calls follow each other immediately if not given.
 
     Returns:
-        For each contender its seconds in every round.
+        The seconds of each program's calls, an array of one entry for each round.
     """
     repeats = {}
-    for name, run in contenders.items():
+    for name, run in programs.items():
         jax.block_until_ready(run())
-        repeats[name] = max(1, round(_SHORTEST / max(_time(run, 1, between), 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names, rng, end = list(contenders), random.Random(0), time.perf_counter() + seconds
+        repeats[name] = max(1, round(_MIN_DURATION / max(_time(run, 1, prepare), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    names, rng, end = list(programs), random.Random(0), time.perf_counter() + seconds
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
         # The state of caches and free memory depends on what ran before.
         rng.shuffle(names)
         for name in names:
-            times[name].append(_time(contenders[name], repeats[name], between))
-    return {name: np.asarray(times[name]) for name in contenders}
+            times[name].append(_time(programs[name], repeats[name], prepare))
+    return {name: np.asarray(times[name]) for name in programs}
 
 
-def _time(run, repeats, between):
+def _time(run, repeats, prepare):
     total = 0.0
     for _ in range(repeats):
-        if between is not None:
-            between()
+        if prepare is not None:
+            prepare()
         start = time.perf_counter()
         jax.block_until_ready(run())
         total += time.perf_counter() - start
@@ -63,29 +65,31 @@ def _time(run, repeats, between):
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Holds a measured number, its quartiles over rounds, and the bar it must keep to."""
+    """Holds a measured number, its quartiles over rounds, and the limit that it must keep to."""
 
-    what: str
+    name: str
     low: float
     median: float
     high: float
     unit: str = ""
-    at_least: float | None = None
-    at_most: float | None = None
+    lower_limit: float | None = None
+    upper_limit: float | None = None
 
-    def missed(self) -> bool:
-        """Returns whether the bar is missed by more than noise: by the better quartile, too."""
-        if self.at_least is not None:
-            return not self.high >= self.at_least
-        return self.at_most is not None and not self.low <= self.at_most
+    def misses_limit(self) -> bool:
+        """Returns whether the limit is missed by more than noise: by the better quartile, too."""
+        if self.lower_limit is not None:
+            return not self.high >= self.lower_limit
+        return self.upper_limit is not None and not self.low <= self.upper_limit
 
-    def verdict(self) -> str:
-        """Formats the bar and how the median compares with it."""
-        if self.at_least is None and self.at_most is None:
+    def format_limit(self) -> str:
+        """Formats the limit and how the median compares with it."""
+        if self.lower_limit is None and self.upper_limit is None:
             return ""
-        met = self.median >= self.at_least if self.at_least is not None else self.median <= (self.at_most or 0.0)
-        bar = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
-        return f"{bar:>8} {self.unit:2} {'met' if met else 'MISSED' if self.missed() else 'within noise'}"
+        if self.lower_limit is not None:
+            is_met, limit = self.median >= self.lower_limit, f">= {self.lower_limit:g}"
+        else:
+            is_met, limit = self.median <= (self.upper_limit or 0.0), f"<= {self.upper_limit:g}"
+        return f"{limit:>8} {self.unit:2} {'met' if is_met else 'MISSED' if self.misses_limit() else 'within noise'}"
 
 
 class Report:
@@ -95,36 +99,38 @@ class Report:
         self.title = title
         self.figures: list[Figure] = []
         self.series: dict[str, Any] = {}
-        print(f"\n{title}\n{'':62} {'median':>9}    {'quartiles':>17}        bar", flush=True)
+        print(f"\n{title}\n{'':62} {'median':>9}    {'quartiles':>17}      limit", flush=True)
 
-    def add(self, what: str, values: Any, unit: str = "", at_least: float | None = None, at_most: float | None = None):
+    def add(
+        self, name: str, values: Any, unit: str = "", lower_limit: float | None = None, upper_limit: float | None = None
+    ):
         """Adds a figure from its values in every round, or one number."""
         low, median, high = (float(q) for q in np.quantile(np.atleast_1d(values), [0.25, 0.5, 0.75]))
-        figure = Figure(what, low, median, high, unit, at_least, at_most)
+        figure = Figure(name, low, median, high, unit, lower_limit, upper_limit)
         self.figures.append(figure)
-        spread = f"{_number(low):>8} {_number(high):>8}" if np.size(values) > 1 else ""
-        print(f"{what:62} {_number(median):>9} {unit:2} {spread:17} {figure.verdict()}", flush=True)
+        spread = f"{_format_number(low):>8} {_format_number(high):>8}" if np.size(values) > 1 else ""
+        print(f"{name:62} {_format_number(median):>9} {unit:2} {spread:17} {figure.format_limit()}", flush=True)
 
-    def times(self, times: Mapping[str, np.ndarray]):
-        """Adds what each contender took."""
+    def add_times(self, times: Mapping[str, np.ndarray]):
+        """Adds the milliseconds of each program."""
         for name, seconds in times.items():
             self.add(f"  {name}", seconds * 1e3, "ms")
 
     def finish(self, path: Path | None) -> int:
-        """Writes the report to the path if one is given, and returns the exit code: 1 if a bar is missed."""
+        """Writes the report to the path if one is given, and returns the exit code: 1 if a limit is missed."""
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figures = [dataclasses.asdict(f) | {"missed": f.missed()} for f in self.figures]
-            content = {"title": self.title, "machine": machine(), "figures": figures, "series": self.series}
+            figures = [dataclasses.asdict(f) | {"missed": f.misses_limit()} for f in self.figures]
+            content = {"title": self.title, "machine": describe_machine(), "figures": figures, "series": self.series}
             path.write_text(json.dumps(content, indent=1))
-        return int(any(f.missed() for f in self.figures))
+        return int(any(f.misses_limit() for f in self.figures))
 
 
-def _number(value):
+def _format_number(value):
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describes the machine that the figures were measured on."""
     return {
         "device": jax.devices()[0].device_kind,
@@ -143,15 +149,15 @@ def _processor():
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def progress(items, what: str):
-    """Makes a progress bar that leaves nothing behind in the table."""
-    return tqdm(items, desc=what, leave=False, disable=None)
+def progress(items, description: str):
+    """Makes a progress bar that is erased at the end, so that it does not remain in the table."""
+    return tqdm(items, desc=description, leave=False, disable=None)
 
 
 def run_script(measure: Callable[[Report], None], description: str, cores: int | None = None) -> int:
     """Runs one script: measures, prints, and writes JSON with `--json`.
 
-    With `--cores`, by default as many as `cores` says, all contenders are bound to some of the machine's cores.
+    With `--cores`, by default as many as `cores` says, all programs are bound to some of the machine's cores.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

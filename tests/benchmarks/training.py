@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from jaxcode import saga
 from models.datasets import libsvm
 
-from .timing import race, run_script
+from .timing import run_script, time_programs
 
 RIDGE = 1e-3
 EPOCHS = 8
@@ -38,7 +38,7 @@ def samples():
 
 
 def scikit_learn(x, y):
-    """Returns a function that trains for some epochs, setting up included."""
+    """Returns a function that trains by scikit-learn for some epochs, setting up included."""
 
     def run(epochs):
         model = LogisticRegression(
@@ -52,7 +52,7 @@ def scikit_learn(x, y):
 
 
 def distributed_saga(x, y, dtype, **settings):
-    """Returns a function that computes some epochs."""
+    """Returns a function that trains by `DistributedSaga` for some epochs."""
     with jax.enable_x64(dtype == np.float64):
         method = saga.DistributedSaga(saga.logistic, 1, len(y), RIDGE, **settings)
         x = saga.SparseRows.from_scipy(x.astype(dtype)) if scipy.sparse.issparse(x) else x.astype(dtype)
@@ -79,19 +79,19 @@ def measure(report):
         "DistributedSaga, sparse rows, float64": distributed_saga(x, y, np.float64),
         "DistributedSaga, sparse rows, float32": distributed_saga(x, y, np.float32),
     }
-    # The difference between many epochs and one is the epochs' alone.
-    contenders = {}
+    # The difference between many epochs and one contains no setting up.
+    programs = {}
     for name, run in runs.items():
-        contenders[name, 1] = lambda run=run: run(1)
-        contenders[name, EPOCHS] = lambda run=run: run(1 + EPOCHS)
-    times = race(contenders, seconds=20.0)
+        programs[name, 1] = lambda run=run: run(1)
+        programs[name, EPOCHS] = lambda run=run: run(1 + EPOCHS)
+    times = time_programs(programs, seconds=20.0)
     epochs = {name: np.maximum(times[name, EPOCHS] - times[name, 1], 1e-9) / EPOCHS for name in runs}
-    report.times(epochs)
+    report.add_times(epochs)
     for rows in ("dense", "sparse"):
         reference = epochs[f"scikit-learn, {rows} rows, float64"]
         for dtype in ("float64", "float32"):
             ratio = epochs[f"DistributedSaga, {rows} rows, {dtype}"] / reference
-            report.add(f"{dtype} to scikit-learn's, {rows} rows", ratio, "x", at_most=1.5)
+            report.add(f"{dtype} to scikit-learn's, {rows} rows", ratio, "x", upper_limit=1.5)
 
 
 if __name__ == "__main__":

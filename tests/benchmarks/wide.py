@@ -13,22 +13,22 @@ import numpy as np
 from jaxcode import SplineCode
 from jaxcode.interpolants.spline import linop
 
-from .timing import Report, progress, race, run_script
+from .timing import Report, progress, run_script, time_programs
 
 SMOOTHING = 1e-6
 FEATURES = 150_528  # 224 x 224 x 3
 
 
 def measure(report: Report):
-    images(report, jnp.float32)
-    images(report, jnp.bfloat16)
-    images(report, jnp.float16)
-    many_workers(report)
-    matrix_or_blocks(report)
+    measure_images(report, jnp.float32)
+    measure_images(report, jnp.bfloat16)
+    measure_images(report, jnp.float16)
+    measure_many_workers(report)
+    measure_matrix_and_blocks(report)
 
 
-def images(report, dtype):
-    """Times 20 images of 224 x 224 x 3 to 60 workers and back, a third of whom did not return."""
+def measure_images(report, dtype):
+    """Times the coding of 20 images of 224 x 224 x 3 for 60 workers, a third of which did not return."""
     num_data, num_workers = 20, 60
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
     rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def images(report, dtype):
     decoder_matrix = code.decoder_matrix(mask).astype(dtype)
     matmul = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
     copy = jax.jit(jnp.copy)
-    times = race(
+    times = time_programs(
         {
             "encode": lambda: encode(x),
             "jnp.matmul, (60, 20) (20, 150528)": lambda: matmul(encoder_matrix, x),
@@ -51,18 +51,20 @@ def images(report, dtype):
         seconds=8,
     )
     name = jnp.dtype(dtype).name
-    for what, ours, theirs, compiled, args in (
+    for operation, ours, theirs, compiled, args in (
         ("encode", "encode", "jnp.matmul, (60, 20) (20, 150528)", encode, (x,)),
         ("decode", "decode, from a fresh mask", "jnp.matmul, (20, 60) (60, 150528)", decode, (y, on_device)),
     ):
-        report.add(f"{what} (20, {FEATURES}) and 60, {name}: ours / matmul", times[ours] / times[theirs], at_most=1.15)
-        # CPUs widen narrow data to multiply them, in a plain product too.
-        bar = 1.3 if dtype == jnp.float32 or jax.default_backend() != "cpu" else None
-        report.add(f"  memory at its peak / inputs and outputs: {what}", _memory(compiled, *args), at_most=bar)
-    report.times(times)
+        ratio = times[ours] / times[theirs]
+        report.add(f"{operation} (20, {FEATURES}) and 60, {name}: ours / matmul", ratio, upper_limit=1.15)
+        # No limit for narrow data on CPUs, which widen them to multiply them, in a plain product too.
+        memory_limit = 1.3 if dtype == jnp.float32 or jax.default_backend() != "cpu" else None
+        memory = _memory(compiled, *args)
+        report.add(f"  memory at its peak / inputs and outputs: {operation}", memory, upper_limit=memory_limit)
+    report.add_times(times)
 
 
-def many_workers(report):
+def measure_many_workers(report):
     """Times blocks against one matrix where there are many knots."""
     num_data, num_workers, features = 1024, 4096, 4096
     code = SplineCode.chebyshev(num_data, num_workers, decoder_smoothing=SMOOTHING)
@@ -73,7 +75,7 @@ def many_workers(report):
     encode, decode, on_device = jax.jit(code.encode), jax.jit(code.decode), jnp.asarray(mask)
     encoder_matrix, decoder_matrix = code.encoder_matrix(), code.decoder_matrix(mask)
     matmul = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
-    times = race(
+    times = time_programs(
         {
             "encode": lambda: encode(x),
             "jnp.matmul, (4096, 1024) (1024, 4096)": lambda: matmul(encoder_matrix, x),
@@ -85,13 +87,13 @@ def many_workers(report):
     names = list(times)
     for ours, theirs in zip(names[::2], names[1::2], strict=True):
         report.add(
-            f"{ours.split(',')[0]}, N=4096, K=1024, d=4096: matmul / ours", times[theirs] / times[ours], at_least=5
+            f"{ours.split(',')[0]}, N=4096, K=1024, d=4096: matmul / ours", times[theirs] / times[ours], lower_limit=5
         )
-    report.times(times)
+    report.add_times(times)
 
 
-def matrix_or_blocks(report):
-    """Times the decoding of wide data from a fresh mask in either form, K = N / 3."""
+def measure_matrix_and_blocks(report):
+    """Times the decoding of wide data from a fresh mask by one matrix and by blocks, K = N / 3."""
     columns = 65_536
     medians: dict[str, dict[int, float]] = {"one matrix": {}, "blocks": {}}
     limit = linop.MAX_ENTRIES_IN_MATRIX
@@ -99,15 +101,15 @@ def matrix_or_blocks(report):
         code = SplineCode.chebyshev(n // 3, n, decoder_smoothing=SMOOTHING)
         y = jnp.asarray(np.random.default_rng(0).normal(size=(n, columns)), jnp.float32)
         mask = jnp.asarray(np.arange(n) % 3 != 0)
-        contenders = {}
+        programs = {}
         for form, most in (("one matrix", 10**9), ("blocks", 0)):
             linop.MAX_ENTRIES_IN_MATRIX = most
             try:
                 decode = jax.jit(functools.partial(code.decode)).lower(y, mask).compile()
             finally:
                 linop.MAX_ENTRIES_IN_MATRIX = limit
-            contenders[form] = functools.partial(decode, y, mask)
-        for form, seconds in race(contenders, seconds=1).items():
+            programs[form] = functools.partial(decode, y, mask)
+        for form, seconds in time_programs(programs, seconds=1).items():
             medians[form][n + n // 3] = float(np.median(seconds))
     for size in medians["blocks"]:
         chosen, other = ("one matrix", "blocks") if size <= limit else ("blocks", "one matrix")

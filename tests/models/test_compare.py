@@ -10,7 +10,7 @@ import models.compare
 import models.networks
 from models import datasets
 from models.compare import main
-from models.networks import network
+from models.networks import load_or_train
 from models.train import accuracy
 
 SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--num-sets", "3"]
@@ -18,17 +18,16 @@ SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--nu
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One small run: its folder and what it printed."""
+    """Runs the command with few schemes; returns its folder and what it printed."""
     out = tmp_path_factory.mktemp("compare")
     all_schemes = models.compare._schemes
 
     def some_schemes(num_data, num_workers, tune):
         """Leaves out most schemes: compiling them all takes a minute."""
-        kept = [
-            s for s in all_schemes(num_data, num_workers, tune) if s.name in ("uncoded", "replication", "nercc", "lcc")
-        ]
-        assert len(kept) == 4
-        return tuple(kept)
+        names = "uncoded", "replication", "nercc", "lcc"
+        schemes = tuple(s for s in all_schemes(num_data, num_workers, tune) if s.name in names)
+        assert len(schemes) == 4
+        return schemes
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(models.compare, "_schemes", some_schemes)
@@ -65,9 +64,9 @@ def test_the_network_is_trained_once(run, capsys):
     out, printed = run
     assert printed.startswith("Training lenet5")
     data = datasets.load("digits")
-    model = network("lenet5", data, "digits", out / "lenet5-digits-0.safetensors", seed=0)
+    model = load_or_train("lenet5", data, "digits", out / "lenet5-digits-0.safetensors", seed=0)
     assert capsys.readouterr().out.startswith("Weights of lenet5")
-    assert f"{accuracy(model, data.x_test, data.y_test):.1%} of 400 test images right" in printed
+    assert f"accuracy {accuracy(model, data.x_test, data.y_test):.1%} on 400 test images" in printed
 
 
 @pytest.mark.long

@@ -54,18 +54,17 @@ def test_digits_are_real_and_in_a_fixed_shuffle_and_split():
     assert data.x_train.dtype == np.float32
     assert data.x_train.min() == 0
     assert data.x_train.max() == 1
-    again = datasets.load("digits")
-    np.testing.assert_array_equal(data.x_test, again.x_test)
+    np.testing.assert_array_equal(data.x_test, datasets.load("digits").x_test)
     original = load_digits()
     labels = np.concatenate([data.y_train, data.y_test])
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(original.target))
     # Every class is tested, and the split does not follow the file, which lists the digits by writer.
     assert np.bincount(data.y_test, minlength=10).min() > 20
-    # Enlarging keeps the mean brightness of each image, and so its label beside it.
-    small = {label: original.images[original.target == label].mean() / 16 for label in range(10)}
-    for label, mean in small.items():
-        large = np.concatenate([data.x_train[data.y_train == label], data.x_test[data.y_test == label]]).mean()
-        assert large == pytest.approx(mean, abs=0.02)
+    # Labels belong to their images: enlarging keeps the mean intensity of every class.
+    intensities = {label: original.images[original.target == label].mean() / 16 for label in range(10)}
+    for label, mean in intensities.items():
+        enlarged = np.concatenate([data.x_train[data.y_train == label], data.x_test[data.y_test == label]]).mean()
+        assert enlarged == pytest.approx(mean, abs=0.02)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -230,8 +229,8 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch):
 def test_truncated_npz_files(tmp_path):
     path = tmp_path / "mnist.npz"
     _npz(path)
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"text"):
+    archive = path.read_bytes()
+    for content in (b"", archive[: len(archive) // 2], b"text"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"mnist\.npz cannot be read"):
             datasets.load("mnist", tmp_path)

@@ -1,4 +1,4 @@
-"""The serving benchmark: its delays, and a run of all schemes on threads in place of processes."""
+"""Tests the serving benchmark: its delays, and a run of all schemes on threads in place of processes."""
 
 import csv
 import time
@@ -26,24 +26,24 @@ def double(x):
     ],
     ids=["Pareto", "lognormal"],
 )
-def test_delays_follow_their_law_and_are_cut(delays, law):
-    drawn = delays.draw(np.random.default_rng(1), 2000)
-    assert stats.kstest(drawn, law.cdf).pvalue > 1e-3
+def test_delays_follow_their_law_up_to_the_longest(delays, law):
+    seconds = delays.draw(np.random.default_rng(1), 2000)
+    assert stats.kstest(seconds, law.cdf).pvalue > 1e-3
     assert delays.quantile(0.95) == pytest.approx(law.ppf(0.95), rel=0.02)
-    cut = Delays(delays.law, delays.scale, delays.tail, 0.05, 0)
-    assert cut.draw(np.random.default_rng(1), 2000).max() == 0.05
+    truncated = Delays(delays.law, delays.scale, delays.tail, 0.05, 0)
+    assert truncated.draw(np.random.default_rng(1), 2000).max() == 0.05
 
 
 def test_each_worker_sleeps_for_delays_of_its_own_before_it_computes():
     delays = Delays("lognormal", 0.02, 0.5, 1.0, seed=5)
-    slept = []
+    durations = []
     for worker in (0, 1, 0):
-        began = time.monotonic()
+        start_time = time.monotonic()
         assert delays(worker, double, 2) == 4
-        slept.append(time.monotonic() - began)
+        durations.append(time.monotonic() - start_time)
     expected = [delays.draw(np.random.default_rng((5, worker)), 1)[0] for worker in (0, 1)]
-    assert slept[0] >= expected[0]
-    assert slept[1] >= expected[1]
+    assert durations[0] >= expected[0]
+    assert durations[1] >= expected[1]
     assert expected[0] != expected[1]
 
 

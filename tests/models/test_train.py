@@ -5,7 +5,7 @@ from flax import nnx
 
 from models.datasets import Dataset, load
 from models.lenet5 import LeNet5
-from models.train import _augmented, accuracy, fit
+from models.train import _augment, accuracy, fit
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_bad_arguments(digits, arguments, message):
 
 def test_augmented_images_are_shifted_and_mirrored_ones():
     x = np.random.default_rng(0).random((200, 16, 16, 1)).astype(np.float32)
-    augmented = _augmented(x, np.random.default_rng(1))
+    augmented = _augment(x, np.random.default_rng(1))
     padded = np.pad(x, [(0, 0), (2, 2), (2, 2), (0, 0)])
     transformations = set()
     for i, image in enumerate(augmented):

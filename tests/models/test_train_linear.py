@@ -21,7 +21,7 @@ def _restore_precision():
 
 
 def test_training_prints_a_table_and_writes_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_linear, "_LENGTHS", {"saga": (0.3, 1.0), "sgd": (1.0,)})
+    monkeypatch.setattr(train_linear, "_STEP_SIZES", {"saga": (0.3, 1.0), "sgd": (1.0,)})
     monkeypatch.setattr(train_linear, "_DECAYS", {"saga": (0.0,), "sgd": (0.0, 0.03)})
     main(
         [
@@ -64,7 +64,7 @@ def test_the_optimum_of_many_classes():
         x, y = problem.data
         assert x.shape == (1797, 64)
         assert (np.diff(y) >= 0).all()
-        assert 0.5 < problem.least < 2.0
+        assert 0.5 < problem.minimum < 2.0
 
 
 needs_data = pytest.mark.skipif("JAXCODE_DATA" not in os.environ, reason="JAXCODE_DATA names no folder of data")
@@ -80,7 +80,7 @@ def test_thirty_epochs_on_real_sets_sorted_by_label(name):
         def gap(method):
             state = method.init(problem.params, problem.data)
             state, _ = method.run(state, jax.random.key(0), num_rounds, every=num_rounds, progress=False)
-            return float(method.objective(state.params, state)) - problem.least
+            return float(method.objective(state.params, state)) - problem.minimum
 
         settings = {"num_machines": 8, "period": 64, "ridge": 1e-3}
         num_rounds = 30 * len(problem.data[1]) // (8 * 64)

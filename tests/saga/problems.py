@@ -12,14 +12,14 @@ def classes(n, d, seed=0, groups=8):
     return x / np.linalg.norm(x, axis=1, keepdims=True), y
 
 
-def shuffled(data, seed=0):
-    """Returns the same samples in a random order, so that machines have similar ones."""
+def shuffle(data, seed=0):
+    """Permutes samples at random, so that machines have similar ones."""
     order = np.random.default_rng(seed).permutation(len(data[1]))
     return tuple(part[order] for part in data)
 
 
 def logistic_optimum(x, y, ridge):
-    """Minimises by scikit-learn's Newton method."""
+    """Computes the optimum by scikit-learn's Newton method."""
     model = LogisticRegression(
         C=1 / (ridge * len(y)), fit_intercept=False, solver="newton-cholesky", tol=1e-14, max_iter=200
     )

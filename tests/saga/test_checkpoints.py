@@ -1,4 +1,4 @@
-"""Tests checkpoints: what resumes, what is refused, and what is done about damaged ones."""
+"""Tests checkpoints: how runs resume, and how checkpoints of other problems and damaged ones are handled."""
 
 import dataclasses
 import subprocess
@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from jaxcode import saga, stragglers
 from jaxcode.saga import DistributedSaga
-from jaxcode.saga._fingerprint import fingerprint_of_function
+from jaxcode.saga._digests import function_digest
 
 from .test_run import DATA, KEY, METHOD, METHODS, begin
 
@@ -28,31 +28,31 @@ def _float64():
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_interrupted_runs_resume_bit_for_bit(tmp_path, method):
     late = stragglers.Independent(0.3)
-    whole, _ = method.run(begin(method), KEY, 10, every=2, stragglers=late, progress=False)
+    uninterrupted, _ = method.run(begin(method), KEY, 10, every=2, stragglers=late, progress=False)
 
     def stop_early(state, record):
         return record["rounds"] == 6
 
     folder = tmp_path / "new" / "folder"
     settings = {"every": 2, "stragglers": late, "checkpoint": folder, "progress": False}
-    part, history = method.run(begin(method), KEY, 10, callbacks=[stop_early], **settings)
-    assert int(part.round) == 6
+    interrupted, history = method.run(begin(method), KEY, 10, callbacks=[stop_early], **settings)
+    assert int(interrupted.round) == 6
     assert history.rounds.tolist() == [0, 2, 4, 6]
     resumed, history = method.run(begin(method), KEY, 10, **settings)
     assert history.rounds.tolist() == [6, 8, 10]
-    chex.assert_trees_all_equal(resumed, whole)
-    # Nothing is left to do.
-    again, history = method.run(begin(method), KEY, 10, **settings)
+    chex.assert_trees_all_equal(resumed, uninterrupted)
+    # All rounds are done.
+    repeated, history = method.run(begin(method), KEY, 10, **settings)
     assert history.rounds.tolist() == [10]
-    chex.assert_trees_all_equal(again, whole)
+    chex.assert_trees_all_equal(repeated, uninterrupted)
 
 
 def logistic_like(params, sample):
     return saga.logistic(params, sample)
 
 
-def scaled(factor):
-    """Returns a loss that differs in a constant of its closure."""
+def scale(factor):
+    """Returns a loss with a constant in its closure."""
     return lambda params, sample: factor * saga.logistic(params, sample)
 
 
@@ -77,7 +77,7 @@ PROX = {"prox": saga.soft_threshold(0.1)}
     [
         ({}, {"loss": saga.squared}, "another loss"),
         ({"loss": huber(1.0)}, {"loss": huber(1.5)}, "another loss"),
-        ({"loss": scaled(1.0), **GENERIC}, {"loss": scaled(1.5), **GENERIC}, "another loss"),
+        ({"loss": scale(1.0), **GENERIC}, {"loss": scale(1.5), **GENERIC}, "another loss"),
         ({"loss": with_array(np.arange(9.0)), **GENERIC}, {"loss": with_array(np.ones(9)), **GENERIC}, "another loss"),
         ({}, PROX, "another prox"),
         (PROX, {"prox": saga.soft_threshold(0.2)}, "another prox"),
@@ -115,21 +115,21 @@ def test_the_same_functions_under_other_names_have_the_same_digest():
     def renamed(w, pair):
         return saga.logistic(w, pair)
 
-    assert not np.array_equal(*(fingerprint_of_function(f, *shapes) for f in (scaled(1.0), scaled(1.5))))
-    np.testing.assert_array_equal(*(fingerprint_of_function(f, *shapes) for f in (logistic_like, renamed)))
-    np.testing.assert_array_equal(*(fingerprint_of_function(scaled(0.5), *shapes) for _ in range(2)))
+    assert not np.array_equal(*(function_digest(f, *shapes) for f in (scale(1.0), scale(1.5))))
+    np.testing.assert_array_equal(*(function_digest(f, *shapes) for f in (logistic_like, renamed)))
+    np.testing.assert_array_equal(*(function_digest(scale(0.5), *shapes) for _ in range(2)))
 
 
 def test_digests_are_the_same_in_every_process():
     program = (
-        "import jax, jax.numpy as jnp; from jaxcode import saga; from jaxcode.saga import _fingerprint as f;"
+        "import jax, jax.numpy as jnp; from jaxcode import saga; from jaxcode.saga import _digests as f;"
         "s = jnp.zeros(6), (jnp.zeros(6), jnp.zeros(()));"
-        "print(f.fingerprint_of_function(jax.value_and_grad(saga.logistic), *s),"
-        "f.fingerprint_of_function(saga.soft_threshold(0.1), jnp.zeros(6), jnp.zeros(())))"
+        "print(f.function_digest(jax.value_and_grad(saga.logistic), *s),"
+        "f.function_digest(saga.soft_threshold(0.1), jnp.zeros(6), jnp.zeros(())))"
     )
-    run = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(2)]
-    assert run[0].returncode == 0, run[0].stderr
-    assert run[0].stdout == run[1].stdout
+    processes = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(2)]
+    assert processes[0].returncode == 0, processes[0].stderr
+    assert processes[0].stdout == processes[1].stdout
 
 
 def truncate(folder):
@@ -144,7 +144,7 @@ def truncate_arrays(folder):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def flip(folder):
+def flip_byte(folder):
     """Changes a byte in the middle of every file with arrays."""
     for file in folder.rglob("d/*"):
         content = bytearray(file.read_bytes())
@@ -152,24 +152,24 @@ def flip(folder):
         file.write_bytes(content)
 
 
-def empty(folder):
+def delete_files(folder):
     for file in folder.rglob("*"):
         if file.is_file():
             file.unlink()
 
 
-DAMAGES = [truncate, truncate_arrays, flip, empty]
+DAMAGES = [truncate, truncate_arrays, flip_byte, delete_files]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_replaced_by_the_one_before(tmp_path, damage):
-    whole, _ = METHOD.run(begin(METHOD), KEY, 6, every=2, progress=False)
+    uninterrupted, _ = METHOD.run(begin(METHOD), KEY, 6, every=2, progress=False)
     METHOD.run(begin(METHOD), KEY, 4, every=2, checkpoint=tmp_path, progress=False)
     damage(tmp_path / "4")
     with pytest.warns(UserWarning, match=r"4 cannot be read .*resumes from round 2"):
         state, history = METHOD.run(begin(METHOD), KEY, 6, every=2, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [2, 4, 6]
-    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(whole))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(uninterrupted))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         _, history = METHOD.run(begin(METHOD), KEY, 6, every=2, checkpoint=tmp_path, progress=False)
@@ -189,12 +189,12 @@ def test_checkpoints_that_are_all_damaged_are_an_error(tmp_path, damage):
 def test_machines_on_devices_resume(tmp_path, axis_type):
     mesh = jax.make_mesh((4,), ("machines",), axis_types=(axis_type,))
     method = dataclasses.replace(METHOD, mesh=mesh)
-    whole, _ = METHOD.run(begin(METHOD), KEY, 4, progress=False)
+    uninterrupted, _ = METHOD.run(begin(METHOD), KEY, 4, progress=False)
     method.run(begin(method), KEY, 2, checkpoint=tmp_path, progress=False)
     state, history = method.run(begin(method), KEY, 4, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [2, 3, 4]
-    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(whole.params), rtol=1e-10)
-    # One device resumes from it, too.
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(uninterrupted.params), rtol=1e-10)
+    # A run on one device resumes from it, too.
     _, history = METHOD.run(begin(METHOD), KEY, 4, checkpoint=tmp_path, progress=False)
     assert history.rounds.tolist() == [4]
 

@@ -39,7 +39,7 @@ def plain_logistic(w, sample):
 
 
 def draw(key, period, x, ridge, sampling):
-    """Draws samples of a machine; also returns all probabilities as multiples of uniform ones."""
+    """Draws a machine's samples; also returns the probabilities of all, in units of uniform ones."""
     if sampling == "uniform":
         return np.asarray(jax.random.bits(key, (period, 1), jnp.uint32))[:, 0] % len(x), np.ones(len(x))
     p = 0.25 * np.sum(x**2, axis=1) + len(x) * ridge / 3
@@ -96,15 +96,15 @@ def check_against_numpy(loss, correction, period, sampling="uniform", **settings
         np.testing.assert_allclose(state.local["table"][k][:m], expected, rtol=1e-11, atol=1e-12)
 
 
-def test_with_one_machine_or_a_period_of_one_all_corrections_are_the_same():
+def test_with_one_machine_or_a_period_of_one_corrections_are_the_same():
     data = problems.classes(64, 5)
     for machines, period in ((1, 16), (8, 1)):
-        ends = []
+        results = []
         for correction in CORRECTIONS[: 2 if machines == 1 else 3]:
             method = DistributedSaga(saga.logistic, machines, period, 0.01, correction)
-            ends.append(rounds(method, first_state(method, data), 50).params)
-        for end in ends[1:]:
-            np.testing.assert_allclose(end, ends[0], rtol=0, atol=1e-12)
+            results.append(rounds(method, first_state(method, data), 50).params)
+        for result in results[1:]:
+            np.testing.assert_allclose(result, results[0], rtol=0, atol=1e-12)
 
 
 def test_one_machine_is_the_optax_transformation_step_by_step():
@@ -162,7 +162,7 @@ def test_lipschitz_sampling_converges_fast_where_samples_differ_in_length():
     np.testing.assert_allclose(state.step_size, 1 / (3 * (np.max(p / factors) + 0.01)), rtol=1e-12)
 
 
-def lipschitz(x, ridge):
+def smoothness(x, ridge):
     return 0.25 * np.max(np.sum(x**2, axis=1)) + ridge
 
 
@@ -173,26 +173,26 @@ def test_the_bound_of_saga_holds_with_a_period_of_one(machines):
     data = problems.classes(n, 5)
     optimum = problems.logistic_optimum(*data, ridge)
     method = DistributedSaga(saga.logistic, machines, 1, ridge)
-    begin, largest = first_state(method, data), lipschitz(data[0], ridge)
+    state, largest = first_state(method, data), smoothness(data[0], ridge)
     mu = ridge
     gap = problems.logistic_objective(np.zeros(5), *data, ridge) - problems.logistic_objective(optimum, *data, ridge)
     start = optimum @ optimum + 2 * (n / machines) / (3 * largest) * gap
     epoch = n // machines
-    recorded = []
+    distances = []
     for seed in range(20):
         _, history = method.run(
-            begin, jax.random.key(seed), 12 * epoch, every=epoch, evaluate=lambda w: w, progress=False
+            state, jax.random.key(seed), 12 * epoch, every=epoch, evaluate=lambda w: w, progress=False
         )
-        recorded.append(np.sum((history.values - optimum) ** 2, axis=1))
+        distances.append(np.sum((history.values - optimum) ** 2, axis=1))
     steps = np.arange(13) * epoch
     bound = (1 - min(machines / (4 * n), mu / (3 * largest))) ** steps * start
-    assert (np.mean(recorded, axis=0) <= bound).all()
+    assert (np.mean(distances, axis=0) <= bound).all()
 
 
 def slope_per_epoch(history, optimum):
     distances = np.log(np.sum((history.values - optimum) ** 2, axis=1))
-    seen = distances > np.log(1e-26)
-    line = stats.linregress(history.epochs[seen], distances[seen])
+    is_above_rounding = distances > np.log(1e-26)
+    line = stats.linregress(history.epochs[is_above_rounding], distances[is_above_rounding])
     return line.slope, line.rvalue**2
 
 
@@ -228,9 +228,9 @@ def test_methods_without_correction_do_not_converge_where_machines_differ(contro
 @pytest.mark.long
 def test_longer_periods_need_fewer_rounds_where_machines_have_similar_samples():
     n, machines, ridge = 2048, 8, 1e-2
-    data = problems.shuffled(problems.classes(n, 20))
+    data = problems.shuffle(problems.classes(n, 20))
     optimum = problems.logistic_optimum(*data, ridge)
-    needed = []
+    rounds_needed = []
     for period in (1, 16, 64, n // machines):
         method = DistributedSaga(saga.logistic, machines, period, ridge)
         every = max(1, 32 // period)
@@ -244,25 +244,25 @@ def test_longer_periods_need_fewer_rounds_where_machines_have_similar_samples():
         )
         ratio = np.sum((history.values - optimum) ** 2, axis=1) / np.sum(optimum**2)
         assert ratio[-1] <= 1e-8
-        needed.append(history.rounds[np.argmax(ratio <= 1e-8)])
-    assert np.all(np.diff(needed) < 0)
+        rounds_needed.append(history.rounds[np.argmax(ratio <= 1e-8)])
+    assert np.all(np.diff(rounds_needed) < 0)
 
 
 @pytest.mark.long
 def test_long_periods_on_quadratics_contract_as_the_round_map_says():
     rng = np.random.default_rng(3)
-    machines, each, d, ridge = 3, 40, 4, 0.3
-    x = rng.normal(size=(machines, each, d)) * np.array([1.0, 0.6, 1.5])[:, None, None]
-    y = rng.normal(size=(machines, each))
-    hessians = np.einsum("kmi,kmj->kij", x, x) / each
+    machines, size, d, ridge = 3, 40, 4, 0.3
+    x = rng.normal(size=(machines, size, d)) * np.array([1.0, 0.6, 1.5])[:, None, None]
+    y = rng.normal(size=(machines, size))
+    hessians = np.einsum("kmi,kmj->kij", x, x) / size
     data = x.reshape(-1, d), y.reshape(-1)
     optimum = problems.squares_optimum(*data, ridge)
     for correction, theta in (("anchored", 1.0), ("own", 1 / machines)):
-        # Where every machine converges within a round, its parameters after a round are a linear map of those after
-        # the round before, of which the tables are left.
-        first = np.linalg.inv(theta * hessians + ridge * np.eye(d))
+        # If every machine converges within a round, its parameters after a round are a linear function of all machines'
+        # parameters after the round before, of which the tables hold the gradients.
+        inverse = np.linalg.inv(theta * hessians + ridge * np.eye(d))
         blocks = [
-            [first[k] @ (theta * hessians[k] * (k == other) - hessians[other] / machines) for other in range(machines)]
+            [inverse[k] @ (theta * hessians[k] * (k == i) - hessians[i] / machines) for i in range(machines)]
             for k in range(machines)
         ]
         radius = max(abs(np.linalg.eigvals(np.block(blocks))))
@@ -276,7 +276,7 @@ def test_long_periods_on_quadratics_contract_as_the_round_map_says():
 @pytest.mark.long
 def test_steps_fall_with_the_number_of_machines():
     n, ridge = 2048, 1e-2
-    data = problems.shuffled(problems.classes(n, 20))
+    data = problems.shuffle(problems.classes(n, 20))
     optimum = problems.logistic_optimum(*data, ridge)
     steps = {}
     for machines in (1, 2, 4, 8, 16):

@@ -38,18 +38,18 @@ def test_multinomial_with_bias_converges_to_the_optimum(period):
     ridge = 0.05
     # Scikit-learn does not shrink its intercept: a column of ones does the same as our bias.
     ones = np.concatenate([x, np.ones((150, 1))], axis=1)
-    known = LogisticRegression(C=1 / (ridge * 150), fit_intercept=False, tol=1e-12, max_iter=5000).fit(ones, labels)
+    reference = LogisticRegression(C=1 / (ridge * 150), fit_intercept=False, tol=1e-12, max_iter=5000).fit(ones, labels)
     method = DistributedSaga(saga.multinomial, 3, period, ridge)
-    found = train(method, {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, (x, labels), 20_000 // period)
-    np.testing.assert_allclose(found["kernel"], known.coef_[:, :4].T, atol=1e-6)
-    np.testing.assert_allclose(found["bias"], known.coef_[:, 4], atol=1e-6)
+    result = train(method, {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}, (x, labels), 20_000 // period)
+    np.testing.assert_allclose(result["kernel"], reference.coef_[:, :4].T, atol=1e-6)
+    np.testing.assert_allclose(result["bias"], reference.coef_[:, 4], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("batch_size", "period", "count", "settings"),
     [
         (1, 40, 12, {}),
-        # Whole blocks and a remainder, of dense and of sparse rows, in one fetch and in several.
+        # Full blocks and a remainder, of dense and of sparse rows, in one fetch and in several.
         (1, 4200, 2, {}),
         # The factor of the last parameters in a step is zero, and negative.
         (1, 100, 3, {"ridge": 4.0, "step_size": 0.25}),
@@ -73,12 +73,12 @@ def test_sparse_rows_give_the_results_of_dense_rows(batch_size, period, count, s
     plain = dataclasses.replace(method, loss=lambda w, sample: saga.logistic(w, sample), sampling="uniform")
     with_bias = {"kernel": jnp.zeros(12), "bias": jnp.zeros(())}
     for params in (with_bias,) if settings else (with_bias, jnp.zeros(12)):
-        found = [train(method, params, (part, y), count) for part in (sparse, dense)]
+        results = [train(method, params, (part, y), count) for part in (sparse, dense)]
         if method.sampling == "uniform":
             step_size = method.init(params, (dense, y)).step_size
-            found.append(train(dataclasses.replace(plain, step_size=step_size), params, (dense, y), count))
-        for other in found[1:]:
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found[0], other)
+            results.append(train(dataclasses.replace(plain, step_size=step_size), params, (dense, y), count))
+        for other in results[1:]:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), results[0], other)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ridge": 4.0, "step_size": 0.25}, {"correction": "frozen"}])
@@ -90,8 +90,8 @@ def test_wide_sparse_rows_give_the_results_of_dense_rows(settings):
     method = DistributedSaga(saga.multinomial, 3, 100, **{"ridge": 0.1, **settings})
     params = {"kernel": jnp.asarray(rng.normal(size=(600, 4))), "bias": jnp.zeros(4)}
     labels = rng.integers(0, 4, 90)
-    found, known = (train(method, params, (part, labels), 3) for part in (sparse, dense))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, known)
+    result, expected = (train(method, params, (part, labels), 3) for part in (sparse, dense))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), result, expected)
 
 
 def test_the_proximal_operator_of_the_l1_norm():
@@ -99,13 +99,13 @@ def test_the_proximal_operator_of_the_l1_norm():
     x = rng.normal(size=(200, 10))
     y = x @ np.where(np.arange(10) < 3, 1.0, 0.0) + 0.1 * rng.normal(size=200)
     strength, ridge = 0.2, 0.1
-    known = ElasticNet(
+    reference = ElasticNet(
         alpha=strength + ridge, l1_ratio=strength / (strength + ridge), fit_intercept=False, tol=1e-14, max_iter=100_000
     ).fit(x, y)
     method = DistributedSaga(saga.squared, 4, 25, ridge, prox=saga.soft_threshold(strength))
-    found = np.asarray(train(method, jnp.zeros(10), (x, y), 1500))
-    np.testing.assert_allclose(found, known.coef_, atol=1e-8)
-    assert (found[known.coef_ == 0] == 0).all()
+    result = np.asarray(train(method, jnp.zeros(10), (x, y), 1500))
+    np.testing.assert_allclose(result, reference.coef_, atol=1e-8)
+    assert (result[reference.coef_ == 0] == 0).all()
 
 
 def test_any_tree_of_parameters_and_samples():
@@ -119,9 +119,9 @@ def test_any_tree_of_parameters_and_samples():
     params = {"in": {"kernel": 0.3 * jnp.ones((3, 2)), "bias": jnp.arange(2.0)}, "out": jnp.ones(2)}
     method = DistributedSaga(loss, 3, 20, 0.01, step_size=0.05)
     state = method.init(params, data)
-    found = method.run(state, KEY, 1500, every=1500, progress=False)[0].params
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    gradient = jax.grad(lambda params: method.objective(params, state))(found)
+    result = method.run(state, KEY, 1500, every=1500, progress=False)[0].params
+    assert jax.tree.structure(result) == jax.tree.structure(params)
+    gradient = jax.grad(lambda params: method.objective(params, state))(result)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e-8
 
 
@@ -134,8 +134,8 @@ def test_float32_parameters_stay_float32_with_x64(loss, batch_size):
     method = DistributedSaga(loss, 4, 8, 0.1, step_size=0.4, batch_size=batch_size)
     state = method.init(jnp.zeros(4, jnp.float32), (x, y))
     state = method.run(state, KEY, 100, progress=False, every=100)[0]
-    wide = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.messages, state.local))}
-    assert wide == {np.dtype(np.float32)}
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.messages, state.local))}
+    assert dtypes == {np.dtype(np.float32)}
     assert problems.distance(state.params, problems.logistic_optimum(x, y, 0.1)) < 1e-8
 
 
@@ -159,15 +159,15 @@ def test_samples_of_any_dtype_give_the_same_results(dtype, sparse):
     y = np.where(np.arange(40) % 3 == 0, 1, -1)
     method = DistributedSaga(saga.logistic, 2, 33, 0.1)
 
-    def found(dtype):
+    def params_from(dtype):
         rows = x.astype(dtype)
         if sparse:
             rows = SparseRows(np.tile(np.arange(6), (40, 1)), rows, 6)
         return train(method, jnp.zeros(6, jnp.float32), (rows, y), 5)
 
-    narrow = found(dtype)
+    narrow = params_from(dtype)
     assert narrow.dtype == jnp.float32
-    np.testing.assert_array_equal(narrow, found(np.float32))
+    np.testing.assert_array_equal(narrow, params_from(np.float32))
 
 
 def test_settings_of_a_wider_dtype_do_not_widen_parameters():
@@ -197,8 +197,8 @@ def test_parameters_keep_their_order(mapping):
 def test_machines_may_have_only_zeros(sampling):
     x, y = problems.classes(40, 3)
     for data in ((np.where(np.arange(40)[:, None] < 20, 0, x), y), (0 * x, y)):
-        found = train(DistributedSaga(saga.logistic, 2, 8, sampling=sampling), jnp.zeros(3), data, 5)
-        assert np.isfinite(found).all()
+        result = train(DistributedSaga(saga.logistic, 2, 8, sampling=sampling), jnp.zeros(3), data, 5)
+        assert np.isfinite(result).all()
 
 
 def test_duplicate_entries_are_added_up():
@@ -211,17 +211,17 @@ def test_duplicate_entries_are_added_up():
 @pytest.mark.parametrize("loss", [saga.logistic, saga.multinomial, saga.squared])
 def test_losses_can_be_pickled(loss):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
-    again = cloudpickle.loads(cloudpickle.dumps(loss))
+    copy = cloudpickle.loads(cloudpickle.dumps(loss))
     margin, y = (jnp.arange(3.0), 1) if loss is saga.multinomial else (0.3, 1.0)
-    np.testing.assert_array_equal(jax.grad(again.margin_loss)(margin, y), jax.grad(loss.margin_loss)(margin, y))
+    np.testing.assert_array_equal(jax.grad(copy.margin_loss)(margin, y), jax.grad(loss.margin_loss)(margin, y))
 
 
 def test_the_objective_is_that_of_all_samples():
     x, y = problems.classes(50, 4)
     method = DistributedSaga(saga.logistic, 7, 5, 0.1)
     w = jnp.arange(4.0)
-    found = float(method.objective(w, method.init(jnp.zeros(4), (x, y))))
-    assert found == pytest.approx(problems.logistic_objective(np.asarray(w), x, y, 0.1), rel=1e-12)
+    result = float(method.objective(w, method.init(jnp.zeros(4), (x, y))))
+    assert result == pytest.approx(problems.logistic_objective(np.asarray(w), x, y, 0.1), rel=1e-12)
 
 
 def test_settings_that_make_no_sense_are_refused(unchecked):
@@ -229,7 +229,7 @@ def test_settings_that_make_no_sense_are_refused(unchecked):
     good = DistributedSaga(saga.logistic, 2, 5)
     state = good.init(jnp.zeros(3), (x, y))
     unknown = saga.LinearLoss(lambda margin, y: jnp.exp(-margin * y))
-    for wrong, message in (
+    for call, message in (
         (lambda: DistributedSaga(saga.logistic, 0, 5), "num_machines is 0"),
         (lambda: DistributedSaga(saga.logistic, 2, 0), "period is 0"),
         (lambda: DistributedSaga(saga.logistic, 2, 5, batch_size=0), "batch_size is 0"),
@@ -261,4 +261,4 @@ def test_settings_that_make_no_sense_are_refused(unchecked):
         (lambda: good.run(state, KEY, 5, every=0), "every is 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrong()
+            call()

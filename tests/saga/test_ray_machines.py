@@ -13,7 +13,7 @@ import pytest
 from jaxcode import saga
 from jaxcode.saga import DistributedSaga, RayMachines
 
-from ..pools.faults import FileFaults, is_ray_worker, wait_until
+from ..pools.faults import FileFaults, alive_in_ray, until
 from . import problems
 
 KEY = jax.random.key(0)
@@ -29,29 +29,29 @@ def _float64():
 
 
 class Faults:
-    """Makes a machine do what a file of its number says, in place of working."""
+    """Replaces a machine's work by what a file of its number says."""
 
     def __init__(self, folder):
         self.files = FileFaults(folder)
         self.folder = folder
 
     def __call__(self, machine, work):
-        return self.files(machine, lambda batch: self.damage(machine, work()), None)
+        return self.files(machine, lambda batch: self.damage_answer(machine, work()), None)
 
-    def damage(self, machine, answer):
+    def damage_answer(self, machine, answer):
         """Replaces all numbers of an answer by NaN, or only those of the local state."""
         file = self.folder / f"damage{machine}"
-        which = file.read_text() if file.exists() else ""
-        move, local, message = answer
-        if which == "all":
-            move, message = jnp.nan * move, jnp.nan * message
-        if which:
+        damage = file.read_text() if file.exists() else ""
+        update, local, message = answer
+        if damage == "all":
+            update, message = jnp.nan * update, jnp.nan * message
+        if damage:
             local = {**local, "table": jnp.nan * local["table"]}
-        return move, local, message
+        return update, local, message
 
-    def set_damage(self, which, *machines):
+    def set_damage(self, damage, *machines):
         for machine in machines:
-            (self.folder / f"damage{machine}").write_text(which)
+            (self.folder / f"damage{machine}").write_text(damage)
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +93,34 @@ def test_rounds_go_on_without_late_dead_stuck_and_failing_machines_which_rejoin(
     for _ in range(3):
         state = machines.round(state, KEY)
         settle(machines)
-    # Late: its move is discarded; its table changes, and its next message says so.
-    faults.set_behaviour("wait 3", 1)
+    # A late machine: its update is discarded; its table changes, which its next message includes.
+    faults.tell("wait 3", 1)
     before = state.messages[1]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[1], before)
-    faults.set_behaviour("", 1)
+    faults.tell("", 1)
     settle(machines)
     state = machines.round(state, KEY)
     assert (state.messages[1] != before).any()
-    # A machine that raises has missed the round, no more.
-    faults.set_behaviour("raise", 2)
+    # A machine that raises: it misses the round.
+    faults.tell("raise", 2)
     before = state.messages[2]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[2], before)
-    faults.set_behaviour("", 2)
-    # Dead: starts again with gradients at the current parameters.
+    faults.tell("", 2)
+    # A dead machine: restarted with gradients at the current parameters.
     faults.kill(0)
     state = machines.round(state, KEY)
     settle(machines)
-    # Stuck: replaced once the time limit has passed.
+    # A stuck machine: replaced after the time limit.
     monkeypatch.setattr(machines._supervisor, "_stuck_after", 2.0)
-    stuck = faults.pid(1)
+    stuck_pid = faults.pid(1)
     faults.signal(signal.SIGSTOP, 1)
     state = machines.round(state, KEY)
     settle(machines)
     monkeypatch.undo()
     state = machines.round(state, KEY)
-    assert faults.pid(1) != stuck
+    assert faults.pid(1) != stuck_pid
     for _ in range(250):
         state = machines.round(state, KEY)
     np.testing.assert_allclose(state.message_sum, np.sum(state.messages, axis=0), atol=1e-12)
@@ -132,12 +132,12 @@ def test_errors_name_the_failures_if_no_machine_answers(shared):
     machines, faults = shared[0], shared[1].files
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)  # the first round compiles, and may take machines longer than the deadline
-    faults.set_behaviour("raise", 0, 1, 2)
+    faults.tell("raise", 0, 1, 2)
     try:
         with pytest.raises(saga.NoMachines, match=r"round 1: machine 0 raised OSError: no disk; machine 1 raised"):
             machines.round(state, KEY)
     finally:
-        faults.set_behaviour("", 0, 1, 2)
+        faults.tell("", 0, 1, 2)
     machines.round(state, KEY)
 
 
@@ -147,26 +147,26 @@ def test_a_machine_that_keeps_raising_is_restarted(shared):
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)
     process = faults.pid(1)
-    faults.set_behaviour("raise", 1)
+    faults.tell("raise", 1)
     try:
         for _ in range(3):
             state = machines.round(state, KEY)
             assert np.isfinite(state.params).all()
-        wait_until(lambda: machines._supervisor.counters()["restarts"] == 1)
+        until(lambda: machines._supervisor.counters()["restarts"] == 1)
     finally:
-        faults.set_behaviour("", 1)
+        faults.tell("", 1)
     settle(machines)
     machines.round(state, KEY)
-    wait_until(lambda: faults.pid(1) != process)
+    until(lambda: faults.pid(1) != process)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("which", ["all", "table"])
-def test_machines_that_send_nan_have_not_answered(shared, which):
+@pytest.mark.parametrize("damage", ["all", "table"])
+def test_machines_that_send_nan_have_not_answered(shared, damage):
     machines, faults = shared
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)
-    faults.set_damage(which, 1)
+    faults.set_damage(damage, 1)
     try:
         for _ in range(3):
             # An answer to an earlier round may have come after it.
@@ -175,12 +175,12 @@ def test_machines_that_send_nan_have_not_answered(shared, which):
             np.testing.assert_array_equal(state.messages[1], before)
             chex.assert_tree_all_finite((state.params, state.messages))
         # If all do so, the run has diverged.
-        faults.set_damage(which, 0, 2)
+        faults.set_damage(damage, 0, 2)
         with pytest.raises(saga.DivergenceError, match="sent numbers that are not finite"):
             machines.round(state, KEY)
     finally:
         faults.set_damage("", 0, 1, 2)
-    # They have kept their tables, and go on from them.
+    # Machines continue from their last finite tables.
     for _ in range(150):
         state = machines.round(state, KEY)
     assert problems.distance(state.params, problems.logistic_optimum(*DATA, RIDGE)) < 1e-6
@@ -212,7 +212,7 @@ def test_checkpoints_survive_a_machine_that_fails_between_answer_and_save(
     assert history.rounds.tolist() == [1, 3, 5]
     assert sorted(int(folder.name) for folder in tmp_path.iterdir()) == [3, 5]
     monkeypatch.setattr(machines, "_collect", collect)
-    # What was stored is a state of all machines: messages are the sums of their tables.
+    # The stored state is consistent: messages are the sums of tables.
     resumed, history = machines.run(
         machines.init(jnp.zeros(5), DATA), KEY, 5, every=2, checkpoint=tmp_path, progress=False
     )
@@ -233,8 +233,8 @@ def test_machines_that_die_while_a_checkpoint_is_restored_start_from_it(shared, 
     state = machines.init(jnp.zeros(5), DATA)
     state, _ = machines.run(state, KEY, 3, every=3, checkpoint=tmp_path, progress=False)
     stored = machines._collect(state)
-    again = machines.init(jnp.zeros(5), DATA)
-    again = machines.round(again, KEY)
+    state = machines.init(jnp.zeros(5), DATA)
+    state = machines.round(state, KEY)
     settle(machines)
     distribute = machines._distribute
 
@@ -243,9 +243,9 @@ def test_machines_that_die_while_a_checkpoint_is_restored_start_from_it(shared, 
         return distribute(state)
 
     monkeypatch.setattr(machines, "_distribute", die_first)
-    again, _ = machines.run(again, KEY, 1, every=3, checkpoint=tmp_path, progress=False)
+    state, _ = machines.run(state, KEY, 1, every=3, checkpoint=tmp_path, progress=False)
     settle(machines)
-    chex.assert_trees_all_equal(machines._collect(again).local, stored.local)
+    chex.assert_trees_all_equal(machines._collect(state).local, stored.local)
 
 
 @pytest.mark.long
@@ -267,14 +267,14 @@ def test_closing_leaves_no_processes(shared):
     pids = [faults.pid(machine) for machine in range(3)]
     machines.close()
     machines.close()
-    wait_until(lambda: not any(map(is_ray_worker, pids)))
+    until(lambda: not any(map(alive_in_ray, pids)))
 
 
 def test_settings_that_make_no_sense_are_refused(unchecked):
     from jax.sharding import Mesh
 
-    spread = DistributedSaga(saga.logistic, 2, 5, mesh=Mesh(np.array(jax.devices()[:2]), ("machines",)))
+    on_mesh = DistributedSaga(saga.logistic, 2, 5, mesh=Mesh(np.array(jax.devices()[:2]), ("machines",)))
     with pytest.raises(ValueError, match=r"method\.mesh is given"):
-        RayMachines(spread)
+        RayMachines(on_mesh)
     with pytest.raises(ValueError, match="deadline is 0"):
         RayMachines(METHOD, deadline=0)

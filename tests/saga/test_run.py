@@ -42,19 +42,19 @@ def begin(method):
 @each_method
 def test_single_rounds_and_two_runs_equal_one_run(method):
     state = begin(method)
-    whole, history = method.run(state, KEY, 6, every=4, progress=False)
-    one = state
+    one_run, history = method.run(state, KEY, 6, every=4, progress=False)
+    single_rounds = state
     for _ in range(6):
-        one = method.round(one, KEY)
-    second = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
-    chex.assert_trees_all_equal(second, whole)
-    np.testing.assert_allclose(one.params, whole.params, rtol=1e-12)
+        single_rounds = method.round(single_rounds, KEY)
+    two_runs = method.run(method.run(state, KEY, 3, progress=False)[0], KEY, 3, progress=False)[0]
+    chex.assert_trees_all_equal(two_runs, one_run)
+    np.testing.assert_allclose(single_rounds.params, one_run.params, rtol=1e-12)
     assert history.rounds.tolist() == [0, 4, 6]
     np.testing.assert_allclose(history.epochs, np.array([0, 4, 6]) * 8 * 16 / 256)
-    d = {"SAGA": 12, "SAGA, gradients": 12, "SGD": 6, "FedAvg": 6, "SCAFFOLD": 12}
-    per_round = next(d[name] for name, other in METHODS.items() if other is method)
+    floats = {"SAGA": 12, "SAGA, gradients": 12, "SGD": 6, "FedAvg": 6, "SCAFFOLD": 12}
+    per_round = next(floats[name] for name, other in METHODS.items() if other is method)
     np.testing.assert_array_equal(history.floats, np.array([0, 4, 6]) * per_round)
-    expected = [problems.logistic_objective(w, *DATA, RIDGE) for w in (np.zeros(6), np.asarray(whole.params))]
+    expected = [problems.logistic_objective(w, *DATA, RIDGE) for w in (np.zeros(6), np.asarray(one_run.params))]
     np.testing.assert_allclose(history.values[[0, -1]], expected, rtol=1e-12)
 
 
@@ -83,7 +83,7 @@ def test_divergence_is_found_at_the_end_where_parameters_stay_finite():
         method.run(state, KEY, 2, evaluate=lambda w: w[0], progress=False)
 
 
-def test_a_start_that_is_far_active_or_perfect_is_no_divergence():
+def test_a_start_that_is_far_from_the_optimum_or_perfect_is_no_divergence():
     x, _ = DATA
     method = DistributedSaga(saga.squared, 8, 16, RIDGE)
     for params, y in ((1e6 * jnp.ones(6), DATA[1]), (jnp.zeros(6), np.zeros(256)), (jnp.ones(6), x @ np.ones(6))):
@@ -118,29 +118,29 @@ def test_linear_rate_with_machines_that_miss_rounds():
     """Machines miss one round in five, at random: the rate stays linear."""
     optimum = problems.logistic_optimum(*DATA, RIDGE)
 
-    def last(**settings):
+    def distances_and_rate(**settings):
         _, history = METHOD.run(begin(METHOD), KEY, 160, every=8, evaluate=lambda w: w, progress=False, **settings)
-        distance = np.log(np.sum((history.values - optimum) ** 2, axis=1))
-        return distance, np.polyfit(history.rounds, distance, 1)[0]
+        distances = np.log(np.sum((history.values - optimum) ** 2, axis=1))
+        return distances, np.polyfit(history.rounds, distances, 1)[0]
 
-    _, rate = last()
-    some, slower = last(stragglers=stragglers.Independent(0.2))
-    assert some[-1] < np.log(1e-13)
-    assert slower < 0.7 * rate
+    _, rate = distances_and_rate()
+    distances, rate_with_stragglers = distances_and_rate(stragglers=stragglers.Independent(0.2))
+    assert distances[-1] < np.log(1e-13)
+    assert rate_with_stragglers < 0.7 * rate
 
 
 def test_a_machine_that_misses_rounds_keeps_its_table_and_its_message_counts():
     state = METHOD.run(begin(METHOD), KEY, 3, progress=False)[0]
     active = jnp.arange(8) != 2
-    later = state
+    new_state = state
     for _ in range(2):
-        later = METHOD.round(later, KEY, active)
-    np.testing.assert_array_equal(later.messages[2], state.messages[2])
-    np.testing.assert_array_equal(later.local["table"][2], state.local["table"][2])
-    assert (np.asarray(later.local["table"]) != np.asarray(state.local["table"])).any(
+        new_state = METHOD.round(new_state, KEY, active)
+    np.testing.assert_array_equal(new_state.messages[2], state.messages[2])
+    np.testing.assert_array_equal(new_state.local["table"][2], state.local["table"][2])
+    assert (np.asarray(new_state.local["table"]) != np.asarray(state.local["table"])).any(
         axis=1
     ).tolist() == active.tolist()
-    np.testing.assert_allclose(later.message_sum, np.sum(later.messages, axis=0), atol=1e-12)
+    np.testing.assert_allclose(new_state.message_sum, np.sum(new_state.messages, axis=0), atol=1e-12)
     # Garbage in the work of machines that are not active changes nothing.
     garbage = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.data.samples)
     broken = dataclasses.replace(state, data=dataclasses.replace(state.data, samples=garbage))
@@ -179,9 +179,9 @@ def test_machines_on_devices_do_the_same_with_one_sum_a_round(method, devices):
 @each_method
 def test_a_state_of_another_method_is_refused(method):
     fewer = begin(dataclasses.replace(method, num_machines=4))
-    for go in (lambda: method.round(fewer, KEY), lambda: method.run(fewer, KEY, 1, progress=False)):
+    for call in (lambda: method.round(fewer, KEY), lambda: method.run(fewer, KEY, 1, progress=False)):
         with pytest.raises(ValueError, match="state is of 4 machines, but num_machines is 8"):
-            go()
+            call()
     by_length = begin(dataclasses.replace(METHOD, sampling="lipschitz"))
     with pytest.raises(ValueError, match=rf"but those of {type(method).__name__} have .*; expected a state that"):
         method.run(by_length, KEY, 1, progress=False)
@@ -196,13 +196,14 @@ def test_baselines_converge_as_their_papers_say():
     """With steps that decay all converge, FedAvg slowest; the drift of SCAFFOLD vanishes."""
     optimum = problems.logistic_optimum(*DATA, RIDGE)
 
-    def end(method, count):
+    def final_distance(method, count):
         return problems.distance(method.run(begin(method), KEY, count, every=count, progress=False)[0].params, optimum)
 
-    # Large minibatches leave little but the drift.
-    whole = {"step_size": 0.5, "batch_size": 400}
-    assert end(Scaffold(saga.logistic, 8, 16, RIDGE, **whole), 120) < 4e-4
-    assert end(FederatedAveraging(saga.logistic, 8, 16, RIDGE, **whole), 120) > 8e-4
-    # Noise vanishes with decaying steps.
-    plain, decaying = (MinibatchSgd(saga.logistic, 8, 16, RIDGE, step_size=1.0, decay=decay) for decay in (0.0, 0.02))
-    assert end(decaying, 1500) < 0.5 * end(plain, 1500)
+    # With large minibatches there is little noise, and the drift remains.
+    settings = {"step_size": 0.5, "batch_size": 400}
+    assert final_distance(Scaffold(saga.logistic, 8, 16, RIDGE, **settings), 120) < 4e-4
+    assert final_distance(FederatedAveraging(saga.logistic, 8, 16, RIDGE, **settings), 120) > 8e-4
+    # Noise vanishes if steps decay.
+    constant = MinibatchSgd(saga.logistic, 8, 16, RIDGE, step_size=1.0)
+    decaying = dataclasses.replace(constant, decay=0.02)
+    assert final_distance(decaying, 1500) < 0.5 * final_distance(constant, 1500)

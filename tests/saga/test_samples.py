@@ -1,4 +1,4 @@
-"""Tests what is said about parameters, samples and labels that make no sense, and that sparse samples are accepted."""
+"""Tests that parameters, samples and labels that make no sense are refused, and that sparse samples are accepted."""
 
 import chex
 import jax
@@ -80,7 +80,7 @@ def test_labels_of_any_loss_must_give_one_number(loss, unchecked):
 
 
 def test_labels_are_accepted_in_every_dtype_that_has_them():
-    """The same start as that of float32, and under jit what is not known is not refused."""
+    """The first state is that of int32 labels; traced labels are not refused."""
     for loss, y, dtypes in (
         (saga.logistic, Y, (np.int8, np.int64, np.float16, np.float64, jnp.bfloat16, list)),
         (saga.multinomial, CLASSES, (np.uint8, np.int64, list)),
@@ -88,8 +88,8 @@ def test_labels_are_accepted_in_every_dtype_that_has_them():
     ):
         expected = init(loss, y.astype(np.int32))
         for dtype in dtypes:
-            found = init(loss, y.tolist() if dtype is list else y.astype(dtype))
-            chex.assert_trees_all_equal(found, expected)
+            state = init(loss, y.tolist() if dtype is list else y.astype(dtype))
+            chex.assert_trees_all_equal(state, expected)
         traced = jax.jit(lambda y, loss=loss: init(loss, y).message_sum)(y.astype(np.int32))
         np.testing.assert_allclose(traced, expected.message_sum, rtol=1e-6)
 
@@ -141,13 +141,13 @@ def test_sparse_rows_of_two_shapes_are_refused(unchecked):
 )
 def test_sparse_arrays_are_accepted(kind, convert):
     x = np.where(np.abs(X) > 0.5, X, 0).astype(np.float32)
-    dense, found = init(saga.logistic, Y, x, kind=kind), init(saga.logistic, Y, convert(x), kind=kind)
-    rows = found.data.samples[0]
+    dense, state = init(saga.logistic, Y, x, kind=kind), init(saga.logistic, Y, convert(x), kind=kind)
+    rows = state.data.samples[0]
     assert isinstance(rows, saga.SparseRows)
     assert rows.num_columns == 3
-    np.testing.assert_allclose(found.step_size, dense.step_size, rtol=1e-6)
+    np.testing.assert_allclose(state.step_size, dense.step_size, rtol=1e-6)
     key, method = jax.random.key(0), kind(saga.logistic, 2, 5, 0.1)
-    np.testing.assert_allclose(method.round(found, key).params, method.round(dense, key).params, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(method.round(state, key).params, method.round(dense, key).params, rtol=1e-4, atol=1e-6)
 
 
 def test_a_traced_bcoo_is_refused():

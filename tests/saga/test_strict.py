@@ -64,7 +64,7 @@ def strict():
 
 
 def work(case, key, returned):
-    """All that a method does, from NumPy arrays to its results."""
+    """Calls all methods of a case, from NumPy arrays to its results."""
     kind, params, data = case
     state = kind.init(params, data)
     state = kind.round(state, key)
@@ -79,13 +79,13 @@ def test_methods_work_in_strict_modes(name, x64):
     with jax.enable_x64(x64):
         key, returned = jax.random.key(0), np.arange(4) != 1
         with strict():
-            found = work(CASES[name], key, returned)
-            chex.assert_tree_all_finite(found)
-            # The same call again transfers nothing implicitly.
+            result = work(CASES[name], key, returned)
+            chex.assert_tree_all_finite(result)
+            # A second call transfers nothing implicitly.
             with jax.transfer_guard("disallow"):
-                again = work(CASES[name], key, returned)
-        chex.assert_trees_all_equal(again, found)
-        assert {leaf.dtype for leaf in jax.tree.leaves(found[0])} == {np.dtype("float64" if x64 else "float32")}
+                second_result = work(CASES[name], key, returned)
+        chex.assert_trees_all_equal(second_result, result)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result[0])} == {np.dtype("float64" if x64 else "float32")}
 
 
 def test_runs_with_stragglers_work_in_strict_modes():
@@ -105,8 +105,8 @@ def test_a_mesh_may_be_set(axis_type):
     mesh = jax.make_mesh((4,), ("machines",), axis_types=(axis_type,))
     expected = work((kind, params, data), jax.random.key(0), np.ones(4, bool))
     with jax.set_mesh(mesh):
-        found = work((method(mesh=mesh), params, data), jax.random.key(0), np.ones(4, bool))
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-6)
+        result = work((method(mesh=mesh), params, data), jax.random.key(0), np.ones(4, bool))
+    chex.assert_trees_all_close(jax.device_get(result), jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [(), (4,)], ids=["one", "minibatch"])

@@ -57,11 +57,11 @@ def test_saga_converges_where_sgd_does_not(batch):
     with jax.enable_x64(True):
         ones = np.concatenate([X, np.ones((N, 1))], axis=1)
         optimum = problems.logistic_optimum(ones, Y, 0.1)
-        found, _ = train(saga.saga(0.5, N), 6000, batch)
-        assert problems.distance(np.append(found["w"], found["b"]), optimum) < 1e-14
+        params, _ = train(saga.saga(0.5, N), 6000, batch)
+        assert problems.distance(np.append(params["w"], params["b"]), optimum) < 1e-14
         if batch is None:
-            found, _ = train(optax.with_extra_args_support(optax.sgd(0.5)), 6000)
-            assert problems.distance(np.append(found["w"], found["b"]), optimum) > 1e-4
+            params, _ = train(optax.with_extra_args_support(optax.sgd(0.5)), 6000)
+            assert problems.distance(np.append(params["w"], params["b"]), optimum) > 1e-4
 
 
 def test_a_sample_drawn_twice_in_a_minibatch_is_one_entry_of_the_table():
@@ -77,14 +77,14 @@ def test_a_sample_drawn_twice_in_a_minibatch_is_one_entry_of_the_table():
 def test_with_schedules_clipping_masks_and_flax():
     steps = 3000
     schedule = optax.join_schedules([optax.constant_schedule(0.5), optax.constant_schedule(0.25)], [1500])
-    found, _ = train(optax.chain(optax.clip_by_global_norm(10.0), saga.saga(schedule, N)), steps)
+    params, _ = train(optax.chain(optax.clip_by_global_norm(10.0), saga.saga(schedule, N)), steps)
     expected, _ = train(saga.saga(0.5, N), 6000)
-    np.testing.assert_allclose(found["w"], expected["w"], atol=1e-5)
+    np.testing.assert_allclose(params["w"], expected["w"], atol=1e-5)
     # SAGA applies to w only; b stays zero.
     parts = optax.partition({"saga": saga.saga(0.5, N), "none": optax.set_to_zero()}, {"w": "saga", "b": "none"})
-    found, _ = train(parts, 500)
-    assert found["b"] == 0
-    assert found["w"].any()
+    params, _ = train(parts, 500)
+    assert params["b"] == 0
+    assert params["w"].any()
     masked, _ = train(optax.masked(saga.saga(0.5, N), {"w": True, "b": False}), 1)
     assert masked["w"].any()
 
@@ -109,13 +109,13 @@ def test_with_schedules_clipping_masks_and_flax():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_table_keeps_the_mean_accurate(dtype):
     optimizer = saga.saga(0.5, N, table_dtype=dtype)
-    found, state = train(optimizer, 4000)
+    params, state = train(optimizer, 4000)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(state[0].table))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state[0].total, found)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state[0].total, params)))
     for total, table in zip(jax.tree.leaves(state[0].total), jax.tree.leaves(state[0].table), strict=True):
         np.testing.assert_allclose(total, np.sum(np.asarray(table, np.float64), axis=0), rtol=1e-5, atol=1e-5)
     expected, _ = train(saga.saga(0.5, N), 4000)
-    np.testing.assert_allclose(found["w"], expected["w"], atol=0.05)
+    np.testing.assert_allclose(params["w"], expected["w"], atol=0.05)
 
 
 def test_sums_do_not_drift_in_a_million_updates():
@@ -124,7 +124,7 @@ def test_sums_do_not_drift_in_a_million_updates():
     transformation = saga.scale_by_saga(n)
 
     @jax.jit
-    def go(state, key):
+    def run(state, key):
         def step(t, carry):
             state, plain = carry
             index = t % n
@@ -134,7 +134,7 @@ def test_sums_do_not_drift_in_a_million_updates():
 
         return jax.lax.fori_loop(0, steps, step, (state, state.total))
 
-    state, plain = go(transformation.init(jnp.zeros(2)), jax.random.key(0))
+    state, plain = run(transformation.init(jnp.zeros(2)), jax.random.key(0))
     exact = np.sum(np.asarray(state.table, np.float64), axis=0)
     drift = np.abs(np.asarray(state.total, np.float64) + np.asarray(state.compensation, np.float64) - exact).max()
     assert drift < 1e-8
@@ -148,7 +148,7 @@ def test_sums_are_those_of_the_table(dtype, batch):
     transformation = saga.scale_by_saga(n)
 
     @jax.jit
-    def go(state, key):
+    def run(state, key):
         def step(t, state):
             index = jax.random.randint(jax.random.fold_in(key, t), batch, 0, n)
             gradients = 1 + jax.random.normal(jax.random.fold_in(key, t), (n, 2), dtype)
@@ -156,7 +156,7 @@ def test_sums_are_those_of_the_table(dtype, batch):
 
         return jax.lax.fori_loop(0, 20_000, step, state)
 
-    state = go(transformation.init(jnp.zeros(2, dtype)), jax.random.key(0))
+    state = run(transformation.init(jnp.zeros(2, dtype)), jax.random.key(0))
     assert state.table.dtype == dtype
     exact = np.sum(np.asarray(state.table, np.float64), axis=0)
     np.testing.assert_allclose(np.asarray(state.total, np.float64) + np.asarray(state.compensation), exact, atol=1e-4)
@@ -172,7 +172,7 @@ def test_state_can_be_donated():
 def test_arguments_that_make_no_sense_are_refused(unchecked):
     transformation = saga.scale_by_saga(3)
     state = transformation.init({"w": jnp.zeros(2)})
-    for wrong, message in (
+    for call, message in (
         (lambda: saga.scale_by_saga(0), "num_samples is 0"),
         (lambda: saga.scale_by_saga(3, table_dtype=int), "table_dtype is <class 'int'>"),
         (lambda: transformation.update({}, state, index=0), r"updates are a tree .* expected .*'w'"),
@@ -184,6 +184,6 @@ def test_arguments_that_make_no_sense_are_refused(unchecked):
         (lambda: transformation.update({"w": jnp.zeros(2)}, state, index=np.array([0, 1])), "a gradient for each"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrong()
+            call()
     with pytest.raises(TypeError, match="index"):
         transformation.update({"w": jnp.zeros(2)}, state)

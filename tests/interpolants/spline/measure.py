@@ -15,8 +15,8 @@ from .reference import exact_spline, scipy_spline
 PROGRAMS = ("host float64", "traced float64", "host float32", "traced float32")
 
 
-def bar(program):
-    """The error that each program must stay within."""
+def error_limit(program):
+    """Returns the largest error allowed for a program."""
     return 1e-9 if program.endswith("float64") else 1e-5
 
 

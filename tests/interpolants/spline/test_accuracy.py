@@ -9,7 +9,7 @@ from scipy.interpolate import make_smoothing_spline
 from jaxcode.interpolants.spline import fit_and_evaluate
 
 from . import cases
-from .measure import bar, errors
+from .measure import error_limit, errors
 from .reference import exact_spline, scipy_spline
 
 
@@ -19,7 +19,7 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
     for smoothing in cases.SMOOTHINGS:
         for mask, found in errors(n, layout, smoothing):
             for program, error in found.items():
-                assert error <= bar(program), (smoothing, mask, program, error)
+                assert error <= error_limit(program), (smoothing, mask, program, error)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_every_mask_and_smoothing_of_few_knots(n, layout):
 def test_every_mask_of_many_knots(n, layout, smoothing):
     for mask, found in errors(n, layout, smoothing):
         for program, error in found.items():
-            assert error <= bar(program), (mask, program, error)
+            assert error <= error_limit(program), (mask, program, error)
 
 
 def test_the_two_oracles_agree_where_scipy_is_used():
