@@ -197,7 +197,7 @@ class WorkerPool(AbstractPool):
         stop.check(num_shares, error is not None)
         signature = self._signature(jax.tree.map(lambda leaf: leaf[0], shares))
         request = Request(shares, signature, order, again_after, start_time)
-        with self._scheduler.working_on(request):
+        with self._scheduler.schedule(request):
             return request.gather(stop, time_limit, enough, error)
 
     def warm_up(self, example: PyTree[Any]) -> None:
@@ -222,10 +222,11 @@ class WorkerPool(AbstractPool):
         expected = self._find_signature(batch, x64)
         with jax.enable_x64(self._x64):
             signature = self._find_signature(batch, self._x64)
-        if _dtypes(expected) != _dtypes(signature):
+        dtypes, expected_dtypes = _describe_dtypes(signature), _describe_dtypes(expected)
+        if dtypes != expected_dtypes:
             raise ValueError(
                 f"jax_enable_x64 is {x64} but was {self._x64} when the pool was made; f would take and return "
-                f"{_dtypes(signature)}, expected {_dtypes(expected)}: make the pool and its requests under the same "
+                f"{dtypes}, expected {expected_dtypes}: make the pool and its requests under the same "
                 f"setting, such as with jax.enable_x64({x64})"
             )
         return signature
@@ -241,7 +242,7 @@ class WorkerPool(AbstractPool):
         return self._signatures[key]
 
 
-def _dtypes(signature):
+def _describe_dtypes(signature):
     return " and ".join(
         ", ".join(str(leaf.dtype) for leaf in jax.tree.leaves(tree)) for tree in (signature.batch, signature.answers)
     )

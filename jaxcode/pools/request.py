@@ -39,9 +39,9 @@ class Request:
     Attributes:
         returned: Which shares have a valid answer, bool, shape (shares,).
         faults: The faults of workers, in the order in which they happened.
-        compiling: Workers that compile for this request.
+        compiling_workers: Workers that compile for this request.
         in_flight: How many workers compute a share of it.
-        finished: Whether no thread waits for it any more.
+        is_finished: Whether no thread waits for it any more.
     """
 
     def __init__(
@@ -57,19 +57,18 @@ class Request:
         self.again_after = again_after
         self.returned = np.zeros(num_shares, bool)
         self.faults: list[Fault] = []
-        self.compiling: set[int] = set()
+        self.compiling_workers: set[int] = set()
         self.in_flight = 0
-        self.finished = False
+        self.is_finished = False
         self._values = jax.tree.map(lambda leaf: np.zeros((num_shares, *leaf.shape), leaf.dtype), signature.answers)
         self._latency = np.full(num_shares, np.inf)
-        self._queued = collections.deque(int(share) for share in order)
+        self._queue = collections.deque(int(share) for share in order)
         self._attempts = np.zeros(num_shares, int)
         self._assigned_at = np.full(num_shares, np.inf)
         # A worker that failed at a share is assigned no other share, or one broken worker would fail at all of them.
-        self._failed: set[int] = set()
-        # Pairs (worker, share) of failures, and the worker that answered each share.
+        self._failed_workers: set[int] = set()
+        # Pairs (worker, share).
         self._failures: list[tuple[int, int]] = []
-        self._answered_by = np.full(num_shares, -1)
         self._start_time = time.monotonic() if start_time is None else start_time
         self._failure: Exception | None = None
         self._outlook: Outlook = "soon"
@@ -80,24 +79,24 @@ class Request:
     # ---- on the scheduler's thread -------------------------------------------------------------------------
 
     @property
-    def has_queued(self) -> bool:
+    def has_queued_shares(self) -> bool:
         """Returns whether there are shares to be assigned."""
-        return bool(self._queued)
+        return bool(self._queue)
 
     def is_allowed(self, worker: int) -> bool:
         """Returns whether shares may be assigned to this worker."""
-        return worker not in self._failed
+        return worker not in self._failed_workers
 
     def allow(self, worker: int) -> None:
         """Allows shares to be assigned to this worker again, as its process is a new one."""
-        self._failed.discard(worker)
+        self._failed_workers.discard(worker)
 
     def take(self, worker: int) -> int | None:
         """Takes the next share for this worker from the queue; None if there is none that it may have."""
-        if self.finished or not self._queued or worker in self._failed:
+        if self.is_finished or not self._queue or worker in self._failed_workers:
             return None
-        while self._queued:
-            share = self._queued.popleft()
+        while self._queue:
+            share = self._queue.popleft()
             if not self.returned[share]:
                 self.record_assignment(share)
                 return share
@@ -105,11 +104,11 @@ class Request:
 
     def overdue_shares(self) -> list[int]:
         """Returns the shares whose answers are overdue, those assigned longest ago first."""
-        if self.finished or self.again_after is None:
+        if self.is_finished or self.again_after is None:
             return []
         latest_assignment = time.monotonic() - self.again_after
         is_overdue = ~self.returned & (self._attempts < _MAX_ATTEMPTS) & (self._assigned_at <= latest_assignment)
-        is_overdue[list(self._queued)] = False
+        is_overdue[list(self._queue)] = False
         shares = np.flatnonzero(is_overdue)
         return shares[np.argsort(self._assigned_at[shares], kind="stable")].tolist()
 
@@ -125,9 +124,9 @@ class Request:
 
     def is_late(self, share: int) -> bool:
         """Returns whether an answer to this share would be late: it has one, or no thread waits for the request."""
-        return self.finished or bool(self.returned[share])
+        return self.is_finished or bool(self.returned[share])
 
-    def accept(self, share: int, worker: int, answer: PyTree[np.ndarray]) -> None:
+    def accept(self, share: int, answer: PyTree[np.ndarray]) -> None:
         """Stores a valid answer, unless it is late."""
         self.in_flight -= 1
         with self._changed:
@@ -136,7 +135,6 @@ class Request:
             for rows, leaf in zip(jax.tree.leaves(self._values), jax.tree.leaves(answer), strict=True):
                 rows[share] = leaf
             self._latency[share] = time.monotonic() - self._start_time
-            self._answered_by[share] = worker
             self.returned[share] = True
             self._notify()
 
@@ -146,10 +144,10 @@ class Request:
         self.faults.append(fault)
         if fault.kind != "died":
             # A dead worker is replaced by a new process, which may compute other shares.
-            self._failed.add(fault.worker)
+            self._failed_workers.add(fault.worker)
             self._failures.append((fault.worker, share))
         if not self.returned[share] and self._attempts[share] < _MAX_ATTEMPTS:
-            self._queued.appendleft(share)
+            self._queue.appendleft(share)
 
     def faulty_workers(self) -> set[int]:
         """Finds the workers whose failures are their own fault and not the request's.
@@ -181,7 +179,7 @@ class Request:
     def finish(self) -> None:
         """Marks the request as finished: answers that come afterwards are late."""
         with self._changed:
-            self.finished = True
+            self.is_finished = True
 
     def _notify(self):
         self._version += 1
@@ -235,7 +233,7 @@ class Request:
         returned = responses.returned
         reason = f"within {time_limit:.3g} s" if out_of_time else "and no worker is left that could compute the others"
         parts = [f"{returned.sum()} of {len(returned)} answers came {reason}, too few to decode"]
-        if num_compiling := len(self.compiling):
+        if num_compiling := len(self.compiling_workers):
             parts.append(
                 f"{num_compiling} workers were still compiling for batches of this shape: call warm_up beforehand, or "
                 "allow more time"

@@ -63,8 +63,8 @@ class Scheduler:
         # What workers compile for when they are restarted.
         self._examples = list(examples)
         # What the process of each worker has compiled for, and the signatures whose compilation was logged.
-        self._compiled: list[set[Signature]] = [set() for _ in workers]
-        self._logged: set[Signature] = set()
+        self._compiled_signatures: list[set[Signature]] = [set() for _ in workers]
+        self._logged_signatures: set[Signature] = set()
 
     # ---- called from any thread ----------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class Scheduler:
         self._wait(self._loop.ask(functools.partial(self._add_example, example)))
 
     @contextlib.contextmanager
-    def working_on(self, request: Request) -> Iterator[None]:
+    def schedule(self, request: Request) -> Iterator[None]:
         """Assigns the shares of a request while the context is open.
 
         Raises:
@@ -156,16 +156,19 @@ class Scheduler:
                     break
 
     def _compute(self, slot, request, share):
-        signatures = self._compiled[slot.number]
+        signatures = self._compiled_signatures[slot.number]
         if request.signature not in signatures:
-            request.compiling.add(slot.number)
+            request.compiling_workers.add(slot.number)
             self._log_compilation(request.signature)
         submit = functools.partial(self._workers[slot.number].call, request.batch(share))
         self._supervisor.call(slot, submit, functools.partial(self._on_answer, request, share))
         self._update_outlooks([request])
 
     def _hedge(self):
-        """Assigns shares whose answers are overdue to idle workers as well; one timer serves all requests."""
+        """Assigns shares whose answers are overdue to idle workers as well; one timer serves all requests.
+
+        It is due four times in the shortest of their `again_after`, so a share waits at most a quarter of that longer.
+        """
         requests = [(request.again_after, request) for request in self._requests if request.again_after is not None]
         idle_slots = self._supervisor.idle()
         for _, request in requests:
@@ -184,25 +187,25 @@ class Scheduler:
 
     def _on_answer(self, request, share, slot, future):
         failure = future.exception()
-        request.compiling.discard(slot.number)
+        request.compiling_workers.discard(slot.number)
         is_late = request.is_late(share)
         if isinstance(failure, WorkerDied):
             fault = Fault(slot.number, "died", str(failure))
         elif failure is not None:
             fault = Fault(slot.number, "raised", f"{type(failure).__name__}: {failure}")
         else:
-            self._compiled[slot.number].add(request.signature)
+            self._compiled_signatures[slot.number].add(request.signature)
             problem = find_invalid(future.result(), request.signature.answers)
             fault = None if problem is None else Fault(slot.number, "refused", problem)
         if fault is None:
-            request.accept(share, slot.number, future.result())
+            request.accept(share, future.result())
             self._counters["late" if is_late else "answers"] += 1
             self._supervisor.record_success(slot)
             self._update_outlooks([request])
             return
         if fault.kind != "died":
             self._count_fault(fault)
-        was_finished = request.finished
+        was_finished = request.is_finished
         request.record_fault(share, fault)
         if was_finished and fault.kind != "died" and slot.number in request.faulty_workers():
             self._supervisor.record_failure(slot)
@@ -224,7 +227,7 @@ class Scheduler:
         """Returns when the request can make progress."""
         if request.in_flight:
             return "soon"
-        if not request.has_queued:
+        if not request.has_queued_shares:
             return "never"
         outlook = "never"
         for slot in self._supervisor.slots:
@@ -240,12 +243,12 @@ class Scheduler:
         """Compiles on a worker that has just been started for the examples that restarted workers compile for."""
         for request in self._requests:
             request.allow(slot.number)
-        self._compiled[slot.number] = set()
+        self._compiled_signatures[slot.number] = set()
         examples = list(self._examples)
         return _map_future(self._workers[slot.number].warm_up([example.batch for example in examples]), examples)
 
     def _on_ready(self, slot, examples):
-        self._compiled[slot.number].update(examples)
+        self._compiled_signatures[slot.number].update(examples)
         for milestone in self._milestones:
             if milestone.example is None or milestone.example in examples:
                 milestone.record_ready(slot.number)
@@ -261,7 +264,9 @@ class Scheduler:
         milestone = next((milestone for milestone in self._milestones if milestone.example is example), None)
         if milestone is None:
             milestone = _Milestone("compute such a batch", example)
-            milestone.ready.update(number for number, signatures in enumerate(self._compiled) if example in signatures)
+            milestone.ready.update(
+                number for number, signatures in enumerate(self._compiled_signatures) if example in signatures
+            )
             self._milestones.append(milestone)
             if milestone.ready and example not in self._examples:
                 self._examples.append(example)
@@ -280,7 +285,7 @@ class Scheduler:
     def _on_compiled(self, milestone, slot, future):
         failure = future.exception()
         if failure is None:
-            self._compiled[slot.number].add(milestone.example)
+            self._compiled_signatures[slot.number].add(milestone.example)
             milestone.record_ready(slot.number)
             if milestone.example not in self._examples:
                 self._examples.append(milestone.example)
@@ -303,9 +308,9 @@ class Scheduler:
             milestone.conclude(self._start_limit)
 
     def _log_compilation(self, signature):
-        if signature not in self._logged:
-            self._logged.add(signature)
-            num_workers = sum(signature not in signatures for signatures in self._compiled)
+        if signature not in self._logged_signatures:
+            self._logged_signatures.add(signature)
+            num_workers = sum(signature not in signatures for signatures in self._compiled_signatures)
             shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(signature.batch))
             log.warning(
                 "compiling for batches of %s on up to %d workers during a request; warm_up does so beforehand",

@@ -15,7 +15,8 @@ log = logging.getLogger("jaxcode.pools")
 State = Literal["starting", "idle", "busy", "quarantined"]
 STATES: tuple[State, ...] = ("idle", "busy", "starting", "quarantined")
 
-# Failures in a row after which a worker is quarantined, and the backoff in seconds, which doubles with each further.
+# Failures in a row after which a worker is quarantined, and the backoff in seconds, which doubles with each further. A
+# lower limit would quarantine healthy workers for a single fault; a higher one lets a broken worker delay more shares.
 _MAX_FAILURES = 3
 _MIN_BACKOFF, _MAX_BACKOFF = 0.5, 60.0
 # Seconds between two checks for workers that are stuck.
@@ -63,7 +64,7 @@ class Slot:
         self.number, self.process = number, process
         self.state: State = "starting"
         self.failures = 0
-        self._since = time.monotonic()
+        self._call_start = time.monotonic()
         # Number of the current call: the outcome of an earlier one, which was given up, is ignored.
         self._call_number = 0
         self._on_outcome: Callable[[Slot, Future], object] | None = None
@@ -156,7 +157,7 @@ class Supervisor:
 
     def _begin(self, slot, state, submit, on_outcome):
         slot._call_number += 1
-        slot.state, slot._since, slot._on_outcome = state, time.monotonic(), on_outcome
+        slot.state, slot._call_start, slot._on_outcome = state, time.monotonic(), on_outcome
         try:
             future = submit()
         except Exception as failure:
@@ -233,7 +234,7 @@ class Supervisor:
     def _check_stuck(self):
         for slot in self.slots:
             limit = {"busy": self._stuck_after, "starting": self._start_limit}.get(slot.state)
-            if limit is not None and time.monotonic() - slot._since > limit:
+            if limit is not None and time.monotonic() - slot._call_start > limit:
                 failure = WorkerDied(f"it did not answer for {limit} s and was given up")
                 self._finish(slot, slot._call_number, failed_future(failure))
         self._loop.call_later(_CHECK_INTERVAL, self._check_stuck)

@@ -62,16 +62,16 @@ class Layout:
         return results
 
 
-def padded_groups(size: int, num_data: int) -> int:
+def count_padded_groups(size: int, num_data: int) -> int:
     """Returns how many groups are encoded for a batch: those that hold inputs, rounded up to a power of two.
 
-    >>> [padded_groups(size, num_data=4) for size in (1, 4, 5, 9, 17)]
+    >>> [count_padded_groups(size, num_data=4) for size in (1, 4, 5, 9, 17)]
     [1, 1, 2, 4, 8]
     """
     return 1 << (-(-size // num_data) - 1).bit_length()
 
 
-def host_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
+def fetch_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
     """Fetches a batch as NumPy arrays, of JAX's dtypes at the current setting of jax_enable_x64."""
 
     def fetch(leaf):
@@ -102,7 +102,7 @@ def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
 def pad_inputs(x: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"], num_data: int) -> PyTree[np.ndarray]:
     """Takes the finite inputs of a batch, padded with copies of the last one to the groups that are encoded."""
     size = int(finite.sum())
-    rows = num_data * padded_groups(size, num_data)
+    rows = num_data * count_padded_groups(size, num_data)
     return jax.tree.map(lambda leaf: pad(leaf if size == len(finite) else leaf[finite], rows), x)
 
 
@@ -132,7 +132,7 @@ def lay_out(
     place = np.empty(size, np.int64)
     place[inputs] = np.arange(size)
     num_groups = -(-size // num_data)
-    index = np.resize(pad(inputs, num_data * num_groups), num_data * padded_groups(size, num_data))
+    index = np.resize(pad(inputs, num_data * num_groups), num_data * count_padded_groups(size, num_data))
     return Layout(finite, num_data, num_groups, place, index.astype(np.int32))
 
 

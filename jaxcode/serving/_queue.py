@@ -29,7 +29,7 @@ class BoundedQueue:
         self._lock = threading.Lock()
         # How many tasks are neither done nor cancelled, those of them that wait, and how many threads run tasks.
         self._num_admitted = 0
-        self._queued: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
+        self._queue: collections.deque[tuple[Future, Callable[[], Any]]] = collections.deque()
         self._num_running = 0
         self._closed = False
 
@@ -57,7 +57,7 @@ class BoundedQueue:
                 self._executor.submit(self._run)
                 self._num_running += 1
             self._num_admitted += 1
-            self._queued.append((future, task))
+            self._queue.append((future, task))
         # Outside of the lock, as the callback takes it.
         future.add_done_callback(self._on_done)
         return future
@@ -72,10 +72,10 @@ class BoundedQueue:
         """Runs waiting tasks until there are none."""
         while True:
             with self._lock:
-                if not self._queued:
+                if not self._queue:
                     self._num_running -= 1
                     return
-                future, task = self._queued.popleft()
+                future, task = self._queue.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             result = failure = None
@@ -97,4 +97,4 @@ class BoundedQueue:
         if future.cancelled():
             with self._lock:
                 self._num_admitted -= 1
-                self._queued = collections.deque(item for item in self._queued if item[0] is not future)
+                self._queue = collections.deque(item for item in self._queue if item[0] is not future)

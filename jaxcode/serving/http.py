@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ImportError: If Ray is not installed.
         RuntimeError: If the server cannot be started.
     """
-    parser = _parser()
+    parser = _make_parser()
     args = parser.parse_args(argv)
     try:
-        _model(args.model, factory=False)
-        _policy(args).check(args.num_workers, args.code != "replication")
-        _code(args)
+        _load_model(args.model, factory=False)
+        _make_policy(args).check(args.num_workers, args.code != "replication")
+        _make_code(args)
         np.dtype(args.dtype)
     except (ImportError, AttributeError, ValueError, TypeError) as problem:
         parser.error(str(problem))
@@ -122,16 +122,16 @@ class Ingress:
             _stay_on_loopback()
         self._limit, self._shape, self._dtype = int(args.max_body * 2**20), args.input_shape, args.dtype
         self._pool = RayPool(
-            _model(args.model, args.factory),
+            _load_model(args.model, args.factory),
             args.num_workers,
             num_cpus=args.num_cpus,
             num_gpus=args.num_gpus,
             progress=False,
         )
         self._server = CodedServer(
-            _code(args),
+            _make_code(args),
             self._pool,
-            _policy(args),
+            _make_policy(args),
             time_limit=args.time_limit,
             order=None if args.no_order else ordering.greedy,
             output=_OUTPUTS[args.output],
@@ -298,7 +298,7 @@ def _to_npy(prediction):
     return file.getvalue(), _NPY
 
 
-def _model(name: str, factory: bool):
+def _load_model(name: str, factory: bool):
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"--model is {name!r}; expected module:attribute, such as my_package.models:predict")
@@ -306,11 +306,11 @@ def _model(name: str, factory: bool):
     return model() if factory else model
 
 
-def _code(args):
+def _make_code(args):
     return _CODES[args.code](args.num_data, args.num_workers)
 
 
-def _policy(args):
+def _make_policy(args):
     num_answers = args.answers or math.ceil((args.num_data + args.num_workers) / 2)
     policy = stop.answers(num_answers)
     if args.deadline is not None:
@@ -320,7 +320,7 @@ def _policy(args):
     return policy
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxcode.serving",
         description="Serves a model over HTTP, coded over Ray workers: it answers although workers are late or dead.",
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_number(name: str, default: float | None, text: str, kind: type = int) -> None:
         suffix = "" if default is None else " (default: %(default)s)"
-        add(name, type=_positive(kind), default=default, metavar="n", help=text + suffix)
+        add(name, type=_positive_reader(kind), default=default, metavar="n", help=text + suffix)
 
     add(
         "--model",
@@ -374,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(kind):
+def _positive_reader(kind):
     """Returns a function that reads a number above zero from an argument."""
 
     def read(text):
@@ -389,6 +389,6 @@ def _positive(kind):
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(_positive(int)(part) for part in text.split(","))
+        return tuple(_positive_reader(int)(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 28,28,1, got {text!r}") from None

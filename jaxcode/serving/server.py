@@ -24,7 +24,7 @@ from ..stop import AbstractStop, answers
 from ._assignment import assignment_order
 from ._codec import Codec
 from ._counters import Counters
-from ._layout import find_finite, host_arrays, pad_inputs
+from ._layout import fetch_arrays, find_finite, pad_inputs
 from ._queue import BoundedQueue, QueueFull
 
 log = logging.getLogger("jaxcode.serving")
@@ -138,8 +138,8 @@ class CodedServer:
                 f"predict_error is True, but this {type(code).__name__} predicts no errors; expected a code that does, "
                 "such as SplineCode.chebyshev(num_data=20, num_workers=30)"
             )
-        self._predicts = code.predicts_error if predict_error is None else predict_error
-        stop.check(code.num_workers, self._predicts)
+        self._predicts_error = code.predicts_error if predict_error is None else predict_error
+        stop.check(code.num_workers, self._predicts_error)
         for name, seconds in (("time_limit", time_limit), ("again_after", again_after)):
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; expected seconds, above zero")
@@ -152,7 +152,7 @@ class CodedServer:
         )
         self._counters = Counters()
         # Structures, shapes and dtypes of padded batches for which everything is compiled.
-        self._warm: set[Any] = set()
+        self._compiled_shapes: set[Any] = set()
 
     def __call__(self, x: PyTree[Any]) -> Prediction:
         """Answers a batch, in the thread of the caller and without waiting in the queue.
@@ -216,7 +216,7 @@ class CodedServer:
         """
         self._check_precision()
         with jax.enable_x64(self._x64):
-            zeros = host_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
+            zeros = fetch_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
             all_finite = np.ones(batch_size("x", x), bool)
             padded = pad_inputs(zeros, all_finite, self._code.num_data)
             _, coded_inputs = self._codec.encode(padded, all_finite)
@@ -230,9 +230,9 @@ class CodedServer:
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
                 for num_examined in {num_groups, -(-num_groups // 2)}:
                     self._codec.decode(values, returned, num_examined)
-                if self._predicts:
+                if self._predicts_error:
                     self._codec.predict_errors(values, returned)
-            self._warm.add(_shapes(padded))
+            self._compiled_shapes.add(_shape_key(padded))
 
     def counters(self) -> dict[str, Any]:
         """Returns the number of events of each kind since the server was made.
@@ -295,13 +295,13 @@ class CodedServer:
         batch_size("x", x)
         if time.monotonic() - submit_time >= self._time_limit:
             raise self._queue_timeout()
-        x = host_arrays(x)
+        x = fetch_arrays(x)
         finite = find_finite(x)
         if not finite.all():
             _log_not_finite(finite)
         padded = pad_inputs(x, finite, code.num_data)
-        shapes = _shapes(padded)
-        is_cold = shapes not in self._warm
+        shape_key = _shape_key(padded)
+        is_cold = shape_key not in self._compiled_shapes
         if is_cold:
             log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
         predict_errors = _keep_latest(self._codec.predict_errors)
@@ -315,7 +315,9 @@ class CodedServer:
                 time_limit=self._time_limit,
                 start_time=submit_time,
                 enough=lambda returned: bool(np.all(code.recovered(returned))),
-                error=(lambda values, mask: predict_errors(values, mask)[layout.place]) if self._predicts else None,
+                error=(lambda values, mask: predict_errors(values, mask)[layout.place])
+                if self._predicts_error
+                else None,
                 order=self._assignment_order,
                 again_after=self._again_after,
             )
@@ -328,12 +330,12 @@ class CodedServer:
             )
             raise NotEnoughAnswers(message, shortage.responses) from shortage
         values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_groups)
-        self._warm.add(shapes)
+        self._compiled_shapes.add(shape_key)
         return Prediction(
             values=layout.restore(values),
-            error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts else None,
+            error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts_error else None,
             exact=layout.restore_members(np.asarray(code.exact(returned))),
-            returned=_read_only(returned),
+            returned=_freeze(returned),
             latency=time.monotonic() - submit_time,
             faults=responses.faults,
             detection=detection,
@@ -374,13 +376,13 @@ def _keep_latest(predict):
     return predict_latest
 
 
-def _read_only(array):
+def _freeze(array):
     array = np.array(array)
     array.flags.writeable = False
     return array
 
 
-def _shapes(x):
+def _shape_key(x):
     leaves, structure = jax.tree.flatten(x)
     return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcode.serving._layout import find_finite, host_arrays, lay_out, pad_inputs, padded_groups
+from jaxcode.serving._layout import count_padded_groups, fetch_arrays, find_finite, lay_out, pad_inputs
 
 
 @pytest.mark.parametrize("num_data", [1, 2, 5])
@@ -20,7 +20,7 @@ def test_results_come_back_to_their_inputs(num_data, size, is_ordered, num_missi
     x["a"][:num_missing] = np.nan
     finite = find_finite(x)
     padded = pad_inputs(x, finite, num_data)
-    places = num_data * padded_groups(size, num_data)
+    places = num_data * count_padded_groups(size, num_data)
     assert padded["a"].shape == (places, 2)
     permutation = rng.permutation(places) if is_ordered else None
     layout = lay_out(finite, num_data, permutation)
@@ -42,14 +42,14 @@ def test_results_come_back_to_their_inputs(num_data, size, is_ordered, num_missi
 def test_the_number_of_groups_is_a_power_of_two_below_twice_what_is_needed():
     for num_data in (1, 3, 8):
         for size in range(1, 100):
-            groups, needed = padded_groups(size, num_data), -(-size // num_data)
+            groups, needed = count_padded_groups(size, num_data), -(-size // num_data)
             assert needed <= groups < 2 * needed
             assert groups & (groups - 1) == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_an_input_is_finite_if_all_its_numbers_are(dtype):
-    x = host_arrays(
+    x = fetch_arrays(
         {"a": jnp.asarray([[1, 2], [np.inf, 1], [0, 0], [0, 0]], dtype), "b": jnp.asarray([0, 0, np.nan, 1], dtype)}
     )
     np.testing.assert_array_equal(find_finite(x), [True, False, False, True])
