@@ -144,12 +144,13 @@ class Scheduler:
 
     def _assign(self):
         """Assigns work to idle workers: examples to compile for first, then shares, of the oldest request first."""
-        if not self._requests and not self._milestones:
+        requests = [request for request in self._requests if request.has_queued_shares]
+        if not requests and not self._milestones:
             return
         for slot in self._supervisor.idle():
             if self._milestones and self._compile_next(slot):
                 continue
-            for request in self._requests:
+            for request in requests:
                 share = request.take(slot.number)
                 if share is not None:
                     self._compute(slot, request, share)
