@@ -30,8 +30,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_collection_modifyitems(items):
     """Starts with the tests that wait for other processes, because the others run while these wait."""
-    waiting_modules = ("test_ray", "test_ray_pool", "test_serve", "test_http")
-    items.sort(key=lambda item: item.path.stem not in waiting_modules)
+    waiting = ("test_ray", "test_http", "test_serve_bench")
+    items.sort(key=lambda item: not item.path.stem.startswith(waiting))
 
 
 @pytest.fixture(autouse=True, scope="module")
