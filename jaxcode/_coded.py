@@ -20,7 +20,7 @@ from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
-from .pipeline import Planner, StaticCode, decode, describe_code, encode, group, known_decoder, make_plans, ungroup
+from .pipeline import Planner, StaticCode, decode, describe_code, encode, find_decoder, group, make_plans, ungroup
 from .placement import AbstractPlacement, vmap
 from .robust import Defence, Detection
 
@@ -210,7 +210,7 @@ class Coded:
         elif setting.static_code is None or setting.defence is not None or setting.planner is not None:
             decoder, mask = None, jax.device_put(mask)
         else:
-            decoder, mask = known_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
+            decoder, mask = find_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
         return _run(setting, self.params, self.traced_code, x, decoder, mask)
 
 

@@ -249,7 +249,10 @@ def warn_not_finite(name: str, x: Any, mixes: Callable[[], bool], *, stacklevel:
         mixes: Whether the code mixes inputs; called only if there are such inputs.
         stacklevel: As for `warnings.warn`, called from here.
     """
-    leading_axes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    leaves = jax.tree.leaves(x)
+    if not any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        return
+    leading_axes = {np.shape(leaf)[:1] for leaf in leaves}
     if len(leading_axes) != 1 or () in leading_axes:
         return  # is an error where the batch is used
     finite = finite_inputs(x, *leading_axes.pop())

@@ -5,6 +5,7 @@ and the groups behind them: inputs and results are leaves (K, groups, ...), code
 So a worker's share is one contiguous block, and a code is applied to all groups as one product of matrices.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -260,15 +261,45 @@ def describe_code(code: AbstractCode) -> str:
     return f"{type(code).__name__}(num_data={code.num_data}, num_workers={code.num_workers})"
 
 
-@functools.lru_cache(maxsize=256)
-def known_decoder(static_code: StaticCode, mask: bytes, _x64: bool) -> AbstractLinop:
-    """Prepares the decoder of a static code and mask as an argument of jitted functions; the latest are cached.
+def find_decoder(static_code: StaticCode, mask: bytes, x64: bool) -> AbstractLinop:
+    """Finds or prepares the decoder of a static code and mask, as an argument of jitted functions.
 
-    With x64 off the decoder is rounded to float32, the precision in which `decode` applies it.
+    The latest decoders are cached. Most masks of many workers come once, so a decoder is in NumPy arrays at its first
+    use, and is moved to the device, which takes time of its own, at the second. Where a transfer guard disallows NumPy
+    arguments, it is moved at the first.
+
+    Args:
+        static_code: The code.
+        mask: Which workers returned, bool (N,), as bytes.
+        x64: Whether x64 is on. If it is off, jitted functions read the decoder in float32, the precision in which
+            `decode` applies it.
+
+    Returns:
+        The decoder.
     """
-    linop = prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool)))
-    with jax.ensure_compile_time_eval(), allow_transfers():
-        return _on_device(linop)
+    decoder = _prepare_decoder(static_code, mask, x64)
+    guard = jax.config.jax_transfer_guard_host_to_device  # pyright: ignore[reportAttributeAccessIssue]
+    if not decoder.is_used and guard in (None, "allow"):
+        decoder.is_used = True
+    elif not decoder.is_on_device:
+        with jax.ensure_compile_time_eval(), allow_transfers():
+            decoder.linop = _on_device(decoder.linop)
+        decoder.is_on_device = True
+    return decoder.linop
+
+
+@dataclasses.dataclass(slots=True)
+class _CachedDecoder:
+    """Holds a decoder, whether it has been used, and whether it is on the device."""
+
+    linop: AbstractLinop
+    is_used: bool = False
+    is_on_device: bool = False
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_decoder(static_code, mask, _x64):
+    return _CachedDecoder(prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool))))
 
 
 # Transfers arguments in a quarter of the time of `jax.device_put`.

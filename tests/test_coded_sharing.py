@@ -143,14 +143,14 @@ def test_a_mask_on_an_accelerator_is_not_fetched(monkeypatch):
     x = jax.device_put(X, accelerator)
     calls = []
     expected = [jc.coded(model, code)(X, returned) for returned in MASKS[:3]]
-    prepared = pipeline.known_decoder.cache_info()
+    prepared = pipeline._prepare_decoder.cache_info()
     for returned, results in zip(MASKS, expected, strict=False):
         there = jax.device_put(returned, accelerator)
         assert checks.static_value(there) is None
         calls.append(traced_times(lambda there=there: predict(x, there)))
         np.testing.assert_allclose(predict(x, there), results, atol=1e-5)
     assert calls == [1, 0, 0]
-    assert pipeline.known_decoder.cache_info() == prepared
+    assert pipeline._prepare_decoder.cache_info() == prepared
 
 
 @pytest.mark.parametrize("name", ["recovered", "exact", "decoder_matrix"])

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, PyTree
 
 from ..ordering import Ordering
 from ..outputs import OutputSpace
-from ..pipeline import Grouping, StaticCode, decode, encode, group, known_decoder, predict_errors, ungroup
+from ..pipeline import Grouping, StaticCode, decode, encode, find_decoder, group, predict_errors, ungroup
 from ..robust import Defence, Detection
 from ._layout import Layout, lay_out
 
@@ -76,7 +76,7 @@ class Codec:
             examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
             detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
             returned = jax.device_get(detection.trusted)
-        decoder = known_decoder(self._code, returned.tobytes(), self._x64)
+        decoder = find_decoder(self._code, returned.tobytes(), self._x64)
         results = _decode(self._code, self._output, decoder, jax.device_put(answers))
         return jax.device_get(results), detection, returned
 

@@ -16,7 +16,7 @@ References:
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg.lapack import dgbsv  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg.lapack import dgbsv, dptsv  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..abstract import SAME_SITE, span_of
 
@@ -87,6 +87,8 @@ def fit_matrix(
         ArithmeticError: If the equations are singular.
     """
     m, inverse_gap = len(gap) + 1, 1 / gap
+    if smoothing == 0 and m > 3:
+        return _interpolation_matrix(gap, inverse_gap, reading)
     # The transposed equations in LAPACK's band storage, 20 numbers for each site: ten for the equation of its value,
     # ten for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on
     # index 6 + i; the first three are LAPACK's own.
@@ -104,6 +106,21 @@ def fit_matrix(
             f"the spline's equations are singular at row {failed} of {2 * m}; gaps between knots are {gap}"
         )
     return solution[::2].T * weights
+
+
+def _interpolation_matrix(gap, inverse_gap, reading):
+    """Forms the matrix without smoothing: then g = y, and R, which is diagonally dominant, gives the curvatures."""
+    diagonal, off_diagonal = (gap[:-1] + gap[1:]) / 3, gap[1:-1] / 6
+    _, _, solution, failed = dptsv(diagonal, off_diagonal, reading[:, 3:-1:2].T, overwrite_d=1, overwrite_e=1)
+    if failed:
+        raise ArithmeticError(f"the spline's equations are singular; gaps between knots are {gap}")
+    # The product with Q^T, of second differences.
+    left, right = solution.T * inverse_gap[:-1], solution.T * inverse_gap[1:]
+    matrix = reading[:, ::2].copy()
+    matrix[:, :-2] += left
+    matrix[:, 1:-1] -= left + right
+    matrix[:, 2:] += right
+    return matrix
 
 
 def _form_table(entries):
