@@ -84,9 +84,9 @@ def coded(
     if not isinstance(code, AbstractCode):
         raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
     fn, params = as_pure_function(f)
-    static_code, code_leaves = (StaticCode(code), None) if is_static(code) else (None, code)
+    static_code, traced_code = (StaticCode(code), None) if is_static(code) else (None, code)
     setting = Setting(fn, static_code, order, output, defence, planner, vmap() if placement is None else placement)
-    return Coded(params, code_leaves, setting)
+    return Coded(params, traced_code, setting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Coded:
                 bool (N,), f does not return real numbers with its batch as leading axis, or order does not return whole
                 numbers (B,).
         """
-        return self.inspect(x, returned)[0]
+        return self._run(x, returned)[0]
 
     def inspect(
         self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None
@@ -197,12 +197,15 @@ class Coded:
         Raises:
             ValueError: As for a call.
         """
+        return self._run(x, returned)
+
+    def _run(self, x, returned):
         setting = self.setting
         num_workers = self.code.num_workers
         if returned is None:
-            returned = np.ones(num_workers, bool)
+            returned = _all_workers(num_workers)
         check_mask("returned", returned, num_workers)
-        warn_not_finite("x", x, lambda: self.code.encoder_linop().mixes)
+        warn_not_finite("x", x, lambda: self.code.encoder_linop().mixes, stacklevel=4)
         # A copy: what is dispatched may run after the caller has changed the array.
         mask = static_value(returned)
         if mask is None:
@@ -212,6 +215,11 @@ class Coded:
         else:
             decoder, mask = find_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
         return _run(setting, self.params, self.traced_code, x, decoder, mask)
+
+
+@functools.cache
+def _all_workers(num_workers):
+    return np.ones(num_workers, bool)
 
 
 def _name_of(option):

@@ -7,9 +7,14 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from .checks import static_value
+
 
 def call_with_auto_axes(
-    function: Callable[..., Any], *arguments: PyTree[Any], specs: Callable[[PyTree[PartitionSpec]], Any]
+    function: Callable[..., Any],
+    *arguments: PyTree[Any],
+    specs: Callable[[PyTree[PartitionSpec]], Any],
+    **context: PyTree[Any],
 ) -> Any:
     """Calls a function with the explicit axes of the mesh made automatic, and shards its results explicitly.
 
@@ -17,19 +22,20 @@ def call_with_auto_axes(
     explicit axis. Where no axis is explicit the function is called as it is.
 
     Args:
-        function: A function of the arguments.
+        function: A function of the arguments and the context.
         arguments: Pytrees of arrays; the first is the batch.
         specs: From the partition specs of the batch to those of the results, a prefix of the results' tree.
+        context: Pytrees whose static leaves stay static.
 
     Returns:
         The function's results.
     """
-    mesh = _mesh_of(arguments)
+    mesh = _mesh_of((arguments, context))
     explicit = tuple(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
     )
     if not explicit:
-        return function(*arguments)
+        return function(*arguments, **context)
 
     def spec_of(leaf):
         sharding = jax.typeof(leaf).sharding
@@ -38,7 +44,16 @@ def call_with_auto_axes(
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs(jax.tree.map(spec_of, arguments[0])), is_leaf=_is_spec
     )
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)(*arguments)
+    leaves, structure = jax.tree.flatten(context)
+    is_traced = [static_value(leaf) is None for leaf in leaves]
+
+    def call(traced, *arguments):
+        traced = iter(traced)
+        merged = [next(traced) if flag else leaf for flag, leaf in zip(is_traced, leaves, strict=True)]
+        return function(*arguments, **jax.tree.unflatten(structure, merged))
+
+    traced = [leaf for flag, leaf in zip(is_traced, leaves, strict=True) if flag]
+    return jax.sharding.auto_axes(call, axes=explicit, out_sharding=shardings)(traced, *arguments)
 
 
 def replicate(tree: PyTree[Array], num_sharded: int = 0) -> PyTree[Array]:

@@ -240,7 +240,7 @@ def finite_inputs(x: Any, size: int) -> np.ndarray:
     return finite
 
 
-def warn_not_finite(name: str, x: Any, mixes: Callable[[], bool], *, stacklevel: int = 3) -> None:
+def warn_not_finite(name: str, x: Any, mixes: Callable[[], bool], *, stacklevel: int) -> None:
     """Warns of inputs with a NaN or an infinite number, which spoil those they are mixed with; reads NumPy leaves only.
 
     Args:

@@ -64,7 +64,7 @@ def group(x: PyTree[Array], num_data: int, order: Ordering | None) -> tuple[PyTr
         ValueError: If x has no leaves, its leading axes differ or are 0, or order does not return whole numbers (B,).
     """
     size = batch_size("x", x)
-    permutation = None if order is None else _checked(order(jax.lax.stop_gradient(x), num_data), size)
+    permutation = None if order is None else _check_permutation(order(jax.lax.stop_gradient(x), num_data), size)
     grouping = Grouping(permutation, size, num_data, -(-size // num_data))
 
     def group_leaf(leaf):
@@ -129,14 +129,13 @@ def encode(
         ValueError: If a dtype cannot be mixed.
         AssertionError: If the code's encoder does not give N coded inputs.
     """
-    if plans is None and encoder is not None:
-        return apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     if plans is None:
-        encoder = code.encoder_linop()
-        coded = apply_to_tree("x", encoder, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
+        linop = code.encoder_linop() if encoder is None else encoder
+        coded = apply_to_tree("x", linop, grouped, code.num_data, float64_fallback=False, one_pass=one_pass)
     else:
         coded = jax.vmap(code.encode, in_axes=(1, 0), out_axes=1)(grouped, plans)
-    chex.assert_tree_shape_prefix(coded, (code.num_workers,))
+    if encoder is None or plans is not None:
+        chex.assert_tree_shape_prefix(coded, (code.num_workers,))
     return coded
 
 
@@ -278,23 +277,28 @@ def find_decoder(static_code: StaticCode, mask: bytes, x64: bool) -> AbstractLin
         The decoder.
     """
     decoder = _prepare_decoder(static_code, mask, x64)
+    # Where a mesh is set, arrays are made on its devices, and could not be used elsewhere.
+    is_mesh_set = not jax.sharding.get_abstract_mesh().empty
+    if decoder.on_device is not None and not is_mesh_set:
+        return decoder.on_device
     guard = jax.config.jax_transfer_guard_host_to_device  # pyright: ignore[reportAttributeAccessIssue]
-    if not decoder.is_used and guard in (None, "allow"):
+    if guard in (None, "allow") and (is_mesh_set or not decoder.is_used):
         decoder.is_used = True
-    elif not decoder.is_on_device:
-        with jax.ensure_compile_time_eval(), allow_transfers():
-            decoder.linop = _on_device(decoder.linop)
-        decoder.is_on_device = True
-    return decoder.linop
+        return decoder.on_host
+    with jax.ensure_compile_time_eval(), allow_transfers():
+        linop = _on_device(decoder.on_host)
+    if not is_mesh_set:
+        decoder.on_device = linop
+    return linop
 
 
 @dataclasses.dataclass(slots=True)
 class _CachedDecoder:
-    """Holds a decoder, whether it has been used, and whether it is on the device."""
+    """Holds a decoder in NumPy arrays, whether it has been used, and the same on the device, if it is there."""
 
-    linop: AbstractLinop
+    on_host: AbstractLinop
     is_used: bool = False
-    is_on_device: bool = False
+    on_device: AbstractLinop | None = None
 
 
 @functools.lru_cache(maxsize=256)
@@ -312,11 +316,11 @@ def _gather_index(grouping):
     return grouping.permutation[np.minimum(position, grouping.size - 1)]
 
 
-def _checked(order: Any, size: int) -> Array:
-    order = jnp.asarray(order)
-    if order.shape != (size,) or not jnp.issubdtype(order.dtype, jnp.integer):
+def _check_permutation(permutation: Any, size: int) -> Array:
+    permutation = jnp.asarray(permutation)
+    if permutation.shape != (size,) or not jnp.issubdtype(permutation.dtype, jnp.integer):
         raise ValueError(
-            f"order returned {order.dtype} of shape {order.shape} for a batch of {size}; expected a permutation: "
-            f"whole numbers of shape ({size},)"
+            f"order returned {permutation.dtype} of shape {permutation.shape} for a batch of {size}; "
+            f"expected a permutation: whole numbers of shape ({size},)"
         )
-    return order
+    return permutation

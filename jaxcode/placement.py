@@ -92,7 +92,9 @@ def shard_map(mesh: Mesh, axis: str | Sequence[str] = "workers") -> AbstractPlac
 
 
 def pmap(devices: Sequence[Any] | None = None) -> AbstractPlacement:
-    """Spreads workers over devices by `jax.pmap`, the older form of `shard_map`; the results are the same.
+    """Spreads workers over devices by `jax.pmap`, the older form of `shard_map`, with the same results.
+
+    Where devices have unequal numbers of workers, f is computed on coded inputs of ones too, which are dropped.
 
     Args:
         devices: Devices of this process; all that it has if not given.

@@ -48,14 +48,14 @@ class AbstractStop(abc.ABC):
 
     @abc.abstractmethod
     def check(self, num_workers: int, predicts_error: bool) -> None:
-        """Checks that the policy can ever stop a request.
+        """Checks that every part of the policy can be reached.
 
         Args:
             num_workers: N, how many answers there can be.
             predicts_error: Whether the code predicts errors.
 
         Raises:
-            ValueError: If it never can.
+            ValueError: If one never can.
         """
 
     def __or__(self, other: "AbstractStop") -> "AbstractStop":

@@ -14,7 +14,8 @@ import pytest
 from flax import linen
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcode import ReplicationCode, SplineCode, UncodedCode, coded, ordering, placement, robust
+import jaxcode as jc
+from jaxcode import ReplicationCode, SplineCode, UncodedCode, coded, ordering, pipeline, placement, robust
 
 RNG = np.random.default_rng(0)
 CODE = SplineCode.systematic(5, 12)
@@ -221,7 +222,31 @@ def test_codes_encode_and_decode_along_explicit_axes(code, spec):
     results = jax.jit(lambda sent: code.decode(sent, MASK))(sent)
     assert sent.sharding.spec == results.sharding.spec == PartitionSpec(None, *spec[1:2] or [None])
     assert_close(sent, code.encode(BATCH[:5]))
-    assert_close(results, code.decode(code.encode(BATCH[:5]), MASK))
+    expected = code.decode(code.encode(BATCH[:5]), MASK)
+    assert_close(results, expected)
+    # Traced masks, nodes and plans pass into the program too.
+    assert_close(jax.jit(lambda code, sent, mask: code.decode(sent, mask))(code, sent, MASK), expected)
+    assert_close(jax.jit(lambda code, x: code.encode(x))(code, x), sent)
+    plan = jc.Plan(prior=jc.Prior(workers=np.asarray(sent) / 2, data=BATCH[:5] / 2))
+    planned = jax.jit(lambda sent, plan, mask: code.decode(sent, mask, plan))(sent, jax.device_put(plan), MASK)
+    assert_close(planned, code.decode(np.asarray(sent), MASK, plan))
+
+
+def test_a_decoder_used_within_a_mesh_is_used_outside_of_it():
+    explicit, predict = mesh(8, kind=AxisType.Explicit), coded(linear, CODE)
+    expected = [predict(BATCH, returned) for returned in (MASK, ~MASK)]
+    pipeline._prepare_decoder.cache_clear()
+    for mode in ("allow", "disallow"):
+        for returned, results in zip((MASK, ~MASK), expected, strict=True):
+            with jax.set_mesh(explicit), jax.transfer_guard(mode):
+                x = place(PartitionSpec(None, None), explicit)
+                for _ in range(3):
+                    assert_close(predict(x, returned), results)
+            alone = jax.device_put(BATCH, jax.devices()[3])
+            for _ in range(3):
+                found = predict(alone, returned)
+                assert found.devices() == alone.devices()
+                assert_close(found, results)
 
 
 def test_pmap_over_part_of_a_mesh_that_is_set_is_refused():

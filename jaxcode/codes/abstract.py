@@ -56,8 +56,8 @@ class AbstractCode(abc.ABC):
 
             def exact(self, returned, plan=None):
                 checks.check_mask("returned", returned, self.num_workers)
-                own = self._computed()[None] == jnp.arange(self.num_data)[:, None]
-                return jnp.any(own & returned[None], axis=1)
+                is_computed = self._computed()[None] == jnp.arange(self.num_data)[:, None]
+                return jnp.any(is_computed & returned[None], axis=1)
 
             def _computed(self):
                 return jnp.arange(self.num_workers) * self.num_data // self.num_workers
@@ -143,12 +143,12 @@ class AbstractCode(abc.ABC):
             ValueError: If a leaf's leading axis is not K, or its dtype cannot be mixed.
         """
 
-        def encode(x):
-            linop = self.encoder_linop(plan)
+        def encode(x, code, plan):
+            linop = code.encoder_linop(plan)
             warn_not_finite("x", x, lambda: linop.mixes, stacklevel=5)
-            return apply_to_tree("x", linop, x, self.num_data)
+            return apply_to_tree("x", linop, x, code.num_data)
 
-        return call_with_auto_axes(encode, x, specs=_replicate_rows)
+        return call_with_auto_axes(encode, x, specs=_replicate_rows, code=self, plan=plan)
 
     def decode(
         self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
@@ -170,10 +170,10 @@ class AbstractCode(abc.ABC):
             ValueError: If a leaf's leading axis is not N, its dtype cannot be mixed, or returned is not bool (N,).
         """
 
-        def decode(y):
-            return self._decode(y, returned, plan)
+        def decode(y, code, returned, plan):
+            return code._decode(y, returned, plan)
 
-        return call_with_auto_axes(decode, y, specs=_replicate_rows)
+        return call_with_auto_axes(decode, y, specs=_replicate_rows, code=self, returned=returned, plan=plan)
 
     def encoder_matrix(self, plan: Plan | None = None) -> Float[Array, "workers data"]:
         """Forms the matrix, shape (N, K), that takes inputs to coded inputs; float64 with x64 on, else float32."""

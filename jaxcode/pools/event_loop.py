@@ -79,7 +79,7 @@ class EventLoop:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), event))
 
     def close(self) -> None:
-        """Ends the loop after the events that are queued, and waits for its end. Closing twice does nothing more."""
+        """Ends the loop after the events that are queued, and waits some seconds for it; closing twice does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True

@@ -16,7 +16,7 @@ from ..functions import PureFunction
 from ..stop import AbstractStop
 from .compute import Signature, answer_shapes, shapes_of
 from .request import Request
-from .responses import Enough, PredictedError, Responses
+from .responses import CanDecode, PredictedError, Responses
 from .scheduler import Scheduler
 from .worker import AbstractWorker
 
@@ -46,7 +46,7 @@ class AbstractPool(abc.ABC):
         stop: AbstractStop,
         *,
         time_limit: float = 30.0,
-        enough: Enough = np.any,
+        can_decode: CanDecode = np.any,
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
@@ -59,8 +59,8 @@ class AbstractPool(abc.ABC):
             stop: When to stop waiting. Waiting also ends, with the answers that came, when no running worker could
                 still answer.
             time_limit: Seconds after which waiting ends in any case.
-            enough: Called with the mask of the shares that returned, bool, shape (N,); returns whether their answers
-                are enough to decode. The policy is asked only when they are. Any one answer if not given.
+            can_decode: Called with the mask of the shares that returned, bool, shape (N,); returns whether their
+                answers can be decoded. The policy is asked only when they are. Any one answer if not given.
             error: Called with values and returned as in `Responses`; returns the predicted error of each input, for
                 policies that need it.
             order: The numbers of the shares in the order in which they are assigned, which matters where fewer workers
@@ -108,7 +108,7 @@ class AbstractPool(abc.ABC):
         """Returns the number of events of each kind since the pool was made.
 
         Valid "answers" that were used; "late" ones, which no request waited for any more; "raised" exceptions;
-        "refused", the invalid answers (see `Fault`); "deaths", "restarts" and "quarantines" of workers.
+        "invalid" answers (see `Fault`); "deaths", "restarts" and "quarantines" of workers.
         """
 
     @abc.abstractmethod
@@ -179,7 +179,7 @@ class WorkerPool(AbstractPool):
         stop: AbstractStop,
         *,
         time_limit: float = 30.0,
-        enough: Enough = np.any,
+        can_decode: CanDecode = np.any,
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
@@ -198,7 +198,7 @@ class WorkerPool(AbstractPool):
         signature = self._signature(jax.tree.map(lambda leaf: leaf[0], shares))
         request = Request(shares, signature, order, again_after, start_time)
         with self._scheduler.schedule(request):
-            return request.gather(stop, time_limit, enough, error)
+            return request.gather(stop, time_limit, can_decode, error)
 
     def warm_up(self, example: PyTree[Any]) -> None:
         self._scheduler.warm_up(self._signature(example))

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from ..stop import AbstractStop, Progress
 from .compute import Signature
-from .responses import Enough, Fault, NotEnoughAnswers, PredictedError, Responses
+from .responses import CanDecode, Fault, NotEnoughAnswers, PredictedError, Responses
 
 # When a request can make progress: "soon", as shares are being computed or can be assigned; "later", as a worker must
 # be restarted first; "never", as no share is left that could still be answered.
@@ -156,7 +156,9 @@ class Request:
         other shares were answered. If several workers failed at a share and none answered it, f cannot be computed on
         it, and none of them is faulty.
         """
-        workers_by_share = {share: {w for w, s in self._failures if s == share} for _, share in self._failures}
+        workers_by_share = collections.defaultdict(set)
+        for worker, share in self._failures:
+            workers_by_share[share].add(worker)
         return {
             worker
             for worker, share in self._failures
@@ -187,7 +189,9 @@ class Request:
 
     # ---- on the thread that waits --------------------------------------------------------------------------
 
-    def gather(self, stop: AbstractStop, time_limit: float, enough: Enough, error: PredictedError | None) -> Responses:
+    def gather(
+        self, stop: AbstractStop, time_limit: float, can_decode: CanDecode, error: PredictedError | None
+    ) -> Responses:
         """Waits until the stop policy is met; arguments, result and errors as for `AbstractPool.run`."""
         moments = (*stop.moments(), time_limit)
         version = -1
@@ -203,7 +207,7 @@ class Request:
                 raise failure
             elapsed = time.monotonic() - self._start_time
             out_of_time = elapsed >= time_limit
-            if enough(returned):
+            if can_decode(returned):
                 predicted_error = (
                     None if error is None else functools.cache(functools.partial(error, self._values, returned))
                 )

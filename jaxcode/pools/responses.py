@@ -23,19 +23,22 @@ class NotEnoughAnswers(RuntimeError):
         super().__init__(message)
         self.responses = responses
 
+    def __reduce__(self):
+        return NotEnoughAnswers, (str(self), self.responses)
+
 
 class Fault(NamedTuple):
     """Describes one failure of a worker during a request.
 
     Attributes:
         worker: Index of the worker.
-        kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "refused": its answer
+        kind: "died": its process died or was given up as stuck. "raised": it raised an exception. "invalid": its answer
             was invalid, of another structure, shape or dtype than the model's or not finite.
         message: The reason, in words.
     """
 
     worker: int
-    kind: Literal["died", "raised", "refused"]
+    kind: Literal["died", "raised", "invalid"]
     message: str
 
 
@@ -58,7 +61,7 @@ class Responses:
     seconds: float
 
 
-# Returns whether the answers of the shares that returned are enough to decode.
-Enough = Callable[[Bool[np.ndarray, "workers"]], bool | np.bool_]
+# Returns whether the answers of the shares that returned can be decoded.
+CanDecode = Callable[[Bool[np.ndarray, "workers"]], bool | np.bool_]
 # Predicts the error of each input of the batch, from the answers and the shares that returned.
 PredictedError = Callable[[PyTree[np.ndarray], Bool[np.ndarray, "workers"]], Float[np.ndarray, "batch"]]

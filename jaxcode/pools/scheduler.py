@@ -56,7 +56,7 @@ class Scheduler:
         )
         # Oldest first.
         self._requests: list[Request] = []
-        self._counters = {"answers": 0, "late": 0, "raised": 0, "refused": 0}
+        self._counters = {"answers": 0, "late": 0, "raised": 0, "invalid": 0}
         self._is_hedging = False
         self._startup = _Milestone("be started")
         self._milestones = [self._startup]
@@ -197,7 +197,7 @@ class Scheduler:
         else:
             self._compiled_signatures[slot.number].add(request.signature)
             problem = find_invalid(future.result(), request.signature.answers)
-            fault = None if problem is None else Fault(slot.number, "refused", problem)
+            fault = None if problem is None else Fault(slot.number, "invalid", problem)
         if fault is None:
             request.accept(share, future.result())
             self._counters["late" if is_late else "answers"] += 1
@@ -206,9 +206,9 @@ class Scheduler:
             return
         if fault.kind != "died":
             self._count_fault(fault)
-        was_finished = request.is_finished
         request.record_fault(share, fault)
-        if was_finished and fault.kind != "died" and slot.number in request.faulty_workers():
+        # The failures of requests that are still listed are counted when these are finished.
+        if request not in self._requests and fault.kind != "died" and slot.number in request.faulty_workers():
             self._supervisor.record_failure(slot)
 
     def _count_fault(self, fault):

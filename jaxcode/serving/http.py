@@ -264,7 +264,7 @@ def _from_json(body, dtype):
         raise _HTTPError(400, 'the body is not JSON of the form {"inputs": [...]}') from problem
     try:
         return jax.tree.map(functools.partial(np.asarray, dtype=dtype), x, is_leaf=lambda x: isinstance(x, list))
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, OverflowError) as problem:
         raise _HTTPError(400, f"inputs are not numbers in equal rows: {problem}") from problem
 
 
@@ -278,6 +278,7 @@ def _from_npy(body, dtype):
 
 def _to_json(prediction):
     def to_list(leaf):
+        leaf = _widen(leaf)
         # JSON has no infinity, which stands for an error that cannot be predicted.
         return np.where(np.isfinite(leaf), leaf.astype(object), np.asarray(None)).tolist()
 
@@ -294,8 +295,13 @@ def _to_npy(prediction):
     if not isinstance(prediction.values, np.ndarray):
         raise _HTTPError(400, "the model returns several arrays; send the inputs as JSON")
     file = io.BytesIO()
-    np.save(file, prediction.values, allow_pickle=False)
+    np.save(file, _widen(prediction.values), allow_pickle=False)
     return file.getvalue(), _NPY
+
+
+def _widen(array):
+    """Converts numbers that NumPy itself does not know, such as bfloat16, to float32."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _load_model(name: str, factory: bool):

@@ -37,8 +37,9 @@ class Prediction:
     """Holds the results of a request and what is known of their quality, in read-only NumPy arrays.
 
     Attributes:
-        values: Results in the order of the batch, leaves (B, ...). NaN (the lowest number of an integer
-            dtype) for an input that has a NaN or an infinite number.
+        values: Results in the order of the batch, leaves (B, ...). NaN (the lowest number of an integer dtype) for an
+            input that has a NaN or an infinite number, or that cannot be recovered without the workers that the defence
+            flags.
         error: Predicted error of each input, shape (B,): root mean square over its outputs of the standard errors of
             `decode_with_error`, in the space in which answers are decoded; infinite where none can be predicted. None
             if the server predicts no errors.
@@ -223,7 +224,7 @@ class CodedServer:
             self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], coded_inputs))
             # No answer is needed: those to zeros may all be invalid, such as NaN.
             values = self._pool.run(
-                coded_inputs, answers(1), time_limit=self._time_limit, enough=lambda returned: True
+                coded_inputs, answers(1), time_limit=self._time_limit, can_decode=lambda returned: True
             ).values
             num_groups = jax.tree.leaves(coded_inputs)[0].shape[1]
             # Decoding may be another program where every worker answered. A defence examines all groups, or half.
@@ -314,7 +315,7 @@ class CodedServer:
                 self._stop,
                 time_limit=self._time_limit,
                 start_time=submit_time,
-                enough=lambda returned: bool(np.all(code.recovered(returned))),
+                can_decode=lambda returned: bool(np.all(code.recovered(returned))),
                 error=(lambda values, mask: predict_errors(values, mask)[layout.place])
                 if self._predicts_error
                 else None,

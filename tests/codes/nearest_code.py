@@ -28,8 +28,8 @@ class NearestCode(jc.AbstractCode):
 
     def exact(self, returned, plan=None):
         checks.check_mask("returned", returned, self.num_workers)
-        own = self._computed()[None] == jnp.arange(self.num_data)[:, None]
-        return jnp.any(own & returned[None], axis=1)
+        is_computed = self._computed()[None] == jnp.arange(self.num_data)[:, None]
+        return jnp.any(is_computed & returned[None], axis=1)
 
     def _computed(self):
         return jnp.arange(self.num_workers) * self.num_data // self.num_workers

@@ -1,6 +1,7 @@
 """Tests requests that no worker can compute, and many requests at the same time."""
 
 import functools
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +50,8 @@ POISONED = {
 def test_a_request_that_every_worker_fails_at_is_refused_before_its_limit_and_no_worker_is_faulty(pool, batch):
     before = pool.counters()
     for _ in range(5):
-        with pytest.raises(pools.NotEnoughAnswers, match=r"no worker is left.*worker \d (raised|refused)"):
-            pool.run(batch, stop.answers(N), enough=np.all, time_limit=60.0)
+        with pytest.raises(pools.NotEnoughAnswers, match=r"no worker is left.*worker \d (raised|invalid)"):
+            pool.run(batch, stop.answers(N), can_decode=np.all, time_limit=60.0)
     wait_until(lambda: pool.states() == ["idle"] * N)
     assert pool.run(BATCH, stop.answers(N)).returned.all()
     after = pool.counters()
@@ -59,8 +60,12 @@ def test_a_request_that_every_worker_fails_at_is_refused_before_its_limit_and_no
 
 def test_a_pool_of_one_worker_refuses_a_request_that_it_fails_at():
     with pools.ThreadPool(jnp.exp, 1, example=BATCH[0]) as pool:
-        with pytest.raises(pools.NotEnoughAnswers, match="no worker is left"):
+        with pytest.raises(pools.NotEnoughAnswers, match="no worker is left") as caught:
             pool.run(POISONED["all overflow"], stop.answers(N), time_limit=60.0)
+        # It crosses processes, as an exception of a remote task does.
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert str(copy) == str(caught.value)
+        assert copy.responses.faults == caught.value.responses.faults
         assert pool.run(BATCH, stop.answers(N)).returned.all()
 
 
@@ -83,7 +88,7 @@ def test_a_faulty_worker_is_quarantined_although_others_fail_at_another_share():
         faults.replace(3, lambda compute, batch: compute(batch) * np.nan)
         for _ in range(3):
             with pytest.raises(pools.NotEnoughAnswers, match="no worker is left"):
-                pool.run(POISONED["a NaN row in one"], stop.answers(N), enough=np.all, time_limit=60.0)
+                pool.run(POISONED["a NaN row in one"], stop.answers(N), can_decode=np.all, time_limit=60.0)
             pool.run(BATCH, stop.answers(N))
         wait_until(lambda: pool.counters()["quarantines"] == 1)
 
@@ -105,7 +110,7 @@ def run_clients(again_after):
         def client():
             barrier.wait(60)
             for _ in range(2):
-                pool.run(shares, stop.answers(25), time_limit=60.0, enough=np.all, again_after=again_after)
+                pool.run(shares, stop.answers(25), time_limit=60.0, can_decode=np.all, again_after=again_after)
                 answered.append(1)
 
         clients = [threading.Thread(target=client, daemon=True) for _ in range(CLIENTS)]

@@ -236,7 +236,7 @@ def test_the_limit_and_latencies_count_from_when_the_request_was_made():
         assert responses.latency.min() >= 5
         assert responses.seconds >= 5
         with pytest.raises(pools.NotEnoughAnswers, match="within 10 s"):
-            pool.run(BATCH, stop.answers(N), start_time=time.monotonic() - 20, time_limit=10.0, enough=np.all)
+            pool.run(BATCH, stop.answers(N), start_time=time.monotonic() - 20, time_limit=10.0, can_decode=np.all)
 
 
 class TestPrecision:

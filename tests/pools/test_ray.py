@@ -71,7 +71,7 @@ def test_invalid_answers_do_not_count(pool, faults, behaviour):
     assert responses.returned.all()  # another worker computed it
     check(responses)
     (fault,) = responses.faults
-    assert (fault.worker, fault.kind) == (2, "raised" if behaviour == "raise" else "refused")
+    assert (fault.worker, fault.kind) == (2, "raised" if behaviour == "raise" else "invalid")
     if behaviour == "raise":
         assert fault.message == "OSError: no disk"
 

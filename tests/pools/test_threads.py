@@ -102,7 +102,7 @@ def test_a_request_with_too_few_answers_is_refused_at_its_time_limit_with_the_re
     faults.block(1, 2, 3)
     faults.replace(0, _raise)
     with pytest.raises(pools.NotEnoughAnswers, match=r"\d of 5 answers .* 1 s.*worker 0 raised: OSError") as caught:
-        pool.run(BATCH, stop.answers(N), time_limit=1.0, enough=lambda returned: bool(returned.all()))
+        pool.run(BATCH, stop.answers(N), time_limit=1.0, can_decode=lambda returned: bool(returned.all()))
     assert returned_shares(caught.value.responses) == [0, 4]  # worker 4 computed both, as worker 0 had failed
 
 
@@ -113,13 +113,13 @@ def _raise(compute, batch):
 # Behaviours of a worker, with the kind and the message of the fault.
 FAULTS = {
     "raises": (_raise, "raised", "OSError: no disk"),
-    "NaN": (lambda compute, batch: compute(batch) * np.nan, "refused", "NaN or infinite"),
-    "one infinity": (lambda compute, batch: np.where(np.arange(3) == 1, np.inf, compute(batch)), "refused", "infinite"),
-    "shape": (lambda compute, batch: compute(batch)[:1], "refused", r"shape \(1, 3\)"),
-    "dtype": (lambda compute, batch: compute(batch).astype(np.float64), "refused", "float64"),
-    "structure": (lambda compute, batch: {"a": compute(batch)}, "refused", "PyTreeDef"),
-    "not an array": (lambda compute, batch: "no", "refused", "a str; expected a NumPy array"),
-    "a Python number": (lambda compute, batch: 1.0, "refused", "a float; expected a NumPy array, float32 of shape"),
+    "NaN": (lambda compute, batch: compute(batch) * np.nan, "invalid", "NaN or infinite"),
+    "one infinity": (lambda compute, batch: np.where(np.arange(3) == 1, np.inf, compute(batch)), "invalid", "infinite"),
+    "shape": (lambda compute, batch: compute(batch)[:1], "invalid", r"shape \(1, 3\)"),
+    "dtype": (lambda compute, batch: compute(batch).astype(np.float64), "invalid", "float64"),
+    "structure": (lambda compute, batch: {"a": compute(batch)}, "invalid", "PyTreeDef"),
+    "not an array": (lambda compute, batch: "no", "invalid", "a str; expected a NumPy array"),
+    "a Python number": (lambda compute, batch: 1.0, "invalid", "a float; expected a NumPy array, float32 of shape"),
 }
 
 

@@ -11,8 +11,12 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jaxcode.serving import Prediction
+from jaxcode.serving.http import _to_json, _to_npy
 
 from ..pools.faults import free_port, listening_addresses, running_processes, wait_until
 from .model import scores
@@ -82,12 +86,22 @@ def test_a_numpy_file_gets_a_numpy_file(server):
     np.testing.assert_allclose(np.load(io.BytesIO(body), allow_pickle=False), scores(INPUTS), atol=0.05)
 
 
+def test_results_in_bfloat16_are_sent_as_float32():
+    values = np.array([[0.5, np.inf]]).astype(jnp.bfloat16)
+    prediction = Prediction(values, None, np.ones(1, bool), np.ones(6, bool), 0.1, (), None)
+    assert json.loads(_to_json(prediction)[0])["outputs"] == [[0.5, None]]
+    stored = np.load(io.BytesIO(_to_npy(prediction)[0]), allow_pickle=False)
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, values.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         ({"body": b"{"}, 400, "not JSON"),
         ({"body": b"[1]"}, 400, "not JSON of the form"),
         ({"body": b'{"inputs": [[1, 2, 3, 4], [1]]}'}, 400, "not numbers in equal rows"),
+        ({"body": b'{"inputs": [[1' + b"0" * 400 + b", 2, 3, 4]]}"}, 400, "not numbers"),
         ({"body": b'{"inputs": "no"}'}, 400, "not numbers"),
         ({"body": b'{"inputs": []}'}, 400, "expected"),
         ({"body": b'{"inputs": 3}'}, 400, "expected"),
