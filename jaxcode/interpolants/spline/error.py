@@ -36,6 +36,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
+from ..._math import safe_sqrt
 from .sites import find_sites, normalise
 from .wiener import compute_innovations, compute_posteriors, form_jump_noise
 
@@ -201,12 +202,7 @@ def _weigh_hypotheses(present, is_possible, number, variance, square, mean_log_s
 
 def _half_width(variance, squared_bias):
     """Computes the 90 % quantile of an error's size from its variance and its squared mean, to 3 per cent."""
-    return NORMAL_90 * _root(variance) + _root(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
-
-
-def _root(square):
-    """Computes square roots with derivative zero at zero."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return NORMAL_90 * safe_sqrt(variance) + safe_sqrt(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
 
 
 def _student_inflation(inverse_freedom):
