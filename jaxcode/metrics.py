@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Real
 
 from ._arrays import as_arrays
 from ._math import safe_sqrt
@@ -141,7 +141,7 @@ def relative_accuracy(
     return _accuracy(estimates, labels) / _accuracy(targets, labels)
 
 
-def agreement(estimates: Float[ArrayLike, "..."], targets: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+def agreement(estimates: Real[ArrayLike, "..."], targets: Real[ArrayLike, "..."]) -> Float[Array, ""]:
     """Computes the share of inputs for which the estimate predicts the class that the base model predicts.
 
     Needs no labels, and unlike `relative_accuracy` does not let lucky errors cancel unlucky ones.

@@ -242,7 +242,7 @@ def test_bad_arguments_are_refused_by_name(change, message):
 @pytest.mark.parametrize("smoothing", [None, {}, "0.1", np.array("0.1"), True])
 def test_a_smoothing_that_is_no_number_is_refused_by_name(smoothing):
     for refuse in (Spline, lambda value: spline_matrix(KNOTS, POINTS, smoothing=value)):
-        with pytest.raises(ValueError, match="smoothing is .*; expected a number"):
+        with pytest.raises(ValueError, match=r"smoothing is .*; expected a number"):
             refuse(smoothing)
 
 
