@@ -80,22 +80,22 @@ def interleave(
     is_static = isinstance(knots, np.ndarray) and isinstance(points, np.ndarray)
     xp = np if is_static else jnp
     n, p = knots.shape[0], points.shape[0]
-    block_size = min(block_size or n + p, n + p)
+    size = min(block_size or n + p, n + p)
     begins_site = xp.diff(knots, prepend=knots[:1]) > SAME_SITE * (knots[-1] - knots[0])
     site = xp.cumsum(begins_site, dtype=np.int32)
     closing = xp.searchsorted(site, site, side="right").astype(np.int32) - 1
     # A point stands before a knot at the same place, which makes no difference to the curve.
     order = xp.argsort(xp.concatenate([points, knots]), stable=True).astype(np.int32)
     entry = xp.argsort(order).astype(np.int32)
-    first_entry = np.arange(0, n + p, block_size, dtype=np.int32)
+    first_entry = np.arange(0, n + p, size, dtype=np.int32)
     knots_before = xp.searchsorted(entry[p:], first_entry).astype(np.int32)
 
-    max_rows, max_points, distinct = min(block_size, n), min(block_size, p), False
+    max_rows, max_points, distinct = min(size, n), min(size, p), False
     if is_static:
         max_rows = int(np.diff(knots_before, append=n).max())
         max_points = int(np.diff(first_entry - knots_before, append=p).max())
         distinct = bool((closing == np.arange(n)).all())
-    return Interleaving(order, entry, closing, knots_before, block_size, max_rows, max_points, distinct)
+    return Interleaving(order, entry, closing, knots_before, size, max_rows, max_points, distinct)
 
 
 def _xp(array):
