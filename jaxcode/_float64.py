@@ -124,8 +124,9 @@ def _widen(value):
 def _apply_linear_map(forward, transpose, argument, result_shape, parameters):
     """Applies a linear map J whose forward and transposed products are both given; both are traced by this call.
 
-    A linear solve is the one operation of JAX that carries both directions through every transformation. J x is the
-    second part of the solution (u, v) of
+    It is written as a linear solve, because `jax.lax.custom_linear_solve` is the only primitive of JAX that takes both
+    directions of a linear map and is differentiated, transposed and batched with them. J x is the part v of the
+    solution of
 
         [  1  0 ] [ u ]   [ x ]
         [ -J  1 ] [ v ] = [ 0 ].
@@ -139,8 +140,8 @@ def _apply_linear_map(forward, transpose, argument, result_shape, parameters):
     """
 
     # JAX transposes a solve only if its whole right-hand side depends on x, and differentiates one only if the whole
-    # right-hand side has a tangent or the matrix has. So a zero that depends on x is added to the right-hand side's
-    # second part, and the matrix's ones depend on the parameters. Each such zero is a sum of no entries, so that no
+    # right-hand side has a tangent or the matrix has. So a zero that depends on x is added to the right-hand side of
+    # v, and the matrix's ones depend on the parameters. Each such zero is a sum of no entries, so that no
     # NaN of the arrays reaches it.
     def zero_depending_on(tree):
         return sum(jnp.sum(leaf.ravel()[:0]) for leaf in jax.tree.leaves(tree))
@@ -165,7 +166,7 @@ def _apply_linear_map(forward, transpose, argument, result_shape, parameters):
 
     one = 1 + zero_depending_on(parameters)
     zero = zero_depending_on(argument)
-    first = jax.tree.map(lambda leaf: leaf + zero, argument)
-    second = jax.tree.map(lambda shape: jnp.broadcast_to(zero, shape.shape), result_shape)
-    u, v = jax.lax.custom_linear_solve(multiply, (first, second), solve, solve_transposed)
+    u_side = jax.tree.map(lambda leaf: leaf + zero, argument)
+    v_side = jax.tree.map(lambda shape: jnp.broadcast_to(zero, shape.shape), result_shape)
+    u, v = jax.lax.custom_linear_solve(multiply, (u_side, v_side), solve, solve_transposed)
     return jax.tree.map(lambda leaf: leaf + zero_depending_on(u), v)

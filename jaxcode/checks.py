@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 
 def static_value(x: Any) -> np.ndarray | None:
@@ -25,7 +26,7 @@ def static_value(x: Any) -> np.ndarray | None:
 
     Returns:
         The value, if x is NumPy's, a Python number or a `jax.Array` on CPU devices of this process. None for a tracer,
-            for an array on an accelerator, which is never fetched, and for what holds no numbers.
+            for an array on an accelerator, which is never fetched, and for what holds no numbers, such as strings.
 
     >>> static_value([1, 2])
     array([1, 2])
@@ -33,11 +34,16 @@ def static_value(x: Any) -> np.ndarray | None:
     True
     """
     if isinstance(x, np.ndarray):
-        return None if x.dtype == object else x.copy()
+        return x.copy() if _holds_numbers(x) else None
     if not all(_in_host_memory(leaf) for leaf in jax.tree.leaves(x)):
         return None
     value = np.array(x)
-    return None if value.dtype == object else value
+    return value if _holds_numbers(value) else None
+
+
+def _holds_numbers(array):
+    # "V" is the kind of bfloat16 and other dtypes that JAX adds to NumPy's.
+    return array.dtype.kind in "biufcV"
 
 
 def _in_host_memory(leaf):
@@ -51,6 +57,12 @@ def _in_host_memory(leaf):
 def is_static(tree: Any) -> bool:
     """Returns whether every leaf of a tree is static; see `static_value`."""
     return all(static_value(leaf) is not None for leaf in jax.tree.leaves(tree))
+
+
+def is_real(dtype: DTypeLike) -> bool:
+    """Returns whether a dtype is that of real numbers: integer or floating, bfloat16 among them; bool is not."""
+    # NumPy's issubdtype does not count bfloat16 as floating.
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -92,9 +104,7 @@ def check_scalar(
         shape, dtype = np.shape(value), _dtype(value)
     except (TypeError, ValueError):
         shape, dtype = None, np.dtype(object)
-    # jnp.issubdtype, because NumPy's does not count bfloat16 as floating.
-    kinds = (jnp.integer,) if integer else (jnp.integer, jnp.floating)
-    if shape == () and any(jnp.issubdtype(dtype, kind) for kind in kinds):
+    if shape == () and (jnp.issubdtype(dtype, jnp.integer) if integer else is_real(dtype)):
         number = static_value(value)
         if number is None or valid(number):
             return
@@ -124,6 +134,8 @@ def check_durations(name: str, value: Any) -> None:
             f"{name} has shape {np.shape(value)}; expected shape (n,) with n >= 1: give one latency in seconds for "
             "each call measured"
         )
+    if not is_real(_dtype(value)):
+        raise ValueError(f"{name} has dtype {_dtype(value)}; expected real numbers, in seconds")
     numbers = static_value(value)
     if numbers is None:
         return
@@ -143,7 +155,7 @@ def check_vector(name: str, value: Any, least: int = 2) -> None:
         raise ValueError(f"{name} is {value!r}; expected a one-dimensional array of numbers") from None
     if len(shape) != 1 or shape[0] < least:
         raise ValueError(f"{name} has shape {shape}; expected one dimension with at least {least} entries")
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if not is_real(dtype):
         raise ValueError(f"{name} has dtype {dtype}; expected real numbers")
     if (static := static_value(value)) is not None and not np.all(np.isfinite(np.float64(static))):
         raise ValueError(f"{name} is {static}; expected finite numbers only")
@@ -167,13 +179,7 @@ def check_smoothing(name: str, value: Any) -> None:
     """Checks that a smoothing parameter is one real number, 0 or more."""
     if np.shape(value) != ():
         raise ValueError(f"{name} has shape {np.shape(value)}; expected a single number, 0 or more")
-    if (static := static_value(value)) is not None:
-        try:
-            number = float(static)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} is {value!r}; expected a number, 0 or more") from None
-        if not 0 <= number < np.inf:
-            raise ValueError(f"{name} is {number}; expected a finite number, 0 (interpolate) or more (smooth)")
+    check_not_negative(name, value, "give a finite number, 0 to interpolate or more to smooth")
 
 
 def check_values(name: str, value: Any, count: int) -> None:
@@ -186,6 +192,9 @@ def check_weights(name: str, value: Any, count: int) -> None:
     """Checks that weights are finite numbers, 0 or more, one for each knot."""
     if np.shape(value) != (count,):
         raise ValueError(f"{name} has shape {np.shape(value)}; expected one weight per knot, shape ({count},)")
+    dtype = _dtype(value)
+    if not (is_real(dtype) or dtype == np.bool_):
+        raise ValueError(f"{name} has dtype {dtype}; expected real numbers")
     if (static := static_value(value)) is not None:
         numbers = np.float64(static)
         if not np.all((numbers >= 0) & (numbers < np.inf)):

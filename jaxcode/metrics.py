@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Real
 
 from ._arrays import as_arrays
+from ._math import safe_sqrt
+from .checks import is_real
 
 __all__ = ["accuracy", "agreement", "mean_error_norm", "relative_accuracy", "rmse"]
 
@@ -139,7 +141,7 @@ def relative_accuracy(
     return _accuracy(estimates, labels) / _accuracy(targets, labels)
 
 
-def agreement(estimates: Float[ArrayLike, "..."], targets: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+def agreement(estimates: Real[ArrayLike, "..."], targets: Real[ArrayLike, "..."]) -> Float[Array, ""]:
     """Computes the share of inputs for which the estimate predicts the class that the base model predicts.
 
     Needs no labels, and unlike `relative_accuracy` does not let lucky errors cancel unlucky ones.
@@ -167,12 +169,12 @@ def agreement(estimates: Float[ArrayLike, "..."], targets: Float[ArrayLike, "...
 
 @jax.jit
 def _rmse(estimates, targets, where):
-    return _sqrt(jnp.mean(_squared_error_norm(estimates, targets, where), where=where))
+    return safe_sqrt(jnp.mean(_squared_error_norm(estimates, targets, where), where=where))
 
 
 @jax.jit
 def _mean_error_norm(estimates, targets, where):
-    return jnp.mean(_sqrt(_squared_error_norm(estimates, targets, where)), where=where)
+    return jnp.mean(safe_sqrt(_squared_error_norm(estimates, targets, where)), where=where)
 
 
 @jax.jit
@@ -195,12 +197,6 @@ def _squared_error_norm(estimates, targets, where):
         # Before squaring: a masked NaN must not reach the gradient of the square.
         error = jnp.where(where[..., None], error, 0)
     return jnp.sum(error**2, axis=-1)
-
-
-def _sqrt(x):
-    """Computes a square root whose gradient at 0 is 0 instead of NaN, for exact estimates."""
-    is_zero = x == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
 def _is_decoded(outputs):
@@ -238,7 +234,7 @@ def _as_outputs(name, outputs):
         raise ValueError(f"{name} is {outputs!r}; expected one array: measure each leaf of a tree by itself")
     if outputs.ndim == 0:
         raise ValueError(f"{name} has shape (); expected (..., K, m): give one row of outputs for each input")
-    if not (jnp.issubdtype(outputs.dtype, jnp.floating) or jnp.issubdtype(outputs.dtype, jnp.integer)):
+    if not is_real(outputs.dtype):
         raise ValueError(f"{name} has dtype {outputs.dtype}; expected real numbers: give logits or probabilities")
     return outputs
 

@@ -25,6 +25,8 @@ UNKNOWN = {
     "an-object": object(),
     "objects": np.array([None, 1]),
     "a-shape": jax.ShapeDtypeStruct((3,), np.float32),
+    "text": "abc",
+    "texts": np.array(["1", "2"]),
     "random-key": jax.random.key(0),
 }
 

@@ -56,12 +56,12 @@ class AbstractInterpolant(abc.ABC):
         def form_matrix(knots, points, live):
             # The nearest live knots on either side of each point weigh by their distance; one alone has all the weight.
             distance = points[:, None] - knots[None]
-            before = jnp.max(jnp.where(live & (distance >= 0), knots, -jnp.inf), axis=1, keepdims=True)
-            after = jnp.min(jnp.where(live & (distance < 0), knots, jnp.inf), axis=1, keepdims=True)
-            between = jnp.isfinite(before) & jnp.isfinite(after)
-            gap = jnp.where(between, after - before, 1.0)
-            weight = jnp.where(between, 1 - jnp.abs(distance) / gap, 1.0)
-            return jnp.where(live & ((knots == before) | (knots == after)), weight, 0.0)
+            lower_knot = jnp.max(jnp.where(live & (distance >= 0), knots, -jnp.inf), axis=1, keepdims=True)
+            upper_knot = jnp.min(jnp.where(live & (distance < 0), knots, jnp.inf), axis=1, keepdims=True)
+            is_inside = jnp.isfinite(lower_knot) & jnp.isfinite(upper_knot)
+            gap = jnp.where(is_inside, upper_knot - lower_knot, 1.0)
+            weight = jnp.where(is_inside, 1 - jnp.abs(distance) / gap, 1.0)
+            return jnp.where(live & ((knots == lower_knot) | (knots == upper_knot)), weight, 0.0)
 
     Attributes:
         interpolates: Whether the curve is known to pass through the data of distinct knots, however many have data.

@@ -38,7 +38,10 @@ class AbstractLinop(abc.ABC):
 
     @abc.abstractmethod
     def unmasked_product(self, rows: Rows) -> tuple[Results, Bool[Array, ""] | bool]:
-        """Computes the product without masking absent rows; returns it and whether it is right all the same."""
+        """Computes the product without a masked copy of the data; returns it and whether its defined results are right.
+
+        Operators that read the data in blocks mask each block, which copies no more than that.
+        """
 
     @abc.abstractmethod
     def amplification(self) -> Float[Array, ""] | float:

@@ -14,11 +14,11 @@ from .abstract import AbstractLinop, Results, Rows, allow_transfers, apply_in_on
 from .double_single import as_arguments
 
 # Rounding errors of float32 products grow with the sum of magnitudes in a row of the matrix. Where that exceeds this
-# bound the product is computed again in float64: up to it at most four binary digits are
-# lost, and a lower bound would repeat more products.
+# bound the product is computed again in float64: up to it at most four binary digits are lost, and a lower bound would
+# repeat more products.
 _MAX_AMPLIFICATION = 16.0
-# Masking absent rows copies the data, whose cost is negligible up to this many numbers.
-# More are multiplied unmasked, and checked.
+# Masking absent rows copies the data, whose cost is negligible up to this many numbers. More are multiplied unmasked,
+# and checked.
 _MAX_SIZE_TO_MASK = 2**20
 # How many numbers one pass of a repeated product reads: fewer need less memory, more make fewer steps.
 _NUMBERS_PER_PASS = 2**18

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays import as_arrays
 from .._sharding import call_with_auto_axes, replicate
-from ..checks import batch_size, check_count
+from ..checks import batch_size, check_count, is_real
 
 __all__ = ["Greedy", "Metric", "Ordering", "greedy"]
 
@@ -140,7 +140,8 @@ def _greedy(features, size, num_data, metric):
 
     def find_path(part):
         distances = _pairwise_distances(jax.tree.map(lambda leaf: leaf[part], features), metric)
-        # The tour starts and ends at a dummy place at distance 0 from all inputs, so that the path has free ends.
+        # A dummy input, the last index, is at distance 0 from all. The tour starts there; without the dummy it is a
+        # path whose two ends are free.
         distances = jnp.pad(distances, (0, 1))
         return part[_two_opt(_nearest_neighbour_tour(distances), distances)[1:]]
 
@@ -172,7 +173,9 @@ def _pairwise_distances(features, metric):
 
 
 def _replace_nonfinite(distances):
-    """Replaces NaN and infinity by twice the largest finite distance."""
+    """Replaces NaN and infinity by twice the largest finite distance, and converts integers and bools to float."""
+    if not jnp.issubdtype(distances.dtype, jnp.floating):
+        distances = distances.astype(float)
     is_finite = jnp.isfinite(distances)
     return jnp.where(is_finite, distances, 2 * jnp.max(distances, where=is_finite, initial=0.5))
 
@@ -189,7 +192,7 @@ def _sort_part(part, vectors):
 
 
 def _nearest_neighbour_tour(distances):
-    """Finds a tour that starts at the last place and always goes on to the nearest place not visited."""
+    """Finds a tour that starts at the last input and always goes on to the nearest input not visited."""
 
     def step(carry, _):
         current, visited = carry
@@ -266,7 +269,7 @@ def _check_function(name, value, expected):
 
 def _check_real(name, features):
     for path, leaf in jax.tree_util.tree_leaves_with_path(features):
-        if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        if not (is_real(leaf.dtype) or leaf.dtype == np.bool_):
             raise ValueError(
                 f"{name + jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers: give a key that "
                 "returns real features"

@@ -7,9 +7,7 @@ next to nothing, so that a block of them is a loop over steps that does not touc
 same either way, except for rounding.
 
 On a CPU a step is so short that its cost is the number of kernels into which XLA divides it and the copies they make.
-Above eight kernels, XLA uses its scheduler, which takes twice as long, so loops are not unrolled. XLA computes a
-quotient once and stores it, but computes a difference again at each of its uses. A step's change of slope is therefore
-divided by one: arrays that are read for this quotient and for nothing else are then updated in place.
+Above eight kernels, XLA uses its scheduler, which takes twice as long, so loops are not unrolled.
 """
 
 from collections.abc import Callable
@@ -70,16 +68,16 @@ def blocked_steps(
         a_j \leftarrow a_j + \delta
 
     Args:
-        start: The iterate before the first step.
-        slope: The derivative of the loss with respect to the margin, from a margin and a label.
-        samples: All samples of the machine.
-        index: The sample of each step.
+        start: w, D (`sum_change`) and a (`table`) before the first step.
+        slope: :math:`\ell'`, the derivative of the loss with respect to the margin, from a margin and a label.
+        samples: x and labels, all of the machine's.
+        index: j, the sample of each step.
         scale: q, of each step.
-        mean: c.
-        weight: :math:`\theta`.
-        ridge: :math:`\lambda`.
+        mean: c, the part of the gradient estimate that is constant.
+        weight: :math:`\theta`, the factor of D in the gradient estimate.
+        ridge: :math:`\lambda`, the factor of w in the gradient.
         step_size: :math:`\gamma`.
-        active: Whether the table changes at all; if not, w and D are not to be used.
+        active: Whether the table changes at all: if not, :math:`\delta` is zero, and w and D are not to be used.
         bias: Whether the last column of w belongs to a column of ones that samples do not contain.
 
     Returns:
@@ -118,8 +116,11 @@ class _Constants(NamedTuple):
     bias: bool
 
     def slope_change(self, new, old):
-        """Returns the change of slope, zero unless active, divided by a one that XLA does not know to be one."""
-        return jnp.where(self.active, new - old, 0) / jnp.where(self.active, jnp.ones_like(self.step_size), 2)
+        """Computes the change of slope, zero unless active."""
+        # XLA fuses a difference into each of its uses, but materialises a quotient. Divided by a 1 that XLA cannot see
+        # is one, the change is computed once, so that the arrays read for it alone are updated in place.
+        one = jnp.where(self.active, jnp.ones_like(self.step_size), 2)
+        return jnp.where(self.active, new - old, 0) / one
 
 
 def _fold(block, carry, xs, size):

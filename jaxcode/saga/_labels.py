@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from ..checks import static_value
+from ..checks import is_real, static_value
 
 Labels = Shaped[Array | np.ndarray, "n"]
 
@@ -80,7 +80,7 @@ def check_finite(name: str, value: Any) -> None:
 
 def _check_vector(y, remedy):
     y = y if isinstance(y, np.ndarray | jax.Array) else np.asarray(y)
-    if not any(jnp.issubdtype(y.dtype, kind) for kind in (jnp.floating, jnp.integer, np.bool_)):
+    if not (is_real(y.dtype) or y.dtype == np.bool_):
         raise ValueError(f"y has dtype {y.dtype}; {remedy}")
     if y.ndim != 1:
         hint = ": y.ravel()" if y.ndim == 2 and 1 in y.shape else ""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from ..checks import batch_size, static_value
+from ..checks import batch_size, is_real, static_value
 from ._labels import check_finite
 from .linear import LinearLoss, kernel_and_bias
 from .sparse import SparseRows, is_foreign_sparse, to_sparse_rows
@@ -123,7 +123,7 @@ def _check_rows(x, num_columns, dtype) -> Shaped[Array | np.ndarray, "n d"] | Sp
     else:
         x = values = x if isinstance(x, np.ndarray | jax.Array) else np.asarray(x)
         shape = x.shape
-    if not any(jnp.issubdtype(values.dtype, kind) for kind in (jnp.floating, jnp.integer, np.bool_)):
+    if not (is_real(values.dtype) or values.dtype == np.bool_):
         raise ValueError(f"x has dtype {values.dtype}; expected real numbers")
     if len(shape) != 2 or shape[1] != num_columns:
         raise ValueError(f"x has shape {shape}; expected (n, {num_columns}), a column for each entry of params")

@@ -95,6 +95,7 @@ class RayMachines:
             MachineActor, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources
         )
         self._end_machines: Callable[[], None] = lambda: None
+        self._has_machines = False
 
     def init(self, params: PyTree[Any], data: PyTree[Any]) -> State:
         """Starts machines with their samples, as `AbstractMethod.init`; their tables are not in the state.
@@ -123,7 +124,9 @@ class RayMachines:
         Raises:
             NoMachines: If none does within the time limit.
             DivergenceError: If all answers are refused because they are not finite.
+            RuntimeError: If `init` has not been called.
         """
+        self._check_machines()
         start_time = time.monotonic()
         end = start_time + self._time_limit
         w, unravel = ravel_pytree(state.params)
@@ -174,7 +177,9 @@ class RayMachines:
             NoMachines: As `round`.
             DivergenceError: As `round` and `AbstractMethod.run`.
             ValueError: As `AbstractMethod.run`, as is ImportError.
+            RuntimeError: If `init` has not been called.
         """
+        self._check_machines()
 
         def advance(state, count):
             for _ in range(count):
@@ -206,6 +211,10 @@ class RayMachines:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _check_machines(self):
+        if not self._has_machines:
+            raise RuntimeError("no machines have been started; call init first, which starts them with their samples")
 
     def _wait_until(self, condition, end):
         """Waits until a condition, evaluated on the loop's thread, holds or time is up; returns whether it holds."""
@@ -295,6 +304,7 @@ class RayMachines:
             start_limit=self._start_limit,
         )
         self._actors, self._loop, self._supervisor, self._end_machines = actors, loop, supervisor, loop.close
+        self._has_machines = True
 
     # ---- on the loop's thread ------------------------------------------------------------------------------
 

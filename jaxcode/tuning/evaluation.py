@@ -50,15 +50,18 @@ class Measurement:
         return (loss if np.isfinite(loss) else np.inf), (self.rmse if np.isfinite(self.rmse) else np.inf)
 
     def improves_on(self, other: "Measurement") -> bool:
-        """Returns whether the loss is smaller than another's by more than the standard error of the difference."""
+        """Returns whether the mean loss is smaller than another's by more than the standard error of their difference.
+
+        Both must have been measured under the same straggler sets, on as many groups.
+        """
         gain = other.losses - self.losses
         return bool(gain.mean() > standard_error(gain))
 
 
-def standard_error(losses: Float[np.ndarray, "masks groups"]) -> float:
+def standard_error(values: Float[np.ndarray, "masks groups"]) -> float:
     """Estimates the standard error of the mean over straggler sets and groups, every set crossed with every group."""
-    masks, groups = losses.shape
-    return float(np.sqrt(losses.mean(axis=0).var(ddof=1) / groups + losses.mean(axis=1).var(ddof=1) / masks))
+    masks, groups = values.shape
+    return float(np.sqrt(values.mean(axis=0).var(ddof=1) / groups + values.mean(axis=1).var(ddof=1) / masks))
 
 
 @final
@@ -190,9 +193,16 @@ def _measure(code, decoders, recovered, answers, targets, mean, loss, output):
                 is_lost = is_lost | jnp.isnan(result)
             return jnp.where(is_lost, jnp.broadcast_to(mean, result.shape), result)
 
+        def mark_lost(scores):
+            # Integers have no NaN: they are replaced by floating scores of the same class, which have.
+            if not jnp.issubdtype(scores.dtype, jnp.inexact):
+                scores = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+            return jnp.where(recovered.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)
+
         filled = jax.tree.map(fill_lost, results, mean)
         # Disagreement is given NaN for a lost input, which agrees with no class.
-        losses = jax.vmap(loss, in_axes=1)(results if loss is disagreement else filled, targets)
+        marked_or_filled = jax.tree.map(mark_lost, results) if loss is disagreement else filled
+        losses = jax.vmap(loss, in_axes=1)(marked_or_filled, targets)
         return losses, jax.vmap(squared_error, in_axes=1)(filled, targets)
 
     # Derivatives recompute the results of each set instead of storing them.

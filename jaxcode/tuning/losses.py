@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
 from .. import metrics
 
@@ -15,7 +15,7 @@ __all__ = ["Loss", "disagreement", "squared_error"]
 Loss = Callable[[PyTree[Array], PyTree[Array]], Float[Array, ""]]
 
 
-def disagreement(results: Float[Array, "data classes"], targets: Float[Array, "data classes"]) -> Float[Array, ""]:
+def disagreement(results: Real[Array, "data classes"], targets: Real[Array, "data classes"]) -> Float[Array, ""]:
     """Computes the share of inputs that get another class than the model gives them.
 
     Args:

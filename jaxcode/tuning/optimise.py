@@ -1,7 +1,6 @@
 """Moves worker nodes by gradient to where decoding errs least."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +50,8 @@ def optimise_nodes(
     with d the decoder's row for :math:`\alpha_k`, K and c the values of :math:`\kappa(s, t) = |s - t|^3 / 12` between
     worker nodes, and between them and :math:`\alpha_k`, and :math:`\mu` the decoder's smoothing times the number of
     answers. With a model and inputs, the mean squared error of the decoded answers, through the model's own derivative.
-    Nodes move as angles :math:`\arcsin \beta`, by Adam, under new straggler sets at every step.
+    Nodes move as angles :math:`\arcsin \beta`, by Adam, under new straggler sets at every step. Straggler sets that
+    leave fewer than two answers, which determine no curve, do not count.
 
     Args:
         code: The code to start from; its alpha and interpolants stay. Without f, its decoder is a `Spline`.
@@ -90,7 +90,14 @@ def optimise_nodes(
 
     def expected_error(angles, masks):
         candidate = _with_workers(code, jnp.sort(jnp.sin(angles)))
-        return jnp.mean(jax.vmap(functools.partial(error, candidate))(masks))
+
+        def error_if_determined(returned):
+            # Fewer than two answers determine no curve, wherever the nodes are: for such a mask the error is undefined,
+            # and it counts as zero. It is computed with all answers, so that no NaN reaches the derivatives.
+            is_determined = jnp.sum(returned) >= 2
+            return jnp.where(is_determined, jnp.mean(error(candidate, returned | ~is_determined)), 0)
+
+        return jnp.mean(jax.vmap(error_if_determined)(masks))
 
     def draw(key, count):
         return jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))

@@ -125,7 +125,7 @@ def smooth_decoder(evaluator: Evaluator, trial: Trial) -> Trial:
     Returns:
         The best trial; the one given unless the grid improves on it.
     """
-    candidates = [_with_smoothing(evaluator, trial, decoder=smoothing) for smoothing in _grid(trial)]
+    candidates = [_measure_with_smoothing(evaluator, trial, decoder=smoothing) for smoothing in _grid(trial)]
     best = min(candidates, key=lambda trial: trial.rank)
     if not best.measurement.improves_on(trial.measurement):
         return trial
@@ -144,7 +144,7 @@ def smooth_encoder(evaluator: Evaluator, trial: Trial) -> Trial:
         return trial
     best = trial
     for smoothing in _grid(trial):
-        candidate = smooth_decoder(evaluator, _with_smoothing(evaluator, best, encoder=smoothing))
+        candidate = smooth_decoder(evaluator, _measure_with_smoothing(evaluator, best, encoder=smoothing))
         # Each has to improve: the best of many would win on a small sample by chance.
         if not candidate.measurement.improves_on(best.measurement):
             break
@@ -170,7 +170,7 @@ def _grid(trial):
     return [smoothing * float(trial.option.code.num_data) ** -4 for smoothing in _SMOOTHINGS]
 
 
-def _with_smoothing(evaluator, trial, **smoothings):
+def _measure_with_smoothing(evaluator, trial, **smoothings):
     """Measures an option with other smoothings, in the same space and on the same groups."""
     option = _change_smoothing(trial.option, **smoothings)
     return measure(evaluator, option, [trial.measurement.output], trial.measurement.num_groups)
@@ -215,7 +215,7 @@ def _descend(evaluator, trial, sides):
         )
     except NO_DERIVATIVES:
         return trial
-    candidate = _with_smoothing(evaluator, trial, **exponentiate(optimum.x))
+    candidate = _measure_with_smoothing(evaluator, trial, **exponentiate(optimum.x))
     return candidate if candidate.rank < trial.rank else trial
 
 

@@ -112,6 +112,15 @@ def test_key_and_metric_decide_what_is_near():
     assert tour_length(x[:, :1], greedy(x, 30)) > 3 * np.ptp(x[:, 0])
 
 
+@pytest.mark.parametrize("metric", [lambda a, b: jnp.sum(a != b), lambda a, b: jnp.any(a != b)])
+def test_a_metric_of_integers_or_bools(metric):
+    x = np.repeat(np.eye(6, 3, dtype=np.int32), 3, axis=0)[np.random.default_rng(0).permutation(18)]
+    order = greedy(x, 3, metric=metric)
+    assert is_permutation(order, 18)
+    # One path: equal inputs are neighbours, nine of which are zero.
+    assert np.count_nonzero((x[np.asarray(order)] != np.roll(x[np.asarray(order)], 1, axis=0)).any(axis=1)) == 4
+
+
 def test_a_metric_of_pytrees():
     x = {"colour": normal(20), "name": np.arange(20, dtype=np.int32) % 4}
 

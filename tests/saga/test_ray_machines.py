@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from unittest import mock
 
 import chex
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxcode import saga
-from jaxcode.saga import DistributedSaga, RayMachines
+from jaxcode.saga import DistributedSaga, RayMachines, ray_machines
 
-from ..pools.faults import FileFaults, alive_in_ray, until
+from ..pools.faults import FileFaults, is_ray_worker, wait_until
 from . import problems
 
 KEY = jax.random.key(0)
@@ -94,20 +95,20 @@ def test_rounds_go_on_without_late_dead_stuck_and_failing_machines_which_rejoin(
         state = machines.round(state, KEY)
         settle(machines)
     # A late machine: its update is discarded; its table changes, which its next message includes.
-    faults.tell("wait 3", 1)
+    faults.set_behaviour("wait 3", 1)
     before = state.messages[1]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[1], before)
-    faults.tell("", 1)
+    faults.set_behaviour("", 1)
     settle(machines)
     state = machines.round(state, KEY)
     assert (state.messages[1] != before).any()
     # A machine that raises: it misses the round.
-    faults.tell("raise", 2)
+    faults.set_behaviour("raise", 2)
     before = state.messages[2]
     state = machines.round(state, KEY)
     np.testing.assert_array_equal(state.messages[2], before)
-    faults.tell("", 2)
+    faults.set_behaviour("", 2)
     # A dead machine: restarted with gradients at the current parameters.
     faults.kill(0)
     state = machines.round(state, KEY)
@@ -132,12 +133,12 @@ def test_errors_name_the_failures_if_no_machine_answers(shared):
     machines, faults = shared[0], shared[1].files
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)  # the first round compiles, and may take machines longer than the deadline
-    faults.tell("raise", 0, 1, 2)
+    faults.set_behaviour("raise", 0, 1, 2)
     try:
         with pytest.raises(saga.NoMachines, match=r"round 1: machine 0 raised OSError: no disk; machine 1 raised"):
             machines.round(state, KEY)
     finally:
-        faults.tell("", 0, 1, 2)
+        faults.set_behaviour("", 0, 1, 2)
     machines.round(state, KEY)
 
 
@@ -147,17 +148,17 @@ def test_a_machine_that_keeps_raising_is_restarted(shared):
     state = machines.round(machines.init(jnp.zeros(5), DATA), KEY)
     settle(machines)
     process = faults.pid(1)
-    faults.tell("raise", 1)
+    faults.set_behaviour("raise", 1)
     try:
         for _ in range(3):
             state = machines.round(state, KEY)
             assert np.isfinite(state.params).all()
-        until(lambda: machines._supervisor.counters()["restarts"] == 1)
+        wait_until(lambda: machines._supervisor.counters()["restarts"] == 1)
     finally:
-        faults.tell("", 1)
+        faults.set_behaviour("", 1)
     settle(machines)
     machines.round(state, KEY)
-    until(lambda: faults.pid(1) != process)
+    wait_until(lambda: faults.pid(1) != process)
 
 
 @pytest.mark.long
@@ -267,7 +268,16 @@ def test_closing_leaves_no_processes(shared):
     pids = [faults.pid(machine) for machine in range(3)]
     machines.close()
     machines.close()
-    until(lambda: not any(map(alive_in_ray, pids)))
+    wait_until(lambda: not any(map(is_ray_worker, pids)))
+
+
+def test_rounds_before_init_are_refused(monkeypatch):
+    monkeypatch.setattr(ray_machines, "connect", lambda address: mock.Mock())
+    machines = RayMachines(METHOD)
+    state = METHOD.init(jnp.zeros(5), DATA)
+    for compute in (machines.round, lambda *arguments: machines.run(*arguments, 3, progress=False)):
+        with pytest.raises(RuntimeError, match="no machines have been started; call init first"):
+            compute(state, KEY)
 
 
 def test_settings_that_make_no_sense_are_refused(unchecked):

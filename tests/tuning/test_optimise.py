@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxcode as jc
-from jaxcode import ReplicationCode, SplineCode, tuning
+from jaxcode import ReplicationCode, SplineCode, stragglers, tuning
 
 from .cases import LATE, K, N, inputs, root_mean_square, sample_masks
 
@@ -32,6 +32,17 @@ def test_nodes_move_to_where_the_posterior_varies_less():
     assert expected_variance(moved) < 0.8 * expected_variance(code)
     assert (np.diff(moved.nodes.workers) >= 0).all()
     np.testing.assert_array_equal(moved.nodes.data, code.nodes.data)
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_masks_with_fewer_than_two_answers_do_not_count(with_model):
+    code = SplineCode.chebyshev(4, 6)
+    x = np.linspace(-2, 2, 8, dtype=np.float32)[:, None]
+    arguments = {"f": bent_sine, "x_sample": x} if with_model else {}
+    # Of 256 masks, about 28 leave fewer than two answers.
+    moved = tuning.optimise_nodes(code, stragglers.Independent(0.5), steps=20, progress=False, **arguments)
+    assert moved is not code
+    assert np.isfinite(moved.nodes.workers).all()
 
 
 def bent_sine(x):

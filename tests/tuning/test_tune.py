@@ -69,6 +69,17 @@ def test_replication_is_measured_on_all_groups_and_its_loss_is_the_share_of_lost
     np.testing.assert_allclose([c.loss for c in replications], lost, atol=1e-6)
 
 
+def test_lost_inputs_with_integer_scores_disagree():
+    def first_class(x):
+        return jnp.round(10 * x).astype(jnp.int32) + jnp.array([1000, 0, 0, 0])
+
+    code = ReplicationCode(K, N)
+    tuned = tune(first_class, inputs(), K, N, LATE, layouts={"replication": code})
+    lost = 1 - np.mean(jax.vmap(code.recovered)(sample_masks(256, seed=0)))
+    np.testing.assert_allclose([c.loss for c in tuned.candidates], lost, atol=1e-6)
+    assert lost > 0.05
+
+
 @jc.pytree("num_data", "num_workers")
 class _MeansCode(jc.AbstractCode):
     """Has the first K workers compute an input each and the others the mean of two neighbours; no nodes, no curve."""

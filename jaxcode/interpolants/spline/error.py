@@ -36,14 +36,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from ..._float64 import in_float64
+from ..._math import safe_sqrt
 from .sites import find_sites, normalise
 from .wiener import compute_innovations, compute_posteriors, form_jump_noise
 
-# For each process its m, the spline's own process first; the share of its noise at the points; and the number of sites
+# For each process its m, the share of its noise at the points, and the number of sites
 # with data from which on it is a hypothesis. The rough process always is: with few sites there is too little evidence
 # against a process of higher order, whose errors are smaller. No command fitted these constants nor those below;
 # `tests/interpolants/spline/test_error.py`, with `-m long`, checks the coverage that they give.
 ORDERS, JUMP_SHARES, MIN_SITES = np.array([2, 1, 4, 4]), np.array([0, 0, 0, 0.9]), np.array([3.0, 0.0, 6.0, 6.0])
+# The index of the spline's own process, whose posterior means are the spline's values.
+SPLINE = 0
 # How many exponents are considered, from the process's own to the highest; the arrays grow with it.
 NUM_EXPONENTS = 4
 # The weights, in numbers of residuals, of the priors that local scales are 1 and that the correction is 1. With less,
@@ -116,16 +119,17 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     mean = jnp.einsum("hkn,nd->hkd", means, data)
     residual = data[None] - mean[:, p:]
     has_residuals = sites.num_present > ORDERS.astype(float)[:, None]
-    is_residual, number = present[None] & has_residuals, jnp.where(has_residuals, sites.num_present, 1)
+    is_residual, num_residuals = present[None] & has_residuals, jnp.where(has_residuals, sites.num_present, 1)
     square = jnp.where(is_residual[..., None], residual, 0) ** 2
-    power = _raise_variances(variances, p, present, number)
+    power = _raise_variances(variances, p, present, num_residuals)
     power_at_sites = jnp.where(is_residual[..., None], power[:, p:], 1)
 
-    scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / number[..., None]
+    scale = jnp.einsum("hne,hnd->hed", 1 / power_at_sites, square) / num_residuals[..., None]
     # The squared residual that rounding of the data causes. Features that are straight lines have no weight in the
     # evidence.
     floor = rounding**2
-    feature_weight = scale[0, 0] / (scale[0, 0] + floor) + floor
+    spline_scale = scale[SPLINE, 0]
+    feature_weight = spline_scale / (spline_scale + floor) + floor
     feature_weight = feature_weight / jnp.sum(feature_weight)
     normalised_square = (
         jnp.einsum("hnd,hed->hne", square, feature_weight[None, None] / (scale + floor)) / power_at_sites
@@ -138,18 +142,18 @@ def _standard_errors(sites, neighbours, means, variances, values, points, weight
     probability = _weigh_hypotheses(
         present,
         is_possible,
-        number,
+        num_residuals,
         power_at_sites * local_scale[:, p:],
         normalised_square / local_scale[:, p:],
         mean_log_scale,
     )
 
     variance = jnp.einsum("he,hke,hed->kd", probability, power * local_scale, scale)
-    squared_bias = jnp.einsum("he,hkd->kd", probability, (mean - mean[:1]) ** 2)
+    squared_bias = jnp.einsum("he,hkd->kd", probability, (mean - mean[SPLINE][None]) ** 2)
     inflation = _student_inflation(1 / jnp.maximum(sites.num_present - 2, 1) + 1 / (num_squares + PRIOR_FOR_SCALE))
     error = _half_width(variance[:p] * inflation, squared_bias[:p]) / NORMAL_95
     half_width = _half_width(variance[p:], squared_bias[p:])
-    error = size * error * _correction(present, sites.num_present, residual[0], half_width)[None]
+    error = size * error * _correction(present, sites.num_present, residual[SPLINE], half_width)[None]
     # Data at two places do not determine the curvature.
     error = jnp.where(sites.num_present >= 3, error, jnp.where(variances[0, :p, None] > 0, jnp.inf, 0))
     return jnp.where(jnp.sum(has_data, dtype=float) >= 2, error, jnp.inf)
@@ -168,11 +172,11 @@ def _neighbour_weights(sites, points):
     return weight / jnp.where(total > 0, total, 1)
 
 
-def _raise_variances(variances, p, present, number):
+def _raise_variances(variances, p, present, num_residuals):
     """Raises variances to the power of each exponent, relative to their geometric mean at the sites; axes h, k, e."""
     orders, is_uncertain = ORDERS.astype(float), variances > 0
     log_variance = jnp.log(jnp.where(is_uncertain, variances, 1))
-    log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / number
+    log_mean = jnp.einsum("hn,n->h", log_variance[:, p:], present.astype(float))[:, None] / num_residuals
     exponent = np.linspace(1, 4 * orders / (2 * orders - 1), NUM_EXPONENTS, axis=1)[:, None]
     return jnp.exp(exponent * jnp.where(is_uncertain, log_variance - log_mean, -jnp.inf)[..., None])
 
@@ -183,30 +187,25 @@ def _count_squares(sites, neighbours, feature_weight):
     return sites.num_present / jnp.where(concentration > 0, concentration, 1) / jnp.sum(feature_weight**2)
 
 
-def _weigh_hypotheses(present, is_possible, number, variance, square, mean_log_scale):
+def _weigh_hypotheses(present, is_possible, num_residuals, variance, square, mean_log_scale):
     """Computes the probability of each hypothesis and exponent, axes h and e, by its predictive likelihood.
 
     Args:
         present: Axis n.
         is_possible: Axis h.
-        number: Of residuals, axes h and 1.
+        num_residuals: Axes h and 1.
         variance: The predicted variances of residuals for b = 1, axes h, n, e.
         square: Squared residuals over b times that variance, averaged over features.
         mean_log_scale: Of b, averaged over features; axes h, e.
     """
     deviance = jnp.einsum("hne,n->he", jnp.log(variance) + square, present.astype(float))
-    log_likelihood = jnp.where(is_possible[:, None], -0.5 * (deviance + number * mean_log_scale), -jnp.inf)
+    log_likelihood = jnp.where(is_possible[:, None], -0.5 * (deviance + num_residuals * mean_log_scale), -jnp.inf)
     return jax.nn.softmax(log_likelihood, axis=(0, 1))
 
 
 def _half_width(variance, squared_bias):
     """Computes the 90 % quantile of an error's size from its variance and its squared mean, to 3 per cent."""
-    return NORMAL_90 * _root(variance) + _root(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
-
-
-def _root(square):
-    """Computes square roots with derivative zero at zero."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return NORMAL_90 * safe_sqrt(variance) + safe_sqrt(squared_bias + (NORMAL_95 - NORMAL_90) ** 2 * variance)
 
 
 def _student_inflation(inverse_freedom):

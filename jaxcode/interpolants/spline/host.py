@@ -21,7 +21,7 @@ from scipy.linalg.lapack import dgbsv, dptsv  # pyright: ignore[reportAttributeA
 from ..abstract import SAME_SITE, span_of
 
 
-def banded_matrix(
+def host_spline_matrix(
     knots: Float[np.ndarray, "knots"],
     points: Float[np.ndarray, "points"],
     weights: Float[np.ndarray, "knots"],
@@ -50,7 +50,7 @@ def banded_matrix(
     t, w = knots[live], weights[live]
     gap = (t[1:] - t[:-1]) / unit
     if gap.min() > SAME_SITE:
-        matrix[:, live] = fit_matrix(gap, reading_matrix(t, points, unit), w, smoothing)
+        matrix[:, live] = fit_matrix(gap, evaluation_matrix(t, points, unit), w, smoothing)
         return matrix
     # Knots at one place count as one, whose value is their weighted mean.
     first = np.concatenate([[True], gap > SAME_SITE]).nonzero()[0]
@@ -61,22 +61,22 @@ def banded_matrix(
         matrix[:, live] = share
     else:
         t = t[first]
-        site_matrix = fit_matrix(np.diff(t) / unit, reading_matrix(t, points, unit), total, smoothing)
+        site_matrix = fit_matrix(np.diff(t) / unit, evaluation_matrix(t, points, unit), total, smoothing)
         matrix[:, live] = np.repeat(site_matrix, count, axis=1) * share
     return matrix
 
 
 def fit_matrix(
     gap: Float[np.ndarray, "gaps"],
-    reading: Float[np.ndarray, "readings unknowns"],
+    evaluation: Float[np.ndarray, "evaluations unknowns"],
     weights: Float[np.ndarray, "sites"],
     smoothing: float,
-) -> Float[np.ndarray, "readings sites"]:
+) -> Float[np.ndarray, "evaluations sites"]:
     r"""Forms the matrix from values at sites to combinations of the fit's unknowns :math:`g_1, \gamma_1, g_2, \ldots`.
 
     Args:
         gap: Distances between neighbouring sites, positive, one or more, with a sum of about 1.
-        reading: Coefficients of the unknowns, two for each site, in each combination; see `reading_matrix`.
+        evaluation: Coefficients of the unknowns, two for each site, in each combination; see `evaluation_matrix`.
         weights: Positive.
         smoothing: :math:`\mu \ge 0`.
 
@@ -88,7 +88,7 @@ def fit_matrix(
     """
     m, inverse_gap = len(gap) + 1, 1 / gap
     if smoothing == 0 and m > 3:
-        return _interpolation_matrix(gap, inverse_gap, reading)
+        return _interpolation_matrix(gap, inverse_gap, evaluation)
     # The transposed equations in LAPACK's band storage, 20 numbers for each site: ten for the equation of its value,
     # ten for that of its second derivative. The diagonal's coefficient has index 6, that of the unknown i further on
     # index 6 + i; the first three are LAPACK's own.
@@ -100,7 +100,7 @@ def fit_matrix(
     bands[:, 6] = weights
     bands[0, 16] = bands[-1, 16] = 1
     bands[0, 9], bands[-1, 5] = smoothing * inverse_gap[0], smoothing * inverse_gap[-1]
-    _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, reading.T, overwrite_ab=1, overwrite_b=1)
+    _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, evaluation.T, overwrite_ab=1, overwrite_b=1)
     if failed:
         raise ArithmeticError(
             f"the spline's equations are singular at row {failed} of {2 * m}; gaps between knots are {gap}"
@@ -108,15 +108,15 @@ def fit_matrix(
     return solution[::2].T * weights
 
 
-def _interpolation_matrix(gap, inverse_gap, reading):
+def _interpolation_matrix(gap, inverse_gap, evaluation):
     """Forms the matrix without smoothing: then g = y, and R, which is diagonally dominant, gives the curvatures."""
     diagonal, off_diagonal = (gap[:-1] + gap[1:]) / 3, gap[1:-1] / 6
-    _, _, solution, failed = dptsv(diagonal, off_diagonal, reading[:, 3:-1:2].T, overwrite_d=1, overwrite_e=1)
+    _, _, solution, failed = dptsv(diagonal, off_diagonal, evaluation[:, 3:-1:2].T, overwrite_d=1, overwrite_e=1)
     if failed:
         raise ArithmeticError(f"the spline's equations are singular; gaps between knots are {gap}")
     # The product with Q^T, of second differences.
     left, right = solution.T * inverse_gap[:-1], solution.T * inverse_gap[1:]
-    matrix = reading[:, ::2].copy()
+    matrix = evaluation[:, ::2].copy()
     matrix[:, :-2] += left
     matrix[:, 1:-1] -= left + right
     matrix[:, 2:] += right
@@ -147,7 +147,7 @@ _CURVATURE = _form_table(
 )
 
 
-def reading_matrix(
+def evaluation_matrix(
     sites: Float[np.ndarray, "sites"], points: Float[np.ndarray, "points"], unit: float
 ) -> Float[np.ndarray, "points unknowns"]:
     r"""Forms the coefficients with which the curve's value at each point combines the unknowns, two for each site.
@@ -170,8 +170,8 @@ def reading_matrix(
     np.subtract(1, values[1], out=values[0])
     clipped = np.minimum(np.maximum(values, 0), 1)
     curvatures = (width / unit) ** 2 / -6 * values * (clipped[::-1] * (1 + clipped))
-    reading = np.zeros((len(points), 2 * len(sites)))
-    flat = reading.reshape(-1)
-    first = 2 * lower + np.arange(0, reading.size, reading.shape[1])
+    evaluation = np.zeros((len(points), 2 * len(sites)))
+    flat = evaluation.reshape(-1)
+    first = 2 * lower + np.arange(0, evaluation.size, evaluation.shape[1])
     flat[first], flat[first + 1], flat[first + 2], flat[first + 3] = values[0], curvatures[0], values[1], curvatures[1]
-    return reading
+    return evaluation

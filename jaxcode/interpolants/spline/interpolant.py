@@ -84,9 +84,9 @@ class Spline(AbstractInterpolant):
             return self.smoothing * float(knots.shape[0])
         if isinstance(returned, np.ndarray):
             return self.smoothing * float(np.count_nonzero(returned))
-        return _total_smoothing(self.smoothing, returned)
+        return _scale_smoothing(self.smoothing, returned)
 
 
 @in_float64
-def _total_smoothing(smoothing, returned):
+def _scale_smoothing(smoothing, returned):
     return smoothing * jnp.sum(returned, dtype=jnp.float64)

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .sequence import Sequence
+from .interleaving import Interleaving
 
 
 class Transitions(NamedTuple):
@@ -72,12 +72,12 @@ class Transitions(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """Holds the gain of both filters at an observation y: `keep` multiplies p and a, `weight` multiplies y.
+    """Holds the gain of both filters at an observation y: `smoothing` multiplies p and a, `weight` multiplies y.
 
     These are the smoothing and the weight, divided by the factor that makes q = 1.
     """
 
-    keep: Float[Array, "entries 2"]
+    smoothing: Float[Array, "entries 2"]
     weight: Float[Array, "entries 2"]
 
 
@@ -99,7 +99,7 @@ class Blocks(NamedTuple):
 
 
 def find_transitions(
-    sequence: Sequence,
+    interleaving: Interleaving,
     knots: Float[Array | np.ndarray, "knots"],
     points: Float[Array | np.ndarray, "points"],
     unit: Float[Array | np.ndarray, ""],
@@ -107,7 +107,7 @@ def find_transitions(
     """Forms the transitions over the gaps between entries of the sequence.
 
     Args:
-        sequence: How knots and points interleave.
+        interleaving: How knots and points interleave.
         knots: Ascending, float64.
         points: Ascending, float64.
         unit: The unit of length of the gaps.
@@ -116,8 +116,8 @@ def find_transitions(
         The transitions; NumPy arrays for NumPy arrays.
     """
     xp = np if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray) else jnp
-    gaps = xp.diff(xp.concatenate([points, knots])[sequence.order]) / unit
-    next_gap = xp.concatenate([gaps, xp.zeros(sequence.length - gaps.shape[0])])
+    gaps = xp.diff(xp.concatenate([points, knots])[interleaving.order]) / unit
+    next_gap = xp.concatenate([gaps, xp.zeros(interleaving.length - gaps.shape[0])])
     last_gap = xp.concatenate([xp.zeros(1), next_gap[:-1]])
     h = xp.stack([last_gap, next_gap[::-1]], axis=1)
     zero, one = xp.zeros_like(h), xp.ones_like(h)
@@ -134,12 +134,12 @@ def find_transitions(
 
 
 def form_matrix(
-    sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+    interleaving: Interleaving, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Float[Array, "points knots"]:
     r"""Forms the matrix from data at the knots to the smoothing spline's values at the points.
 
     Args:
-        sequence: How knots and points interleave, in one block.
+        interleaving: How knots and points interleave, in one block.
         transitions: From `find_transitions`, float64.
         weights: Not negative, float64; zero leaves the knot out.
         smoothing: :math:`\mu \ge 0`.
@@ -147,39 +147,39 @@ def form_matrix(
     Returns:
         The matrix. Finite, even with one weight above zero or none.
     """
-    coefficients, _, share = _run_filters(sequence, transitions, weights, smoothing)
-    coefficients = coefficients[:, 0, 0, : sequence.points] + coefficients[::-1, 1, 0, : sequence.points]
-    entry, closing = _knot_entries(sequence)
+    coefficients, _, share = _run_filters(interleaving, transitions, weights, smoothing)
+    coefficients = coefficients[:, 0, 0, : interleaving.points] + coefficients[::-1, 1, 0, : interleaving.points]
+    entry, closing = _knot_entries(interleaving)
     return (coefficients[entry[closing]] * share[:, None]).T
 
 
 def form_blocks(
-    sequence: Sequence, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
+    interleaving: Interleaving, transitions: Transitions, weights: Float[Array, "knots"], smoothing: Float[Array, ""]
 ) -> Blocks:
     """Forms the matrix of `form_matrix` in blocks, from the same arguments and any number of blocks."""
-    return _assemble_blocks(sequence, *_run_filters(sequence, transitions, weights, smoothing))
+    return _assemble_blocks(interleaving, *_run_filters(interleaving, transitions, weights, smoothing))
 
 
-def _run_filters(sequence, transitions, weights, smoothing):
+def _run_filters(interleaving, transitions, weights, smoothing):
     """Runs both filters and their adjoint; returns the results of `_run_adjoint`, and each knot's share of its site."""
-    observed, share = _sum_weights(sequence, weights)
+    observed, share = _sum_weights(interleaving, weights)
     covariance = _predict_covariances(transitions.covariance, observed, smoothing)
     gain = _compute_gain(covariance, observed, smoothing)
-    readings = _compute_readings(sequence, covariance)
-    return *_run_adjoint(sequence, gain, transitions.next_gap, covariance, readings), share
+    evaluations = _compute_evaluations(interleaving, covariance)
+    return *_run_adjoint(interleaving, gain, transitions.next_gap, covariance, evaluations), share
 
 
-def _sum_weights(sequence, weights):
+def _sum_weights(interleaving, weights):
     """Returns the weight observed at each entry, shape (entries, 2), and each knot's share of its site."""
     n = weights.shape[0]
-    if sequence.distinct:
+    if interleaving.distinct:
         total, share = weights, jnp.ones_like(weights)
     else:
-        site_weight = jnp.zeros_like(weights).at[sequence.closing].add(weights)
-        share = weights / jnp.where(site_weight > 0, site_weight, 1)[sequence.closing]
-        total = jnp.where(sequence.closing == jnp.arange(n, dtype=jnp.int32), site_weight, 0)
-    observed = jnp.concatenate([jnp.zeros(sequence.num_points, weights.dtype), total])[sequence.order]
-    return _stack_filters(sequence, observed, 0), share
+        site_weight = jnp.zeros_like(weights).at[interleaving.closing].add(weights)
+        share = weights / jnp.where(site_weight > 0, site_weight, 1)[interleaving.closing]
+        total = jnp.where(interleaving.closing == jnp.arange(n, dtype=jnp.int32), site_weight, 0)
+    observed = jnp.concatenate([jnp.zeros(interleaving.num_points, weights.dtype), total])[interleaving.order]
+    return _stack_filters(interleaving, observed, 0), share
 
 
 def _predict_covariances(
@@ -195,7 +195,7 @@ def _predict_covariances(
         p11, _, _, det, _ = p
         gain = _compute_gain(p, w, smoothing)
         zero = jnp.zeros_like(w)
-        return gain.keep * p + jnp.stack([zero, zero, gain.weight * det, zero, gain.weight * p11]), p
+        return gain.smoothing * p + jnp.stack([zero, zero, gain.weight * det, zero, gain.weight * p11]), p
 
     # Neither value nor slope is known before the first site.
     start = jnp.zeros((5, 2), weight.dtype).at[3].set(1)
@@ -216,29 +216,29 @@ def _compute_gain(covariance, weight, smoothing) -> Gain:
     return Gain(jnp.where(weight > 0, smoothing * inverse, 1), weight * inverse)
 
 
-def _compute_readings(sequence, covariance):
+def _compute_evaluations(interleaving, covariance):
     """Returns each filter's coefficients of a_1, b_1 and b_2 in the value g at every point; zero at other entries."""
     p11, p12, p22, det, q = covariance
     # The covariance of the other filter at the same entry.
     other_p11, other_p12, other_p22, other_det, other_q = (part[::-1, ::-1] for part in covariance)
     total = det * other_q + other_det * q + p11 * other_p22 + p22 * other_p11 + 2 * p12 * other_p12
-    is_point = _stack_filters(sequence, sequence.order < sequence.num_points, False)
+    is_point = _stack_filters(interleaving, interleaving.order < interleaving.num_points, False)
     is_determined = total > 0
     inverse = jnp.where(is_point & is_determined, 1 / jnp.where(is_determined, total, 1), 0)
     # With a single site the curve is its value, which is in b_1 of the filter whose data include it.
     has_single_site = is_point & ~is_determined & (p22 > 0)
-    single_reading = jnp.where(has_single_site, 1 / jnp.where(p22 > 0, p22, 1), 0)
-    return other_det * inverse, other_p11 * inverse + single_reading, other_p12 * inverse
+    single_evaluation = jnp.where(has_single_site, 1 / jnp.where(p22 > 0, p22, 1), 0)
+    return other_det * inverse, other_p11 * inverse + single_evaluation, other_p12 * inverse
 
 
-def _stack_filters(sequence, values, padding):
+def _stack_filters(interleaving, values, padding):
     """Pads values of the sequence's entries to whole blocks and stacks them in the order of either filter."""
-    padding_values = jnp.full(sequence.length - sequence.order.shape[0], padding, values.dtype)
+    padding_values = jnp.full(interleaving.length - interleaving.order.shape[0], padding, values.dtype)
     values = jnp.concatenate([values, padding_values])
     return jnp.stack([values, values[::-1]], axis=1)
 
 
-def _run_adjoint(sequence, gain, next_gap, covariance, readings):
+def _run_adjoint(interleaving, gain, next_gap, covariance, evaluations):
     """Runs the adjoint of both filters from every point back over the data, which gives the rows of their matrices.
 
     Rows are the block's points, followed by the four numbers of the state with which the filter leaves the block.
@@ -247,50 +247,56 @@ def _run_adjoint(sequence, gain, next_gap, covariance, readings):
         The coefficients of each entry's data, shape (steps, 2, blocks, rows), and those of the state with which the
         filter enters the block, shape (2, blocks, rows, 4).
     """
-    blocks = sequence.length // sequence.block
+    blocks = interleaving.length // interleaving.block_size
 
     def reshape_to_steps(values):
         """Reshapes (entries, 2) to (steps, 2, blocks), blocks in the sequence's order for both filters."""
-        blocks_of_values = jnp.reshape(values, (blocks, sequence.block, 2))
+        blocks_of_values = jnp.reshape(values, (blocks, interleaving.block_size, 2))
         return jnp.stack([blocks_of_values[:, :, 0].T, blocks_of_values[::-1, :, 1].T], axis=1)
 
-    first_point = jnp.repeat(jnp.asarray(sequence.first_point), sequence.block)[: sequence.order.shape[0]]
-    row_of_point = jnp.where(sequence.order < sequence.num_points, sequence.order - first_point, -1)
-    row_of_point = _stack_filters(sequence, row_of_point, -1)
-    row = jnp.arange(sequence.points + 4, dtype=jnp.int32)
+    first_point = jnp.repeat(jnp.asarray(interleaving.first_point), interleaving.block_size)
+    first_point = first_point[: interleaving.order.shape[0]]
+    row_of_point = jnp.where(interleaving.order < interleaving.num_points, interleaving.order - first_point, -1)
+    row_of_point = _stack_filters(interleaving, row_of_point, -1)
+    row = jnp.arange(interleaving.points + 4, dtype=jnp.int32)
 
     def step(state, entry):
-        (keep, weight), h, (p11, p12, _, det, _), (read_a1, read_b1, read_b2), row_of_point = jax.tree.map(
-            lambda leaf: leaf[..., None], entry
-        )
-        a1, a2, b1, b2 = state
+        entry = jax.tree.map(lambda leaf: leaf[..., None], entry)
+        (smoothing, weight), h, (p11, p12, _, det, _), evaluation, row_of_point = entry
+        evaluation_a1, evaluation_b1, evaluation_b2 = evaluation
+        # The derivatives of every row by the filter's a_1, a_2, b_1 and b_2 after the gap that follows this entry.
+        adjoint_a1, adjoint_a2, adjoint_b1, adjoint_b2 = state
         h2, h3 = h**2 / 2, h**3 / 6
         # The transposed transition, then the transposed observation.
-        a1, a2, b1 = a1 + h * b1 + h2 * b2, a2 + h * a1 + h2 * b1 + h3 * b2, b1 + h * b2
-        data_coefficients = weight * (p11 * a1 + p12 * a2 + det * b1)
-        is_read = row == row_of_point
+        adjoint_a1, adjoint_a2, adjoint_b1 = (
+            adjoint_a1 + h * adjoint_b1 + h2 * adjoint_b2,
+            adjoint_a2 + h * adjoint_a1 + h2 * adjoint_b1 + h3 * adjoint_b2,
+            adjoint_b1 + h * adjoint_b2,
+        )
+        data_coefficients = weight * (p11 * adjoint_a1 + p12 * adjoint_a2 + det * adjoint_b1)
+        is_evaluated = row == row_of_point
         previous = (
-            keep * a1 + jnp.where(is_read, read_a1, 0),
-            keep * a2,
-            keep * b1 + jnp.where(is_read, read_b1, 0),
-            keep * b2 - weight * a2 + jnp.where(is_read, read_b2, 0),
+            smoothing * adjoint_a1 + jnp.where(is_evaluated, evaluation_a1, 0),
+            smoothing * adjoint_a2,
+            smoothing * adjoint_b1 + jnp.where(is_evaluated, evaluation_b1, 0),
+            smoothing * adjoint_b2 - weight * adjoint_a2 + jnp.where(is_evaluated, evaluation_b2, 0),
         )
         return previous, data_coefficients
 
-    final_rows = np.eye(4, sequence.points + 4, sequence.points)
+    final_rows = np.eye(4, interleaving.points + 4, interleaving.points)
     shape = 2, blocks, row.shape[0]
-    final = tuple(jnp.broadcast_to(jnp.asarray(part, readings[0].dtype), shape) for part in final_rows)
-    entries = jax.tree.map(reshape_to_steps, (tuple(gain), next_gap, covariance, readings, row_of_point))
+    final = tuple(jnp.broadcast_to(jnp.asarray(part, evaluations[0].dtype), shape) for part in final_rows)
+    entries = jax.tree.map(reshape_to_steps, (tuple(gain), next_gap, covariance, evaluations, row_of_point))
     state, data_coefficients = jax.lax.scan(step, final, entries, reverse=True)
     return data_coefficients, jnp.stack(state, axis=-1)
 
 
-def _assemble_blocks(sequence, data_coefficients, state_coefficients, share):
+def _assemble_blocks(interleaving, data_coefficients, state_coefficients, share):
     """Assembles each block's matrices from columns for its data, for both states and for the sum of an open site."""
-    data, carried_share = _form_data_columns(sequence, data_coefficients, share)
-    open_sum, is_carried = _form_open_sum_columns(sequence, data_coefficients)
+    data, carried_share = _form_data_columns(interleaving, data_coefficients, share)
+    open_sum, is_carried = _form_open_sum_columns(interleaving, data_coefficients)
     left, right = 0, 1
-    point_rows, state_rows = slice(None, sequence.points), slice(sequence.points, None)
+    point_rows, state_rows = slice(None, interleaving.points), slice(interleaving.points, None)
     zeros = jnp.zeros((is_carried.shape[0], 1, 4), share.dtype)
 
     def join(*columns):
@@ -313,7 +319,7 @@ def _assemble_blocks(sequence, data_coefficients, state_coefficients, share):
     )
 
 
-def _form_data_columns(sequence, data_coefficients, share):
+def _form_data_columns(interleaving, data_coefficients, share):
     """Forms the columns for each block's data.
 
     Data are summed over their site, which is observed where it closes: in the same block or a later one.
@@ -322,46 +328,47 @@ def _form_data_columns(sequence, data_coefficients, share):
         Both filters' columns, shape (2, blocks, points + 4, rows), zero for data of sites that close in a later block;
         and the shares with which the latter enter the sum of the open site, shape (blocks, rows).
     """
-    entry, closing = _knot_entries(sequence)
-    block = _block_indices(sequence)[:, None]
-    row = jnp.asarray(sequence.first_row)[:, None] + jnp.arange(sequence.rows, dtype=jnp.int32)
-    is_in_block = entry[row] // sequence.block == block
+    entry, closing = _knot_entries(interleaving)
+    block = _block_indices(interleaving)[:, None]
+    row = jnp.asarray(interleaving.first_row)[:, None] + jnp.arange(interleaving.rows, dtype=jnp.int32)
+    is_in_block = entry[row] // interleaving.block_size == block
     closing_entry = entry[closing[row]]
-    closes_in_block = is_in_block & (closing_entry // sequence.block == block)
-    columns = _gather(sequence, data_coefficients, closing_entry, closes_in_block) * share[row][..., None]
+    closes_in_block = is_in_block & (closing_entry // interleaving.block_size == block)
+    columns = _gather(interleaving, data_coefficients, closing_entry, closes_in_block) * share[row][..., None]
     return jnp.swapaxes(columns, -1, -2), jnp.where(is_in_block & ~closes_in_block, share[row], 0)
 
 
-def _form_open_sum_columns(sequence, data_coefficients):
+def _form_open_sum_columns(interleaving, data_coefficients):
     """Forms the column for the sum that earlier blocks carry of an open site, observed in the block where it closes.
 
     Returns:
         Both filters' columns, shape (2, blocks, points + 4, 1); and 1 for blocks where the site stays open, else 0.
     """
-    entry, closing = _knot_entries(sequence)
-    knots_before, n = jnp.asarray(sequence.knots_before), closing.shape[0]
+    entry, closing = _knot_entries(interleaving)
+    knots_before, n = jnp.asarray(interleaving.knots_before), closing.shape[0]
     next_knot, last_knot = jnp.minimum(knots_before, n - 1), jnp.maximum(knots_before - 1, 0)
     is_open = (knots_before > 0) & (knots_before < n) & (closing[next_knot] == closing[last_knot])
     closing_entry = entry[closing[next_knot]]
-    closes_in_block = closing_entry // sequence.block == _block_indices(sequence)
-    columns = _gather(sequence, data_coefficients, closing_entry, is_open & closes_in_block)[..., None]
+    closes_in_block = closing_entry // interleaving.block_size == _block_indices(interleaving)
+    columns = _gather(interleaving, data_coefficients, closing_entry, is_open & closes_in_block)[..., None]
     return columns, jnp.where(is_open & ~closes_in_block, 1, 0).astype(columns.dtype)
 
 
-def _gather(sequence, data_coefficients, entry, is_selected):
+def _gather(interleaving, data_coefficients, entry, is_selected):
     """Gathers both filters' coefficients of entries' data, from (blocks, ...) to (2, blocks, ..., points + 4)."""
-    block = jnp.expand_dims(_block_indices(sequence), tuple(range(1, entry.ndim)))
+    block = jnp.expand_dims(_block_indices(interleaving), tuple(range(1, entry.ndim)))
     block = jnp.broadcast_to(block, entry.shape)
-    step = jnp.where(is_selected, entry - block * sequence.block, 0)
+    step = jnp.where(is_selected, entry - block * interleaving.block_size, 0)
     # The filter from the right takes a block's entries in reverse order.
-    both = jnp.stack([data_coefficients[step, 0, block], data_coefficients[sequence.block - 1 - step, 1, block]])
+    reverse_step = interleaving.block_size - 1 - step
+    both = jnp.stack([data_coefficients[step, 0, block], data_coefficients[reverse_step, 1, block]])
     return jnp.where(is_selected[..., None], both, 0)
 
 
-def _knot_entries(sequence):
+def _knot_entries(interleaving):
     """Returns each knot's entry, and the last knot of its site."""
-    return jnp.asarray(sequence.entry)[sequence.num_points :], jnp.asarray(sequence.closing)
+    return jnp.asarray(interleaving.entry)[interleaving.num_points :], jnp.asarray(interleaving.closing)
 
 
-def _block_indices(sequence):
-    return jnp.arange(sequence.knots_before.shape[0], dtype=jnp.int32)
+def _block_indices(interleaving):
+    return jnp.arange(interleaving.knots_before.shape[0], dtype=jnp.int32)

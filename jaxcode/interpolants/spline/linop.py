@@ -10,9 +10,9 @@ from ..._float64 import double_precision, in_float64
 from ...checks import static_value
 from ...linops import AbstractLinop, Blocked, Dense, split
 from ..abstract import Vector, span_of
-from .host import banded_matrix
+from .host import host_spline_matrix
+from .interleaving import Interleaving, interleave
 from .kalman import Transitions, find_transitions, form_blocks, form_matrix
-from .sequence import Sequence, arrange
 
 # With more knots and points than this, blocks are faster than one matrix, for wide data on a CPU as measured by
 # `python -m tests.benchmarks.wide`. For data of few columns they are so from 128 on, by less than a millisecond.
@@ -29,7 +29,8 @@ def spline_linop(
 ) -> AbstractLinop:
     r"""Prepares the smoothing spline through data at knots, evaluated at points.
 
-    From static arguments it is prepared on the host, without compilation; from others, by the program.
+    From static arguments with n + p of at most MAX_ENTRIES_IN_MATRIX it is prepared on the host, without compilation;
+    from more or from others by jitted functions, which compile.
 
     Args:
         knots: Shape (n,), ascending; neighbours may be equal.
@@ -56,7 +57,7 @@ def spline_linop(
 
 def _host_linop(knots, points, smoothing, weights):
     present = weights > 0
-    entries = banded_matrix(knots, points, weights.astype(np.float64), smoothing)
+    entries = host_spline_matrix(knots, points, weights.astype(np.float64), smoothing)
     return Dense(split(entries), None if present.all() else present)
 
 
@@ -67,31 +68,33 @@ def _program_linop(knots, points, smoothing, weights):
     present = None if xp is np and present.all() else present
     defined = None if present is None else xp.broadcast_to(present.sum() >= 2, (p,))
     is_one_matrix = n + p <= MAX_ENTRIES_IN_MATRIX
-    block = None if is_one_matrix else ENTRIES_PER_BLOCK
+    block_size = None if is_one_matrix else ENTRIES_PER_BLOCK
     if isinstance(knots, np.ndarray) and isinstance(points, np.ndarray):
         knots, points = np.asarray(knots, np.float64), np.asarray(points, np.float64)
-        sequence, unit = arrange(knots, points, block), span_of(knots)
-        places = find_transitions(sequence, knots, points, unit), unit
+        interleaving, unit = interleave(knots, points, block_size), span_of(knots)
+        places = find_transitions(interleaving, knots, points, unit), unit
     else:
-        sequence = _arrange_in_program(knots, points, block)
+        interleaving = _interleave_in_program(knots, points, block_size)
         places = knots, points
     if is_one_matrix:
-        return Dense(split(_form_matrix(sequence, places, smoothing, weights)), present, defined)
-    forward, backward = map(split, _form_blocks(sequence, places, smoothing, weights))
-    return Blocked(sequence.first_row, sequence.first_point, forward, backward, n, p, sequence.rows, present, defined)
+        return Dense(split(_form_matrix(interleaving, places, smoothing, weights)), present, defined)
+    forward, backward = map(split, _form_blocks(interleaving, places, smoothing, weights))
+    return Blocked(
+        interleaving.first_row, interleaving.first_point, forward, backward, n, p, interleaving.rows, present, defined
+    )
 
 
 def _compile_in_float64(form):
     """Compiles a function of `kalman`, given (transitions, unit) or, where places are traced, (knots, points)."""
 
-    def form_from_places(sequence, places, smoothing, weights):
+    def form_from_places(interleaving, places, smoothing, weights):
         if isinstance(places[0], Transitions):
             transitions, unit = places
         else:
             knots, points = places
             unit = span_of(knots)
-            transitions = find_transitions(sequence, knots, points, unit)
-        return form(sequence, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
+            transitions = find_transitions(interleaving, knots, points, unit)
+        return form(interleaving, transitions, weights.astype(unit.dtype), smoothing / unit / unit / unit)
 
     return in_float64(jax.jit(form_from_places))
 
@@ -99,7 +102,7 @@ def _compile_in_float64(form):
 _form_matrix, _form_blocks = _compile_in_float64(form_matrix), _compile_in_float64(form_blocks)
 
 
-def _arrange_in_program(knots, points, block) -> Sequence:
+def _interleave_in_program(knots, points, block_size) -> Interleaving:
     with double_precision():
         knots, points = (jax.lax.stop_gradient(jnp.asarray(a).astype(jnp.float64)) for a in (knots, points))
-        return arrange(knots, points, block)
+        return interleave(knots, points, block_size)

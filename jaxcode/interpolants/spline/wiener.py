@@ -78,7 +78,7 @@ class Noise(NamedTuple):
 class Innovations(NamedTuple):
     """Holds predictions of sites and points from nearby sites, and the innovations.
 
-    Places are the sites, then the points.
+    An axis of sites + points holds the sites first.
 
     Attributes:
         prediction: The matrix from data to predictions, shape (orders, sites + points, sites).
@@ -87,16 +87,16 @@ class Innovations(NamedTuple):
         is_defined: Which sites have an innovation: those with data except the first m, shape (orders, sites).
     """
 
-    prediction: Float[Array, "orders places sites"]
-    contrasts: Float[Array, "orders places sites"]
-    covariance: Float[Array, "orders places places"]
+    prediction: Float[Array, "orders sites+points sites"]
+    contrasts: Float[Array, "orders sites+points sites"]
+    covariance: Float[Array, "orders sites+points sites+points"]
     is_defined: Bool[Array, "orders sites"]
 
 
 class Posteriors(NamedTuple):
     """Holds the posteriors of several processes given data at sites.
 
-    Places are the points, then each site with its own datum left out.
+    An axis of points + sites holds the points first, then each site with its own datum left out.
 
     Attributes:
         means: The matrices from data to posterior means, shape (orders, points + sites, sites).
@@ -105,8 +105,8 @@ class Posteriors(NamedTuple):
         precision: The data's precision, with polynomials projected out, shape (orders, sites, sites).
     """
 
-    means: Float[Array, "orders places sites"]
-    variances: Float[Array, "orders places"]
+    means: Float[Array, "orders points+sites sites"]
+    variances: Float[Array, "orders points+sites"]
     precision: Float[Array, "orders sites sites"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import make_smoothing_spline
 
-from jaxcode.interpolants.spline import fit_and_evaluate, smoother_matrix, spline_matrix
+from jaxcode.interpolants.spline import Spline, fit_and_evaluate, smoother_matrix, spline_matrix
 
 from . import cases
 
@@ -224,6 +224,7 @@ def test_a_new_mask_does_not_compile_again():
         ({"smoothing": -1.0}, "smoothing is -1.0; expected .*0"),
         ({"smoothing": np.nan}, "smoothing is nan"),
         ({"smoothing": [1.0]}, "smoothing has shape"),
+        ({"weights": ["a"] * 12}, "weights has dtype"),
         ({"weights": np.ones(3)}, "weights has shape"),
         ({"weights": -np.ones(12)}, "weights is .*0"),
         ({"returned": np.ones(11, bool)}, "returned has shape"),
@@ -235,6 +236,14 @@ def test_bad_arguments_are_refused_by_name(change, message):
     arguments = {"knots": KNOTS, "points": POINTS, **change}
     with pytest.raises(ValueError, match=message):
         spline_matrix(arguments.pop("knots"), arguments.pop("points"), **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("smoothing", [None, {}, "0.1", np.array("0.1"), True])
+def test_a_smoothing_that_is_no_number_is_refused_by_name(smoothing):
+    for refuse in (Spline, lambda value: spline_matrix(KNOTS, POINTS, smoothing=value)):
+        with pytest.raises(ValueError, match=r"smoothing is .*; expected a number"):
+            refuse(smoothing)
 
 
 @pytest.mark.usefixtures("unchecked")

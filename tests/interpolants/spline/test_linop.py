@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcode.interpolants.spline import linop
-from jaxcode.interpolants.spline.host import banded_matrix
+from jaxcode.interpolants.spline.host import host_spline_matrix
 from jaxcode.linops.abstract import apply_in_one_pass
 
 from . import cases
@@ -46,7 +46,7 @@ def test_every_way_gives_the_same_matrix(form, layout, nodes):
 
         for name, mask in cases.masks(23, RNG).items():
             for smoothing in (0.0, 1e-4, 10.0):
-                expected = banded_matrix(knots, POINTS, mask * weights, smoothing)
+                expected = host_spline_matrix(knots, POINTS, mask * weights, smoothing)
                 found = np.asarray(traced(knots, POINTS, mask * weights, smoothing))
                 scale = np.abs(expected).sum(axis=1).max()
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * scale, err_msg=f"{name}, {smoothing}")
@@ -75,7 +75,7 @@ def test_blocks_have_the_gradients_of_the_matrix():
 def test_every_way_gives_nan_for_fewer_than_two_answers(form, count):
     weights = (np.arange(23) < count) * 1.0
     knots = LAYOUTS["apart"]
-    assert np.isnan(banded_matrix(knots, POINTS, weights, 0.0)).all()
+    assert np.isnan(host_spline_matrix(knots, POINTS, weights, 0.0)).all()
     assert np.isnan(jax.jit(lambda w: linop.spline_linop(knots, POINTS, 0.0, w).matrix())(weights)).all()
 
 
