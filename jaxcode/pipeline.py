@@ -286,10 +286,14 @@ def find_decoder(static_code: StaticCode, mask: bytes, x64: bool) -> AbstractLin
         decoder.is_used = True
         return decoder.on_host
     with jax.ensure_compile_time_eval(), allow_transfers():
-        linop = _on_device(decoder.on_host)
-    if not is_mesh_set:
-        decoder.on_device = linop
-    return linop
+        if is_mesh_set:
+            return _put_on_mesh(decoder.on_host)
+        linop = decoder.on_device = jax.device_put(decoder.on_host)
+        return linop
+
+
+# A jitted function puts its arguments on the devices of the mesh that is set.
+_put_on_mesh = jax.jit(lambda tree: tree)
 
 
 @dataclasses.dataclass(slots=True)
@@ -304,10 +308,6 @@ class _CachedDecoder:
 @functools.lru_cache(maxsize=256)
 def _prepare_decoder(static_code, mask, _x64):
     return _CachedDecoder(prepare_eagerly(lambda: static_code.code.decoder_linop(np.frombuffer(mask, bool))))
-
-
-# Transfers arguments in a quarter of the time of `jax.device_put`.
-_on_device = jax.jit(lambda tree: tree)
 
 
 def _gather_index(grouping):

@@ -55,14 +55,14 @@ class Codec:
         return layout, jax.device_get(_encode(self._code, padded, jax.device_put(layout.index)))
 
     def decode(
-        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], num_groups: int
+        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], num_occupied: int
     ) -> tuple[PyTree[np.ndarray], Detection | None, Bool[np.ndarray, "workers"]]:
         """Decodes answers, leaves (N, groups, ...).
 
         Args:
             answers: What workers answered.
             returned: Which workers returned.
-            num_groups: How many groups hold inputs. The others repeat these, and are no further evidence for the
+            num_occupied: How many groups hold inputs. The others repeat these, and are no further evidence for the
                 defence.
 
         Returns:
@@ -72,7 +72,7 @@ class Codec:
         detection = None
         if self._defence is not None:
             # A power of two, so that few programs are compiled.
-            num_examined = 1 << (num_groups.bit_length() - 1)
+            num_examined = 1 << (num_occupied.bit_length() - 1)
             examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
             detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
             returned = jax.device_get(detection.trusted)

@@ -24,14 +24,14 @@ class Layout:
     Attributes:
         finite: Which inputs are encoded, bool, shape (B,); those with a NaN or an infinite number are not.
         num_data: K.
-        num_groups: How many groups hold inputs, the last one padded with its last input.
+        num_occupied: How many groups hold inputs, the last one padded with its last input.
         place: The place of each finite input, shape (finite,): input k of group g has place g K + k.
         index: Which finite input each place holds, int32, shape (padded groups * K,).
     """
 
     finite: Bool[np.ndarray, "batch"]
     num_data: int
-    num_groups: int
+    num_occupied: int
     place: Int[np.ndarray, "finite"]
     index: Int[np.ndarray, "places"]
 
@@ -131,9 +131,9 @@ def lay_out(
             raise ValueError("order did not return a permutation: expected the number of every input, each once")
     place = np.empty(size, np.int64)
     place[inputs] = np.arange(size)
-    num_groups = -(-size // num_data)
-    index = np.resize(pad(inputs, num_data * num_groups), num_data * count_padded_groups(size, num_data))
-    return Layout(finite, num_data, num_groups, place, index.astype(np.int32))
+    num_occupied = -(-size // num_data)
+    index = np.resize(pad(inputs, num_data * num_occupied), num_data * count_padded_groups(size, num_data))
+    return Layout(finite, num_data, num_occupied, place, index.astype(np.int32))
 
 
 def _undefined(dtype):

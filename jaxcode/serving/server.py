@@ -226,11 +226,11 @@ class CodedServer:
             values = self._pool.run(
                 coded_inputs, answers(1), time_limit=self._time_limit, can_decode=lambda returned: True
             ).values
-            num_groups = jax.tree.leaves(coded_inputs)[0].shape[1]
+            num_padded = jax.tree.leaves(coded_inputs)[0].shape[1]
             # Decoding may be another program where every worker answered. A defence examines all groups, or half.
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
-                for num_examined in {num_groups, -(-num_groups // 2)}:
-                    self._codec.decode(values, returned, num_examined)
+                for num_occupied in {num_padded, -(-num_padded // 2)}:
+                    self._codec.decode(values, returned, num_occupied)
                 if self._predicts_error:
                     self._codec.predict_errors(values, returned)
             self._compiled_shapes.add(_shape_key(padded))
@@ -330,7 +330,7 @@ class CodedServer:
                 f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
             )
             raise NotEnoughAnswers(message, shortage.responses) from shortage
-        values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_groups)
+        values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_occupied)
         self._compiled_shapes.add(shape_key)
         return Prediction(
             values=layout.restore(values),

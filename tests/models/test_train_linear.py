@@ -34,7 +34,7 @@ def test_training_prints_a_table_and_writes_files(tmp_path, capsys, monkeypatch)
             "--machines",
             "4",
             "--seeds",
-            "2",
+            "1",
             "--out",
             str(tmp_path),
         ]

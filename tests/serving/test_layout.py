@@ -32,11 +32,11 @@ def test_results_come_back_to_their_inputs(num_data, size, is_ordered, num_missi
     # The groups that hold inputs are those of the ordered batch, the others repeat them.
     groups = layout.index.reshape(-1, num_data)
     order = np.arange(size) if permutation is None else permutation[permutation < size]
-    ordered = groups[: layout.num_groups].reshape(-1)
+    ordered = groups[: layout.num_occupied].reshape(-1)
     np.testing.assert_array_equal(ordered[:size], order)
     assert (ordered[size:] == order[-1]).all()
-    for number in range(layout.num_groups, len(groups)):
-        np.testing.assert_array_equal(groups[number], groups[number % layout.num_groups])
+    for number in range(layout.num_occupied, len(groups)):
+        np.testing.assert_array_equal(groups[number], groups[number % layout.num_occupied])
 
 
 def test_the_number_of_groups_is_a_power_of_two_below_twice_what_is_needed():
