@@ -1,6 +1,7 @@
 """Moves worker nodes by gradient to where decoding errs least."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,26 +89,24 @@ def optimise_nodes(
     key = jax.random.key(0) if key is None else key
     error = _posterior_variance if f is None else _decoding_error(f, x_sample, code)
 
-    def expected_error(angles, masks):
+    def expected_error(angles, masks, counts):
         candidate = _with_workers(code, jnp.sort(jnp.sin(angles)))
-
-        def error_if_determined(returned):
-            # Fewer than two answers determine no curve, wherever the nodes are: for such a mask the error is undefined,
-            # and it counts as zero. It is computed with all answers, so that no NaN reaches the derivatives.
-            is_determined = jnp.sum(returned) >= 2
-            return jnp.where(is_determined, jnp.mean(error(candidate, returned | ~is_determined)), 0)
-
-        return jnp.mean(jax.vmap(error_if_determined)(masks))
+        errors = jax.vmap(functools.partial(error, candidate))(masks)
+        return jnp.mean(jnp.where(counts, jnp.mean(errors.reshape(len(masks), -1), axis=1), 0))
 
     def draw(key, count):
-        return jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))
+        masks = jax.vmap(lambda key: stragglers.sample(key, code.num_workers))(jax.random.split(key, count))
+        # Fewer than two answers determine no curve, wherever the nodes are: for such a mask the error is undefined, and
+        # counts as zero. It is computed with all answers, so that no NaN reaches the derivatives.
+        counts = jnp.sum(masks, axis=1) >= 2
+        return masks | ~counts[:, None], counts
 
     # A tenth of the mean distance between nodes.
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1 * np.pi / code.num_workers, max(steps, 1)))
 
     @jax.jit
-    def step(angles, state, masks):
-        value, gradient = jax.value_and_grad(expected_error)(angles, masks)
+    def step(angles, state, masks, counts):
+        value, gradient = jax.value_and_grad(expected_error)(angles, masks, counts)
         # Optax divides step counts by floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(jnp.nan_to_num(gradient), state)
@@ -117,12 +116,12 @@ def optimise_nodes(
     start = angles = jnp.asarray(np.arcsin(code.nodes.workers))
     state = optimizer.init(angles)
     for i in trange(steps, desc="moving nodes", unit="step", disable=not progress):
-        angles, state, _ = step(angles, state, draw(jax.random.fold_in(draw_key, i), num_masks))
+        angles, state, _ = step(angles, state, *draw(jax.random.fold_in(draw_key, i), num_masks))
 
     def error_at(angles):
         # The step, which is already compiled, returns the error too.
         keys = jax.random.split(comparison_key, -(-_NUM_COMPARISON_MASKS // num_masks))
-        return np.mean([float(step(angles, state, draw(key, num_masks))[2]) for key in keys])
+        return np.mean([float(step(angles, state, *draw(key, num_masks))[2]) for key in keys])
 
     start_error, end_error = error_at(start), error_at(angles)
     if not end_error < start_error:
