@@ -180,7 +180,7 @@ class Coded:
                 bool (N,), f does not return real numbers with its batch as leading axis, or order does not return whole
                 numbers (B,).
         """
-        return self._run(x, returned)[0]
+        return self._compute(x, returned)[0]
 
     def inspect(
         self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None
@@ -197,9 +197,9 @@ class Coded:
         Raises:
             ValueError: As for a call.
         """
-        return self._run(x, returned)
+        return self._compute(x, returned)
 
-    def _run(self, x, returned):
+    def _compute(self, x, returned):
         setting = self.setting
         num_workers = self.code.num_workers
         if returned is None:

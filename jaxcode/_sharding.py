@@ -95,5 +95,6 @@ def _mesh_of(arguments) -> AbstractMesh:
     for leaf in jax.tree.leaves(arguments):
         if not mesh.empty:
             break
-        mesh = jax.typeof(leaf).sharding.mesh
+        if isinstance(leaf, jax.Array):
+            mesh = jax.typeof(leaf).sharding.mesh
     return mesh

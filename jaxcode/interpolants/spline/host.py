@@ -101,10 +101,7 @@ def fit_matrix(
     bands[0, 16] = bands[-1, 16] = 1
     bands[0, 9], bands[-1, 5] = smoothing * inverse_gap[0], smoothing * inverse_gap[-1]
     _, _, solution, failed = dgbsv(3, 3, bands.reshape(-1, 10).T, evaluation.T, overwrite_ab=1, overwrite_b=1)
-    if failed:
-        raise ArithmeticError(
-            f"the spline's equations are singular at row {failed} of {2 * m}; gaps between knots are {gap}"
-        )
+    _check_regular(failed, gap)
     return solution[::2].T * weights
 
 
@@ -112,15 +109,19 @@ def _interpolation_matrix(gap, inverse_gap, evaluation):
     """Forms the matrix without smoothing: then g = y, and R, which is diagonally dominant, gives the curvatures."""
     diagonal, off_diagonal = (gap[:-1] + gap[1:]) / 3, gap[1:-1] / 6
     _, _, solution, failed = dptsv(diagonal, off_diagonal, evaluation[:, 3:-1:2].T, overwrite_d=1, overwrite_e=1)
-    if failed:
-        raise ArithmeticError(f"the spline's equations are singular; gaps between knots are {gap}")
+    _check_regular(failed, gap)
     # The product with Q^T, of second differences.
-    left, right = solution.T * inverse_gap[:-1], solution.T * inverse_gap[1:]
+    lower_term, upper_term = solution.T * inverse_gap[:-1], solution.T * inverse_gap[1:]
     matrix = evaluation[:, ::2].copy()
-    matrix[:, :-2] += left
-    matrix[:, 1:-1] -= left + right
-    matrix[:, 2:] += right
+    matrix[:, :-2] += lower_term
+    matrix[:, 1:-1] -= lower_term + upper_term
+    matrix[:, 2:] += upper_term
     return matrix
+
+
+def _check_regular(failed_row, gap):
+    if failed_row:
+        raise ArithmeticError(f"the spline's equations are singular at row {failed_row}; gaps between knots are {gap}")
 
 
 def _form_table(entries):

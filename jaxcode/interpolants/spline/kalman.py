@@ -295,7 +295,7 @@ def _assemble_blocks(interleaving, data_coefficients, state_coefficients, share)
     """Assembles each block's matrices from columns for its data, for both states and for the sum of an open site."""
     data, carried_share = _form_data_columns(interleaving, data_coefficients, share)
     open_sum, is_carried = _form_open_sum_columns(interleaving, data_coefficients)
-    left, right = 0, 1
+    left_filter, right_filter = 0, 1
     point_rows, state_rows = slice(None, interleaving.points), slice(interleaving.points, None)
     zeros = jnp.zeros((is_carried.shape[0], 1, 4), share.dtype)
 
@@ -303,15 +303,19 @@ def _assemble_blocks(interleaving, data_coefficients, state_coefficients, share)
         return jnp.concatenate(columns, axis=-1)
 
     # Named by what the rows are; the columns are the data, the states and the sum.
-    left_state = join(data[left, :, state_rows], state_coefficients[left, :, state_rows], open_sum[left, :, state_rows])
+    left_state = join(
+        data[left_filter, :, state_rows],
+        state_coefficients[left_filter, :, state_rows],
+        open_sum[left_filter, :, state_rows],
+    )
     next_open_sum = join(carried_share[:, None], zeros, is_carried[:, None, None])
     values = join(data.sum(0)[:, point_rows], *state_coefficients[::-1, :, point_rows], open_sum.sum(0)[:, point_rows])
     # The filter from the right does not depend on the left state, but for the sum of an open site.
     right_state = join(
-        data[right, :, state_rows],
-        state_coefficients[right, :, state_rows],
+        data[right_filter, :, state_rows],
+        state_coefficients[right_filter, :, state_rows],
         jnp.broadcast_to(zeros, (zeros.shape[0], 4, 4)),
-        open_sum[right, :, state_rows],
+        open_sum[right_filter, :, state_rows],
     )
     return Blocks(
         forward=jnp.concatenate([left_state, next_open_sum], axis=1),
