@@ -16,9 +16,10 @@ import jaxcode as jc
 from . import datasets
 from .comparison import Comparison, compare, standard_schemes, tuned_scheme, write_csv
 from .datasets import Dataset
-from .lenet5 import LeNet5, num_parameters
+from .lenet5 import LeNet5
 from .plots import plot_comparison, plot_request
-from .train import accuracy, fit
+from .serialization import num_parameters
+from .train import Recipe, accuracy, fit
 
 _EPOCHS = {"digits": 15, "mnist": 3, "cifar10": 5}
 _TRAINING_BATCH = {"digits": 64, "mnist": 128, "cifar10": 128}
@@ -123,7 +124,7 @@ def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
     print(f"1. Training {name} on {len(data.x_train):,} images of {args.dataset}.", flush=True)
     start = time.perf_counter()
     epochs = args.epochs or _EPOCHS[args.dataset]
-    fit(model, data, seed=args.seed, epochs=epochs, batch_size=_TRAINING_BATCH[args.dataset])
+    fit(model, data, Recipe(epochs, _TRAINING_BATCH[args.dataset]), seed=args.seed)
     seconds = time.perf_counter() - start
     score = accuracy(model, data.x_test, data.y_test)
     print(f"   Accuracy {score:.1%} on {len(data.x_test)} test images, after {seconds:.0f} s.\n")

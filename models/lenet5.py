@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import Array, Float
@@ -94,11 +93,6 @@ def to_linen(model: LeNet5) -> dict[str, Any]:
         `variables` such that `LeNet5Linen(num_classes).apply(variables, x)` equals `model(x)`.
     """
     return {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
-
-
-def num_parameters(model: nnx.Module) -> int:
-    """Counts the trained numbers of an nnx module."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _padding(image_shape: tuple[int, ...]) -> int:

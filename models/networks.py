@@ -1,22 +1,100 @@
-"""Loads trained networks from files, and trains those that have none."""
+"""Makes the networks by name, loads those whose weights are stored, and trains those that have none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flax import nnx
 
-from . import datasets, weights
+from . import datasets, serialization
+from .convnet import ConvNet
 from .datasets import Dataset
 from .lenet5 import LeNet5
-from .resnet import ResNet14
-from .train import fit
+from .repvgg import RepVGG, RepVGGConfig
+from .resnet import ResNet, ResNetConfig
+from .train import Recipe, fit
+from .vit import ViT, ViTConfig
 
-NETWORKS = {"lenet5": LeNet5, "resnet14": ResNet14}
-DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
-_TRAINING = {
-    "digits": {"epochs": 15, "batch_size": 64},
-    "mnist": {"epochs": 4, "batch_size": 128},
-    "cifar10": {"epochs": 10, "batch_size": 128, "augment": True},
+ImageShape = tuple[int, int, int]
+
+
+def _resnet(make: Callable[..., ResNetConfig]):
+    return lambda shape, num_classes, rngs: ResNet(make(num_channels=shape[-1], num_classes=num_classes), rngs=rngs)
+
+
+def _repvgg(make: Callable[..., RepVGGConfig], **kwargs):
+    def network(shape, num_classes, rngs):
+        return RepVGG(make(num_channels=shape[-1], num_classes=num_classes, **kwargs), rngs=rngs)
+
+    return network
+
+
+def _vit(make: Callable[..., ViTConfig]):
+    def network(shape, num_classes, rngs):
+        return ViT(make(image_size=shape[0], num_channels=shape[-1], num_classes=num_classes), rngs=rngs)
+
+    return network
+
+
+_CIFAR_STRIDES = (1, 1, 2, 2, 2)
+
+NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
+    "lenet5": lambda shape, num_classes, rngs: LeNet5(shape, num_classes, rngs=rngs),
+    "convnet": lambda shape, num_classes, rngs: ConvNet(shape[-1], num_classes, rngs=rngs),
+    "resnet20": _resnet(ResNetConfig.resnet20),
+    "resnet56": _resnet(ResNetConfig.resnet56),
+    "repvgg_small": _repvgg(RepVGGConfig.small),
+    "repvgg_a0": _repvgg(RepVGGConfig.a0, strides=_CIFAR_STRIDES),
+    "repvgg_a1": _repvgg(RepVGGConfig.a1, strides=_CIFAR_STRIDES),
+    "repvgg_a2": _repvgg(RepVGGConfig.a2, strides=_CIFAR_STRIDES),
+    "vit_tiny": _vit(ViTConfig.tiny),
 }
+DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet20"}
+
+_DIGITS = Recipe(epochs=15)
+_MNIST = Recipe(epochs=12, batch_size=128, label_smoothing=0.05, average=0.995, shift=2)
+_CIFAR10 = Recipe(
+    epochs=30,
+    batch_size=128,
+    learning_rate=4e-3,
+    weight_decay=0.05,
+    label_smoothing=0.1,
+    average=0.998,
+    shift=4,
+    mirror=True,
+)
+_RECIPES = {
+    ("vit_tiny", "cifar10"): Recipe(
+        epochs=40,
+        batch_size=128,
+        learning_rate=1.5e-3,
+        weight_decay=0.1,
+        warmup_epochs=3,
+        label_smoothing=0.1,
+        average=0.998,
+        shift=4,
+        mirror=True,
+    )
+}
+
+
+def recipe(name: str, dataset: str) -> Recipe:
+    """Returns how a network is trained on a data set, unless told otherwise."""
+    return _RECIPES.get((name, dataset), {"digits": _DIGITS, "mnist": _MNIST, "cifar10": _CIFAR10}[dataset])
+
+
+def make(name: str, data: Dataset, *, seed: int) -> nnx.Module:
+    """Makes an untrained network for the images and classes of a data set.
+
+    Args:
+        name: A name in `NETWORKS`.
+        data: The data set.
+        seed: Seed of the weights.
+
+    Raises:
+        ValueError: If the network does not take images of this size.
+    """
+    height, width, channels = data.x_train.shape[1:]
+    return NETWORKS[name]((height, width, channels), len(data.class_names), nnx.Rngs(seed))
 
 
 def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
@@ -35,15 +113,14 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: i
     Raises:
         ValueError: If the weights are those of another network.
     """
-    height, width, channels = data.x_train.shape[1:]
-    model = NETWORKS[name]((height, width, channels), len(data.class_names), rngs=nnx.Rngs(seed))
+    model = make(name, data, seed=seed)
     if path.exists():
-        weights.load(model, path)
+        serialization.load(model, path)
         print(f"Weights of {name} from {path}.", flush=True)
     else:
         print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
-        fit(model, data, seed=seed, **_TRAINING[dataset])
-        weights.save(model, path)
+        fit(model, data, recipe(name, dataset), seed=seed)
+        serialization.save(model, path)
     return model
 
 

@@ -1,74 +1,99 @@
-"""Defines a small residual network (He et al. 2016) for images of about 32 x 32, as `flax.nnx` module."""
+"""Defines the residual networks for images of 32 x 32 (He et al. 2016), as `flax.nnx` modules."""
 
+from dataclasses import dataclass
+
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .layers import ConvBatchNorm
 
-class ResNet14(nnx.Module):
-    """Classifies images by 14 residual layers that halve them early, so that two cores train them in minutes.
 
-    ========  =======================================  =============
-    layer     operation                                output
-    ========  =======================================  =============
-    stem      3 x 3 convolution, stride 2              16 x 16 x 32
-    blocks1   2 residual blocks                        16 x 16 x 32
-    blocks2   2 residual blocks, the first of stride 2  8 x 8 x 64
-    blocks3   2 residual blocks, the first of stride 2  4 x 4 x 128
-    dense     mean over the image, then logits         classes
-    ========  =======================================  =============
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Holds the sizes of a residual network.
 
-    696,618 parameters for 32 x 32 x 3 images in ten classes. The stem's stride is a departure from the paper, whose
-    networks for CIFAR-10 keep 32 x 32 throughout their first third, at six times the cost.
+    Attributes:
+        blocks: Residual blocks of each stage. Every stage but the first halves height and width.
+        widths: Channels of each stage.
+        num_channels: Channels of the images.
+        num_classes: Number of logits.
+        projects: Where a block changes sizes, whether its input passes through a 1 x 1 convolution with batch
+            normalisation (option B of the paper), instead of being subsampled and padded with zeros (option A, the
+            paper's for CIFAR-10).
+    """
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...] = (16, 32, 64)
+    num_channels: int = 3
+    num_classes: int = 10
+    projects: bool = False
+
+    @classmethod
+    def resnet20(cls, **kwargs) -> "ResNetConfig":
+        """ResNet-20: 269,722 parameters, 41 million multiplications an image of 32 x 32 x 3."""
+        return cls((3, 3, 3), **kwargs)
+
+    @classmethod
+    def resnet56(cls, **kwargs) -> "ResNetConfig":
+        """ResNet-56: 853,018 parameters, 125 million multiplications."""
+        return cls((9, 9, 9), **kwargs)
+
+
+class ResNet(nnx.Module):
+    """Classifies images by residual blocks of two 3 x 3 convolutions, at 32 x 32, 16 x 16 and 8 x 8 pixels.
 
     Args:
-        image_shape: (height, width, channels), height and width at least 8.
-        num_classes: Number of logits.
+        config: The sizes.
         rngs: Flax's random streams, for the initial weights.
-
-    Raises:
-        ValueError: If the images are smaller than 8 x 8.
 
     References:
         He, Zhang, Ren, Sun (2016). Deep residual learning for image recognition. CVPR; arXiv 1512.03385, section 4.2.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10, *, rngs: nnx.Rngs):
-        height, width, channels = image_shape
-        if min(height, width) < 8:
-            raise ValueError(f"ResNet14 takes images of at least 8 x 8, got {height} x {width}")
-        self.stem = _Convolution(channels, 32, 2, rngs=rngs)
-        sizes = [(32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
-        self.blocks = nnx.List([_Block(*size, rngs=rngs) for size in sizes])
-        self.dense = nnx.Linear(128, num_classes, rngs=rngs)
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.stem = ConvBatchNorm(config.num_channels, config.widths[0], rngs=rngs)
+        self.stages = nnx.List()
+        width = config.widths[0]
+        for index, (num_blocks, out_width) in enumerate(zip(config.blocks, config.widths, strict=True)):
+            stage = nnx.List()
+            for block in range(num_blocks):
+                stride = 2 if block == 0 and index > 0 else 1
+                stage.append(ResidualBlock(width, out_width, stride, config.projects, rngs=rngs))
+                width = out_width
+            self.stages.append(stage)
+        self.head = nnx.Linear(width, config.num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """Computes logits of a batch of images with values in [0, 1]."""
-        x = nnx.relu(self.stem(2 * x - 1))
-        for block in self.blocks:
-            x = block(x)
-        return self.dense(x.mean(axis=(1, 2)))
+        """Computes logits of a batch of images, of any height and width."""
+        x = nnx.relu(self.stem(x))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(x.mean(axis=(1, 2)))
 
 
-class _Convolution(nnx.Module):
-    """Applies a convolution, 3 x 3 by default, with batch normalisation in place of a bias."""
+class ResidualBlock(nnx.Module):
+    """Adds two 3 x 3 convolutions of the input to the input itself, or to a shortcut where sizes change."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, size: int = 3, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(inputs, outputs, (size, size), stride, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+    def __init__(self, in_features: int, out_features: int, stride: int, projects: bool, *, rngs: nnx.Rngs):
+        self.first = ConvBatchNorm(in_features, out_features, stride=stride, rngs=rngs)
+        self.second = ConvBatchNorm(out_features, out_features, rngs=rngs)
+        self.stride = stride
+        self.padding = out_features - in_features
+        changes = stride != 1 or in_features != out_features
+        self.shortcut = (
+            ConvBatchNorm(in_features, out_features, 1, stride, rngs=rngs) if changes and projects else None
+        )
 
-    def __call__(self, x):
-        return self.norm(self.conv(x))
-
-
-class _Block(nnx.Module):
-    """Adds two convolutions to the input itself, or to a 1 x 1 convolution of it where sizes change."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.first = _Convolution(inputs, outputs, stride, rngs=rngs)
-        self.second = _Convolution(outputs, outputs, rngs=rngs)
-        keeps_sizes = inputs == outputs and stride == 1
-        self.shortcut = None if keeps_sizes else _Convolution(inputs, outputs, stride, 1, rngs=rngs)
-
-    def __call__(self, x):
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return nnx.relu(shortcut + self.second(nnx.relu(self.first(x))))
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        """Computes the block's features."""
+        y = self.second(nnx.relu(self.first(x)))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        else:
+            before = self.padding // 2
+            x = x[:, :: self.stride, :: self.stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.padding - before)))
+        return nnx.relu(x + y)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from jaxcode import SplineCode, coded
-from models import weights
+from models import serialization as weights
 from models.lenet5 import LeNet5, num_parameters
 from models.resnet import ResNet14
 

@@ -46,5 +46,10 @@ def load(model: nnx.Module, path: Path) -> None:
     model.eval()
 
 
+def num_parameters(model: nnx.Module) -> int:
+    """Counts the trained numbers of an nnx module."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
 def _name(key) -> str:
     return jax.tree_util.keystr(key, simple=True, separator=".")
