@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 import jaxcode as jc
 
 from . import datasets
-from .comparison import Comparison, Scheme, compare, figures, standard_schemes, tuned_scheme
+from .comparison import Comparison, Scheme, compare, figures, filled_schemes, standard_schemes, tuned_scheme
 from .datasets import Dataset
-from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train
-from .train import accuracy
+from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
+from .training import accuracy
 
 Setting = tuple[int, int, int]
 
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     start = time.perf_counter()
     name = args.network or DEFAULT_NETWORKS[args.dataset]
-    path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
-    model = load_or_train(name, data, args.dataset, path, seed=args.seed)
+    path = args.weights or weights_path(name, args.dataset, args.out)
+    model = load_or_train(name, data, args.dataset, path)
     score = accuracy(model, data.x_test, data.y_test)
     print(f"{name} on {args.dataset}: accuracy {score:.1%} on {len(data.x_test):,} test images.\n", flush=True)
 
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add_number("--batch-size", 400, "test images in a batch")
     add_number("--num-batches", 5, "batches to average over")
     add_number("--num-sets", 20, "straggler sets for each request of a batch")
-    add_number("--seed", 0, "seed of weights, batches and stragglers")
+    add_number("--seed", 0, "seed of batches and stragglers")
     parser.add_argument(
         "--weights", type=Path, help="safetensors file with the network's weights; written if it does not exist"
     )
@@ -156,6 +156,7 @@ def _schemes(num_data: int, num_workers: int, tune) -> tuple[Scheme, ...]:
     order = jc.ordering.greedy
     return (
         *standard_schemes(num_data, num_workers),
+        *filled_schemes(num_data, num_workers),
         Scheme("bri", "Floater-Hormann (BRI)", jc.FloaterHormannCode.chebyshev(*size), "softmax"),
         Scheme("bscc", "B-spline (BSCC)", jc.BSplineCode.chebyshev(*size), "softmax"),
         Scheme("lcc", "Lagrange (LCC)", jc.LagrangeCode.chebyshev(*size), "softmax"),

@@ -20,7 +20,7 @@ class ConvNet(nnx.Module):
     dense   mean over the image, then logits    classes                                        1,280
     ======  ==================================  ============  ======================================
 
-    94,154 parameters and 7,452,416 multiplications for 28 x 28 x 1 images in ten classes.
+    94,186 parameters and 7,452,416 multiplications for 28 x 28 x 1 images in ten classes.
 
     Args:
         num_channels: Channels of the images.

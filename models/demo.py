@@ -1,4 +1,4 @@
-"""Predicts by a LeNet5 although a third of its workers never reply: `python -m models.demo`."""
+"""Classifies images although a third of the workers never reply: `python -m models.demo`."""
 
 import argparse
 import json
@@ -16,13 +16,10 @@ import jaxcode as jc
 from . import datasets
 from .comparison import Comparison, compare, standard_schemes, tuned_scheme, write_csv
 from .datasets import Dataset
-from .lenet5 import LeNet5
+from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
 from .plots import plot_comparison, plot_request
 from .serialization import num_parameters
-from .train import Recipe, accuracy, fit
-
-_EPOCHS = {"digits": 15, "mnist": 3, "cifar10": 5}
-_TRAINING_BATCH = {"digits": 64, "mnist": 128, "cifar10": 128}
+from .training import accuracy
 
 _FOOTNOTE = """\
 Means over {num_seeds} batches of {batch} test images, with 95 % intervals (Student's t), of one trained
@@ -37,7 +34,7 @@ chosen on training images."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a network, predicts through a code, compares schemes and draws them.
+    """Loads a network, predicts through a code, compares schemes and draws them.
 
     Args:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
@@ -61,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"got {args.batch_size}"
         )
     start = time.perf_counter()
-    model = _train(data, args)
+    model = _load(data, args)
     tuned = _tune(model, data, args)
     _predict_once(model, tuned, data, args)
     comparison = _compare(model, tuned, data, args)
@@ -74,13 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.demo",
-        description="A LeNet5 classifies images although some of its workers never reply.",
+        description="A network classifies images although some of its workers never reply.",
     )
-    epochs = ", ".join(f"{number} for {name}" for name, number in _EPOCHS.items())
 
-    def add_number(name: str, default: int | None, text: str) -> None:
-        suffix = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(name, type=int, default=default, metavar="n", help=text + suffix)
+    def add_number(name: str, default: int, text: str) -> None:
+        parser.add_argument(name, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     add_number("--num-data", 20, "K, images in a request")
     add_number("--num-workers", 60, "N, workers that a request is spread over")
@@ -89,10 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    add_number("--epochs", None, f"passes over the training images (default: {epochs})")
     add_number("--batch-size", 400, "test images in a batch")
     add_number("--num-seeds", 12, "batches to average over")
-    add_number("--seed", 0, "seed of weights, batches and stragglers")
+    add_number("--seed", 0, "seed of batches and stragglers")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
     return parser
 
@@ -108,8 +102,6 @@ def _argument_error(args: argparse.Namespace) -> str | None:
             f"--num-stragglers must be from 0 to --num-workers - 2 ({args.num_workers - 2}), since decoding "
             f"takes two answers, got {args.num_stragglers}"
         )
-    if args.epochs is not None and args.epochs < 1:
-        return f"--epochs must be at least 1, got {args.epochs}"
     if args.num_seeds < 2:
         return f"--num-seeds must be at least 2 for an interval, got {args.num_seeds}"
     if args.seed < 0:
@@ -117,21 +109,16 @@ def _argument_error(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _train(data: Dataset, args: argparse.Namespace) -> LeNet5:
-    height, width, channels = data.x_train.shape[1:]
-    model = LeNet5((height, width, channels), len(data.class_names), rngs=nnx.Rngs(args.seed))
-    name = f"a LeNet5 ({num_parameters(model):,} parameters)"
-    print(f"1. Training {name} on {len(data.x_train):,} images of {args.dataset}.", flush=True)
-    start = time.perf_counter()
-    epochs = args.epochs or _EPOCHS[args.dataset]
-    fit(model, data, Recipe(epochs, _TRAINING_BATCH[args.dataset]), seed=args.seed)
-    seconds = time.perf_counter() - start
+def _load(data: Dataset, args: argparse.Namespace) -> nnx.Module:
+    name = DEFAULT_NETWORKS[args.dataset]
+    print(f"1. {name}, trained on {len(data.x_train):,} images of {args.dataset}.", flush=True)
+    model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
     score = accuracy(model, data.x_test, data.y_test)
-    print(f"   Accuracy {score:.1%} on {len(data.x_test)} test images, after {seconds:.0f} s.\n")
+    print(f"   {num_parameters(model):,} parameters; accuracy {score:.1%} on {len(data.x_test):,} test images.\n")
     return model
 
 
-def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
+def _tune(model: nnx.Module, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
     """Chooses a code for this network on training images."""
     print(
         f"2. Choosing a code on {min(args.batch_size, len(data.x_train))} training images, without their labels.",
@@ -150,7 +137,7 @@ def _tune(model: LeNet5, data: Dataset, args: argparse.Namespace) -> jc.tuning.T
     return tuned
 
 
-def _predict_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
+def _predict_once(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> None:
     """Predicts one batch by the tuned code, prints the calls and the accuracy, and draws one request."""
     images, labels = jnp.asarray(data.x_test[: args.batch_size]), data.y_test[: args.batch_size]
     key = jax.random.key(args.seed)
@@ -185,7 +172,7 @@ def _predict_once(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: ar
     )
 
 
-def _compare(model: LeNet5, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> Comparison:
+def _compare(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> Comparison:
     print(f"4. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
     comparison = compare(
         model,
@@ -254,14 +241,14 @@ def _write(comparison: Comparison, args: argparse.Namespace) -> None:
     write_csv(comparison, args.out / "figures.csv")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir")}
     settings |= {
-        "epochs": args.epochs or _EPOCHS[args.dataset],
+        "network": DEFAULT_NETWORKS[args.dataset],
         "straggler_counts": list(comparison.straggler_counts),
         "base_accuracy": float(comparison.base_accuracy.mean()),
         "jax": jax.__version__,
     }
     (args.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     title = (
-        f"LeNet5 on {args.dataset}: {args.num_data} images coded for {args.num_workers} workers "
+        f"{DEFAULT_NETWORKS[args.dataset]} on {args.dataset}: {args.num_data} images coded for {args.num_workers} workers "
         f"(mean and 95 % interval of {args.num_seeds} batches)"
     )
     plot_comparison(comparison, args.num_stragglers, title, args.out / "stragglers.png")

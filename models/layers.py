@@ -78,7 +78,7 @@ def _forward(x, kernel):
 def _backward(residuals, cotangent):
     x, kernel = residuals
     rows, columns, in_features, out_features = kernel.shape
-    batch, height, width, _ = x.shape
+    height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
 
     def add_image(total, image):

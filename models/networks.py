@@ -1,5 +1,6 @@
 """Makes the networks by name, loads those whose weights are stored, and trains those that have none."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .datasets import Dataset
 from .lenet5 import LeNet5
 from .repvgg import RepVGG, RepVGGConfig
 from .resnet import ResNet, ResNetConfig
-from .train import Recipe, fit
+from .training import Recipe, fit
 from .vit import ViT, ViTConfig
 
 ImageShape = tuple[int, int, int]
@@ -40,6 +41,7 @@ _CIFAR_STRIDES = (1, 1, 2, 2, 2)
 NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "lenet5": lambda shape, num_classes, rngs: LeNet5(shape, num_classes, rngs=rngs),
     "convnet": lambda shape, num_classes, rngs: ConvNet(shape[-1], num_classes, rngs=rngs),
+    "resnet14": _resnet(ResNetConfig.resnet14),
     "resnet20": _resnet(ResNetConfig.resnet20),
     "resnet56": _resnet(ResNetConfig.resnet56),
     "repvgg_small": _repvgg(RepVGGConfig.small),
@@ -48,7 +50,9 @@ NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "repvgg_a2": _repvgg(RepVGGConfig.a2, strides=_CIFAR_STRIDES),
     "vit_tiny": _vit(ViTConfig.tiny),
 }
-DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet20"}
+# Weights that are part of the repository, each with a card that says how they were made and how good they are.
+WEIGHTS = Path(__file__).parent / "weights"
+DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
 
 _DIGITS = Recipe(epochs=15)
 _MNIST = Recipe(epochs=12, batch_size=128, label_smoothing=0.05, average=0.995, shift=2)
@@ -63,6 +67,8 @@ _CIFAR10 = Recipe(
     mirror=True,
 )
 _RECIPES = {
+    ("convnet", "mnist"): dataclasses.replace(_MNIST, epochs=8),
+    ("resnet14", "cifar10"): Recipe(epochs=10, batch_size=128, shift=4, mirror=True),
     ("vit_tiny", "cifar10"): Recipe(
         epochs=40,
         batch_size=128,
@@ -73,7 +79,7 @@ _RECIPES = {
         average=0.998,
         shift=4,
         mirror=True,
-    )
+    ),
 }
 
 
@@ -97,7 +103,19 @@ def make(name: str, data: Dataset, *, seed: int) -> nnx.Module:
     return NETWORKS[name]((height, width, channels), len(data.class_names), nnx.Rngs(seed))
 
 
-def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: int) -> nnx.Module:
+def weights_path(name: str, dataset: str, folder: Path) -> Path:
+    """Finds the file with a network's weights: in `models/weights` if it is there, otherwise in a folder.
+
+    Args:
+        name: A name in `NETWORKS`.
+        dataset: What it is trained on.
+        folder: Where the file is, or is to be written, if the repository has none.
+    """
+    path = WEIGHTS / f"{name}-{dataset}-0.safetensors"
+    return path if path.exists() else folder.absolute() / path.name
+
+
+def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Module:
     """Loads a trained network from the file of its weights; if there is none, trains it and writes the file.
 
     Args:
@@ -105,7 +123,6 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: i
         data: The images and labels to train on.
         dataset: Their name, which decides how the network is trained.
         path: The file of the weights.
-        seed: Seed of the initial weights and of the order of the images.
 
     Returns:
         The network, in evaluation mode.
@@ -113,18 +130,17 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path, *, seed: i
     Raises:
         ValueError: If the weights are those of another network.
     """
-    model = make(name, data, seed=seed)
+    model = make(name, data, seed=0)
     if path.exists():
         serialization.load(model, path)
-        print(f"Weights of {name} from {path}.", flush=True)
+        print(f"Weights of {name} from {path.name}.", flush=True)
     else:
         print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
-        fit(model, data, recipe(name, dataset), seed=seed)
+        fit(model, data, recipe(name, dataset))
         serialization.save(model, path)
     return model
 
 
 def digits() -> nnx.Module:
-    """Loads a LeNet5 trained on scikit-learn's digits; trains it, in seconds, if there is no file of its weights."""
-    data = datasets.load("digits")
-    return load_or_train("lenet5", data, "digits", Path("out/lenet5-digits-0.safetensors").absolute(), seed=0)
+    """Loads a LeNet5 trained on scikit-learn's digits."""
+    return load_or_train("lenet5", datasets.load("digits"), "digits", weights_path("lenet5", "digits", Path("out")))

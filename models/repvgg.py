@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 

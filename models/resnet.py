@@ -21,6 +21,7 @@ class ResNetConfig:
         projects: Where a block changes sizes, whether its input passes through a 1 x 1 convolution with batch
             normalisation (option B of the paper), instead of being subsampled and padded with zeros (option A, the
             paper's for CIFAR-10).
+        stem_stride: Step of the first convolution, in pixels: 1 in the paper.
     """
 
     blocks: tuple[int, ...]
@@ -28,6 +29,12 @@ class ResNetConfig:
     num_channels: int = 3
     num_classes: int = 10
     projects: bool = False
+    stem_stride: int = 1
+
+    @classmethod
+    def resnet14(cls, **kwargs) -> "ResNetConfig":
+        """Makes one that halves images at once, for short training: 696,618 parameters, 24 million multiplications."""
+        return cls((2, 2, 2), (32, 64, 128), projects=True, stem_stride=2, **kwargs)
 
     @classmethod
     def resnet20(cls, **kwargs) -> "ResNetConfig":
@@ -53,7 +60,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.stem = ConvBatchNorm(config.num_channels, config.widths[0], rngs=rngs)
+        self.stem = ConvBatchNorm(config.num_channels, config.widths[0], stride=config.stem_stride, rngs=rngs)
         self.stages = nnx.List()
         width = config.widths[0]
         for index, (num_blocks, out_width) in enumerate(zip(config.blocks, config.widths, strict=True)):
@@ -83,9 +90,7 @@ class ResidualBlock(nnx.Module):
         self.stride = stride
         self.padding = out_features - in_features
         changes = stride != 1 or in_features != out_features
-        self.shortcut = (
-            ConvBatchNorm(in_features, out_features, 1, stride, rngs=rngs) if changes and projects else None
-        )
+        self.shortcut = ConvBatchNorm(in_features, out_features, 1, stride, rngs=rngs) if changes and projects else None
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Computes the block's features."""

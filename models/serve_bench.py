@@ -15,9 +15,9 @@ from tqdm import tqdm
 import jaxcode as jc
 
 from . import datasets
-from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train
+from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
 from .plots import plot_latency
-from .train import predicted_classes
+from .training import predicted_classes
 
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # Quantiles of a delay: after which a share is assigned to another worker, and after which our scheme waits no longer.
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     start = time.perf_counter()
     name = args.network or DEFAULT_NETWORKS[args.dataset]
-    path = args.weights or args.out / f"{name}-{args.dataset}-{args.seed}.safetensors"
-    model = load_or_train(name, data, args.dataset, path, seed=args.seed)
+    path = args.weights or weights_path(name, args.dataset, args.out)
+    model = load_or_train(name, data, args.dataset, path)
     reference = predicted_classes(model, data.x_test)
     accuracy = np.mean(reference == data.y_test)
     print(f"{name} on {args.dataset}: accuracy {accuracy:.1%} on test images.", flush=True)

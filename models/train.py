@@ -1,317 +1,18 @@
-"""Trains a classifier and stores its weights: `python -m models.train`."""
+"""Trains a network and writes its weights with a card: `python -m models.train`."""
 
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
-from tqdm import tqdm
 
-from . import datasets, serialization
-from .datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Holds the settings of a training run.
-
-    Attributes:
-        epochs: Passes over the training images, at least 1.
-        batch_size: Images in a step, at most the number of training images.
-        learning_rate: The highest step size of AdamW.
-        weight_decay: Decay of kernels for a step size of 1; biases and normalisation do not decay.
-        warmup_epochs: Epochs in which the step size grows from a tenth of its highest value, at most half of all; then
-            it falls to zero along a cosine.
-        label_smoothing: Probability that the targets spread evenly over all classes.
-        mixup: Both parameters of the Beta distribution that pairs of images are mixed by; 0 for no mixing.
-        average: Decay of the running average of weights, which is what a run returns; 0 for the last weights.
-        shift: Pixels by which images are shifted at most, up or down and left or right, over a black margin.
-        mirror: Whether every image is mirrored with probability 1/2; for natural images, not for digits.
-
-    References:
-        Loshchilov, Hutter (2019). Decoupled weight decay regularization. ICLR; arXiv 1711.05101. Zhang et al. (2018).
-        mixup: beyond empirical risk minimization. ICLR; arXiv 1710.09412. Polyak, Juditsky (1992) for averaging.
-    """
-
-    epochs: int
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-    warmup_epochs: float = 1.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    average: float = 0.0
-    shift: int = 0
-    mirror: bool = False
-
-    def __post_init__(self):
-        for name, lowest in (("epochs", 1), ("batch_size", 1), ("shift", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "warmup_epochs", "mixup"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for name in ("label_smoothing", "average"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-
-def fit(
-    model: nnx.Module,
-    dataset: Dataset,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-    checkpoint: Path | None = None,
-    dtype: Any = None,
-) -> Float32[np.ndarray, "epochs"]:
-    """Trains a classifier in place: AdamW on the cross-entropy, with warm-up and a cosine schedule.
-
-    Each epoch takes the training images in a new order and leaves out the last incomplete batch. State other than
-    parameters (running averages, dropout's keys) is updated too. Afterwards the model is in evaluation mode. Batches are
-    split over all devices, each of which has a copy of the model.
-
-    Steps are called from Python, one by one, because XLA's CPU convolutions are about three times slower
-    inside `lax.scan` (LeNet5 on two cores: 0.57 s an epoch of digits against 0.19 s).
-
-    Args:
-        model: Nnx module from images (batch, height, width, channels) to logits (batch, classes); changed in
-            place.
-        dataset: The training images and labels.
-        recipe: The settings.
-        seed: Seed of the order and the augmentation of the images (the initial weights are the model's own).
-        progress: Whether to show a progress bar on standard error.
-        checkpoint: A folder to write the state of the run to after each epoch. A run of the same recipe, seed and model
-            that finds one there resumes from it, to the same weights as without interruption.
-        dtype: Precision of activations and gradients; by default bfloat16 on GPUs and TPUs, float32 on CPUs. Weights and
-            running averages are always float32.
-
-    Returns:
-        Mean loss in nats of each epoch, (epochs,) float32.
-
-    Raises:
-        ValueError: If the batch is larger than the data, or the checkpoint is of another run.
-        ImportError: If `checkpoint` is given and orbax is not installed.
-    """
-    num_images = len(dataset.x_train)
-    if recipe.batch_size > num_images:
-        raise ValueError(f"batch_size must be from 1 to the {num_images} training images, got {recipe.batch_size}")
-    num_steps = num_images // recipe.batch_size
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    num_classes = len(dataset.class_names)
-
-    model.train()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = _optimizer(recipe, num_steps)
-    state = (params, rest, optimizer.init(params), (params, rest), jnp.zeros(recipe.epochs))
-    step = jax.jit(functools.partial(_step, graph, optimizer, recipe, num_classes, dtype), donate_argnums=0)
-
-    first_epoch = 0
-    checkpoints = None
-    if checkpoint is not None:
-        checkpoints = _Checkpoints(checkpoint, f"{type(model).__name__}, seed {seed}, {recipe}")
-        first_epoch, state = checkpoints.restore(state)
-    batch_axis, replicated = _shardings(recipe.batch_size)
-    state = jax.device_put(jax.tree.map(jnp.copy, state), replicated)
-    key = jax.random.key(seed)
-    with tqdm(
-        total=recipe.epochs * num_steps,
-        initial=first_epoch * num_steps,
-        desc="training",
-        unit="step",
-        disable=not progress,
-        mininterval=1.0,
-    ) as bar:
-        for epoch in range(first_epoch, recipe.epochs):
-            order = np.random.default_rng((seed, epoch)).permutation(num_images)
-            for index in range(num_steps):
-                batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
-                x, y = jax.device_put((dataset.x_train[batch], dataset.y_train[batch]), batch_axis)
-                state = step(state, key, np.int32(epoch * num_steps + index), np.float32(1 / num_steps), epoch, x, y)
-                bar.update()
-            bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{float(state[-1][epoch]):.4f}")
-            if checkpoints is not None:
-                checkpoints.save(epoch + 1, state)
-    if checkpoints is not None:
-        checkpoints.close()
-    *_, averages, losses = state
-    nnx.update(model, *averages)
-    model.eval()
-    return np.asarray(losses)
-
-
-def _optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
-    total = recipe.epochs * num_steps
-    warmup = min(round(recipe.warmup_epochs * num_steps), total // 2)
-    highest = recipe.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(highest / 10, highest, warmup, total)
-    return optax.adamw(
-        schedule,
-        weight_decay=recipe.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params),
-    )
-
-
-def _step(graph, optimizer, recipe, num_classes, dtype, state, key, index, share, epoch, x, y):
-    """Takes one step; the state is (parameters, other variables, optimizer's, averages of both, losses)."""
-    params, rest, opt_state, averages, losses = state
-    keys = jax.random.split(jax.random.fold_in(key, index), 2)
-    x = _augment(keys[0], x, shift=recipe.shift, mirror=recipe.mirror)
-    targets = optax.smooth_labels(jax.nn.one_hot(y, num_classes), recipe.label_smoothing)
-    if recipe.mixup:
-        x, targets = _mix(keys[1], x, targets, recipe.mixup)
-
-    def loss(params):
-        # Rebuilt, because Flax lets a variable change only under the transformation that made it.
-        narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        module = nnx.merge(graph, narrow, jax.tree.map(lambda leaf: leaf, rest))
-        logits = module(x.astype(dtype)).astype(jnp.float32)
-        return optax.softmax_cross_entropy(logits, targets).mean(), nnx.split(module, nnx.Param, ...)[2]
-
-    (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    # The average forgets the first weights sooner than its decay alone would.
-    decay = jnp.minimum(recipe.average, (1 + index) / (10 + index)) if recipe.average else 0.0
-    averages = jax.tree.map(functools.partial(_average, decay), averages, (params, rest))
-    return params, rest, opt_state, averages, losses.at[epoch].add(value * share)
-
-
-def _average(decay, average, value):
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return value
-    return decay * average + (1 - decay) * value
-
-
-def _augment(
-    key: PRNGKeyArray, x: Float[Array, "batch height width channels"], *, shift: int, mirror: bool
-) -> Float[Array, "batch height width channels"]:
-    """Shifts every image by up to `shift` pixels over a black margin, and mirrors it with probability 1/2."""
-    shift_key, mirror_key = jax.random.split(key)
-    if shift:
-        padded = jnp.pad(x, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        offsets = jax.random.randint(shift_key, (len(x), 2), 0, 2 * shift + 1)
-        x = jax.vmap(lambda image, offset: jax.lax.dynamic_slice(image, (*offset, 0), x.shape[1:]))(padded, offsets)
-    if mirror:
-        is_mirrored = jax.random.bernoulli(mirror_key, shape=(len(x), 1, 1, 1))
-        x = jnp.where(is_mirrored, x[:, :, ::-1], x)
-    return x
-
-
-def _mix(key, x, targets, concentration):
-    """Mixes every image and its target with another of the batch, by one random share."""
-    share_key, order_key = jax.random.split(key)
-    share = jax.random.beta(share_key, concentration, concentration)
-    order = jax.random.permutation(order_key, len(x))
-    return share * x + (1 - share) * x[order], share * targets + (1 - share) * targets[order]
-
-
-def _shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """Makes the sharding of a batch, over as many devices as divide it, and that of the state."""
-    devices = jax.devices()
-    num_devices = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    mesh = jax.sharding.Mesh(np.array(devices[:num_devices]), ("batch",))
-    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-
-
-class _Checkpoints:
-    """Writes the states of a run to a folder, and reads the newest.
-
-    Args:
-        folder: Where they are; made if it does not exist.
-        description: What the run is; those of others are refused.
-
-    Raises:
-        ImportError: If orbax is not installed.
-        ValueError: If the folder has the states of another run.
-    """
-
-    def __init__(self, folder: Path, description: str):
-        try:
-            import orbax.checkpoint as ocp
-        except ImportError as error:
-            raise ImportError("checkpoint needs orbax: pip install 'jaxcode[train]'") from error
-        folder = folder.absolute()
-        label = folder / "run.txt"
-        if label.exists() and label.read_text() != description:
-            raise ValueError(
-                f"checkpoint {folder} is of another run ({label.read_text()}); delete it, or name another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        label.write_text(description)
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            folder / "states",
-            options=ocp.CheckpointManagerOptions(max_to_keep=2),
-            item_handlers=ocp.StandardCheckpointHandler(),
-        )
-
-    def restore(self, state):
-        """Reads the newest state; returns it with the number of finished epochs, or 0 and the given one."""
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            return 0, state
-        leaves, structure = jax.tree.flatten(state)
-        stored = self._manager.restore(epoch, args=self._args.StandardRestore(_number(leaves)))
-        leaves = [
-            _from_data(stored[str(i)], leaf) if str(i) in stored else leaf for i, leaf in enumerate(leaves)
-        ]
-        return epoch, jax.tree.unflatten(structure, leaves)
-
-    def save(self, epoch: int, state) -> None:
-        """Writes a state; only the newest two are kept."""
-        self._manager.save(epoch, args=self._args.StandardSave(_number(jax.tree.leaves(state))))
-
-    def close(self) -> None:
-        """Waits until the last state is written."""
-        self._manager.close()
-
-
-def _number(leaves):
-    """Names leaves by their index, except empty ones, which orbax cannot store; of random keys, their data."""
-    return {
-        str(i): jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        for i, leaf in enumerate(leaves)
-        if leaf.size
-    }
-
-
-def _from_data(data, leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    return data
-
-
-def predicted_classes(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], *, batch_size: int = 500
-) -> Int[np.ndarray, "images"]:
-    """Computes the class with the highest logit, for every image."""
-    graph, state = nnx.split(model)
-    predict = jax.jit(lambda state, x: jnp.argmax(nnx.merge(graph, state)(x), axis=-1))
-    parts = [predict(state, x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
-def accuracy(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], y: Int[np.ndarray, "images"]
-) -> float:
-    """Computes the share of images whose highest logit is that of their class, in [0, 1]."""
-    return float(np.mean(predicted_classes(model, x) == y))
+from . import datasets, networks, serialization
+from .training import Recipe, accuracy, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -323,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 if an argument is invalid.
     """
-    from . import networks
-
-    parser = _parser(networks)
+    parser = _parser()
     args = parser.parse_args(argv)
     try:
         data = datasets.load(args.dataset, args.data_dir)
@@ -357,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
         "recipe": dataclasses.asdict(recipe),
         "final_loss": round(float(losses[-1]), 4),
-        "command": " ".join(["python -m models.train", *(argv if argv is not None else _words())]),
+        "command": " ".join(["python -m models.train", *_without_folders(sys.argv[1:] if argv is None else argv)]),
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "date": datetime.date.today().isoformat(),
@@ -367,21 +66,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Accuracy {card['accuracy']:.2%} on {len(data.x_test):,} test images. Weights and card: {path}, .json")
 
 
-def _words() -> list[str]:
-    """Returns the process's arguments, without those that name folders of this machine."""
-    import sys
-
-    words = iter(sys.argv[1:])
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Removes the arguments that do not change the result: folders of this machine, and whether a run is resumed."""
     kept = []
-    for word in words:
+    remaining = iter(words)
+    for word in remaining:
         if word in ("--data-dir", "--out"):
-            next(words, None)
+            next(remaining, None)
         elif word != "--resume" and not word.startswith(("--data-dir=", "--out=")):
             kept.append(word)
     return kept
 
 
-def _parser(networks) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.train",
         description="Trains a network. Settings that are not given are those of its recipe in models/networks.py.",
@@ -398,8 +95,10 @@ def _parser(networks) -> argparse.ArgumentParser:
         name = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction)
+        elif field.type is int:
+            parser.add_argument(name, type=int, metavar="n")
         else:
-            parser.add_argument(name, type=field.type, metavar="x", help=f"{field.type.__name__}")
+            parser.add_argument(name, type=float, metavar="x")
     return parser
 
 

@@ -7,11 +7,7 @@ import pytest
 from PIL import Image
 
 import models.compare
-import models.networks
-from models import datasets
 from models.compare import main
-from models.networks import load_or_train
-from models.train import accuracy
 
 SMALL = ["--setting", "6,4,1", "--batch-size", "40", "--num-batches", "2", "--num-sets", "3"]
 
@@ -31,7 +27,6 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(models.compare, "_schemes", some_schemes)
-        patch.setitem(models.networks._TRAINING["digits"], "epochs", 6)
         main([*SMALL, "--out", str(out)])
     return out, printed.getvalue()
 
@@ -57,16 +52,6 @@ def test_tables_show_the_figures_of_the_file(run):
         assert float(line[1]) == pytest.approx(figures["replication", metric], abs=6e-5)
     lost = (1 - figures["tuned", "agreement"]) / (1 - figures["replication", "agreement"])
     assert f"{lost:.0%}" in printed
-
-
-@pytest.mark.long
-def test_the_network_is_trained_once(run, capsys):
-    out, printed = run
-    assert printed.startswith("Training lenet5")
-    data = datasets.load("digits")
-    model = load_or_train("lenet5", data, "digits", out / "lenet5-digits-0.safetensors", seed=0)
-    assert capsys.readouterr().out.startswith("Weights of lenet5")
-    assert f"accuracy {accuracy(model, data.x_test, data.y_test):.1%} on 400 test images" in printed
 
 
 @pytest.mark.long

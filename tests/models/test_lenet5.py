@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.lenet5 import LeNet5, LeNet5Linen, num_parameters, to_linen
+from models.lenet5 import LeNet5, LeNet5Linen, to_linen
+from models.serialization import num_parameters
 
 SHAPES = {(28, 28, 1): 61_706, (32, 32, 3): 62_006}
 

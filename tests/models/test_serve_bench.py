@@ -9,7 +9,7 @@ from flax import nnx
 from scipy import stats
 
 import jaxcode as jc
-from models import serve_bench, weights
+from models import serialization, serve_bench
 from models.lenet5 import LeNet5
 from models.serve_bench import Delays, main
 
@@ -49,7 +49,7 @@ def test_each_worker_sleeps_for_delays_of_its_own_before_it_computes():
 
 def test_all_schemes_are_measured(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lenet5.safetensors"
-    weights.save(LeNet5(rngs=nnx.Rngs(0)), path)
+    serialization.save(LeNet5(rngs=nnx.Rngs(0)), path)
     # Processes and tuning have their own tests.
     monkeypatch.setattr(serve_bench.jc.pools, "RayPool", jc.pools.ThreadPool)
     code = jc.SplineCode.repeated(2, 4)

@@ -1,11 +1,17 @@
+import json
+
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from models import networks, serialization, training
 from models.datasets import Dataset, load
 from models.lenet5 import LeNet5
-from models.train import _augment, accuracy, fit
+from models.train import main
+from models.training import Recipe, _augment, _mix, accuracy, fit
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def _part(data, num):
 def test_training_learns_the_digits(digits):
     model = LeNet5(rngs=nnx.Rngs(0))
     before = accuracy(model, digits.x_test, digits.y_test)
-    losses = fit(model, digits, epochs=8, progress=False)
+    losses = fit(model, digits, Recipe(8), progress=False)
     assert losses.shape == (8,)
     assert losses[0] > 1.0
     assert losses[-1] < 0.1
@@ -30,7 +36,7 @@ def test_training_learns_the_digits(digits):
 
 def test_the_seed_decides_the_order_of_the_images(digits):
     def losses(seed):
-        return fit(LeNet5(rngs=nnx.Rngs(0)), _part(digits, 192), seed=seed, epochs=2, progress=False)
+        return fit(LeNet5(rngs=nnx.Rngs(0)), _part(digits, 192), Recipe(2), seed=seed, progress=False)
 
     np.testing.assert_array_equal(losses(3), losses(3))
     assert not np.array_equal(losses(3), losses(4))
@@ -50,7 +56,7 @@ class _Normalised(nnx.Module):
 
 def test_running_averages_follow_and_the_model_ends_in_evaluation_mode(digits):
     model = _Normalised(nnx.Rngs(0))
-    fit(model, digits, epochs=3, progress=False)
+    fit(model, digits, Recipe(3), progress=False)
     pixels = digits.x_train.reshape(len(digits.x_train), -1)
     assert model.norm.use_running_average
     assert model.dropout.deterministic
@@ -68,16 +74,22 @@ def test_accuracy_counts_every_image_once(digits):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"epochs": 0}, "epochs"), ({"batch_size": 0}, "batch_size"), ({"batch_size": 2000}, "1397")],
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2000}, "1397"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite"),
+        ({"average": 1.0}, r"average must be in \[0, 1\)"),
+    ],
 )
 def test_bad_arguments(digits, arguments, message):
     with pytest.raises(ValueError, match=message):
-        fit(LeNet5(rngs=nnx.Rngs(0)), digits, progress=False, **arguments)
+        fit(LeNet5(rngs=nnx.Rngs(0)), digits, Recipe(**{"epochs": 1, **arguments}), progress=False)
 
 
 def test_augmented_images_are_shifted_and_mirrored_ones():
     x = np.random.default_rng(0).random((200, 16, 16, 1)).astype(np.float32)
-    augmented = _augment(x, np.random.default_rng(1))
+    augmented = np.asarray(_augment(jax.random.key(1), jnp.asarray(x), shift=2, mirror=True))
     padded = np.pad(x, [(0, 0), (2, 2), (2, 2), (0, 0)])
     transformations = set()
     for i, image in enumerate(augmented):
@@ -91,3 +103,83 @@ def test_augmented_images_are_shifted_and_mirrored_ones():
         assert len(matches) == 1
         transformations.add(matches[0])
     assert len(transformations) > 40
+
+
+def test_mixed_images_and_targets_have_the_same_share():
+    x = jnp.eye(16)[:, :, None, None]
+    mixed, targets = _mix(jax.random.key(0), x, jnp.eye(16), 1.0)
+    np.testing.assert_allclose(mixed[:, :, 0, 0], targets, atol=1e-7)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
+    assert len(np.unique(np.round(np.asarray(targets), 5))) > 2
+
+
+_RECIPE = Recipe(3, batch_size=64, label_smoothing=0.1, mixup=0.2, average=0.9, shift=1, mirror=True, weight_decay=0.1)
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(digits, tmp_path, monkeypatch):
+    data = _part(digits, 192)
+    models = [_Normalised(nnx.Rngs(0)) for _ in range(3)]
+    whole = fit(models[0], data, _RECIPE, seed=5, progress=False)
+    save = training._Checkpoints.save
+
+    def save_and_stop(self, epoch, state):
+        save(self, epoch, state)
+        if epoch == 2:
+            self.close()
+            raise _Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Checkpoints, "save", save_and_stop)
+        with pytest.raises(_Interrupted):
+            fit(models[1], data, _RECIPE, seed=5, progress=False, checkpoint=tmp_path / "run")
+    resumed = fit(models[2], data, _RECIPE, seed=5, progress=False, checkpoint=tmp_path / "run")
+    np.testing.assert_array_equal(resumed, whole)
+    state, expected = (nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat))) for model in models[::2])
+    chex.assert_trees_all_equal(state, expected)
+    with pytest.raises(ValueError, match="is of another run"):
+        fit(models[1], data, _RECIPE, seed=6, progress=False, checkpoint=tmp_path / "run")
+
+
+def test_a_batch_over_all_devices_gives_the_same_losses(digits, monkeypatch):
+    assert len(jax.devices()) > 1
+    data = _part(digits, 192)
+    many = fit(LeNet5(rngs=nnx.Rngs(0)), data, Recipe(2), progress=False)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    one = fit(LeNet5(rngs=nnx.Rngs(0)), data, Recipe(2), progress=False)
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+def test_bfloat16_learns_too(digits):
+    model = _Normalised(nnx.Rngs(0))
+    losses = fit(model, digits, Recipe(4), progress=False, dtype=jnp.bfloat16)
+    assert losses[-1] < 0.3
+    assert model.dense.kernel.dtype == jnp.float32
+
+
+def test_the_command_writes_weights_and_a_card(tmp_path, capsys, digits):
+    out = tmp_path / "weights"
+    main(["lenet5", "--dataset", "digits", "--epochs", "2", "--label-smoothing", "0.05", "--out", str(out)])
+    card = json.loads((out / "lenet5-digits-0.json").read_text())
+    assert card["recipe"]["epochs"] == 2
+    assert card["recipe"]["label_smoothing"] == 0.05
+    assert card["command"] == "python -m models.train lenet5 --dataset digits --epochs 2 --label-smoothing 0.05"
+    model = networks.make("lenet5", digits, seed=1)
+    serialization.load(model, out / "lenet5-digits-0.safetensors")
+    assert accuracy(model, digits.x_test, digits.y_test) == pytest.approx(card["accuracy"], abs=1e-4)
+    assert sorted(path.name for path in out.iterdir()) == ["lenet5-digits-0.json", "lenet5-digits-0.safetensors"]
+    assert "Accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--epochs", "0"], "epochs must be at least 1"), (["--batch-size", "5000"], "1397 training images")],
+)
+def test_bad_arguments_of_the_command_exit_with_two(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["lenet5", "--dataset", "digits", "--out", str(tmp_path), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxcode as jc
+from models import networks, serialization
+from models.convnet import ConvNet
+from models.layers import convolution
+from models.lenet5 import LeNet5
+from models.repvgg import RepVGG, RepVGGConfig
+from models.resnet import ResNet, ResNetConfig
+from models.serialization import num_parameters
+from models.vit import ViT, ViTConfig
+
+SMALL = {
+    "convnet": lambda rngs: ConvNet(3, rngs=rngs),
+    "resnet": lambda rngs: ResNet(ResNetConfig((1, 1), (4, 8)), rngs=rngs),
+    "resnet, projections": lambda rngs: ResNet(ResNetConfig((1, 1), (4, 8), projects=True), rngs=rngs),
+    "repvgg": lambda rngs: RepVGG(RepVGGConfig((1, 2), (4, 4, 8), (1, 1, 2), num_classes=10), rngs=rngs),
+    "repvgg, merged": lambda rngs: RepVGG(
+        RepVGGConfig((1, 2), (4, 4, 8), (1, 1, 2), num_classes=10, is_merged=True), rngs=rngs
+    ),
+    "vit": lambda rngs: ViT(ViTConfig(8, 4, 16, 2, 2, 32, num_classes=10), rngs=rngs),
+}
+
+
+def images(size=3, side=8, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).random((size, side, side, 3)), jnp.float32)
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def network(request):
+    """A network whose running averages have moved."""
+    model = SMALL[request.param](nnx.Rngs(0))
+    model.train()
+    nnx.jit(lambda model, x: model(x))(model, images(8))
+    model.eval()
+    return model
+
+
+def test_a_coded_network_gives_its_answers(network):
+    logits = network(images())
+    assert logits.shape == (3, 10)
+    predict = jc.coded(network, jc.SplineCode.repeated(3, 6))
+    np.testing.assert_allclose(predict(images(), np.arange(6) > 0), logits, atol=1e-4)
+
+
+def test_images_of_a_batch_are_independent_in_evaluation(network):
+    x = images(4)
+    np.testing.assert_allclose(network(x)[:1], network(x[:1]), atol=1e-5)
+
+
+def test_saved_weights_are_loaded_bit_for_bit(network, tmp_path):
+    path = tmp_path / "new" / "weights.safetensors"
+    serialization.save(network, path)
+    graph, state = nnx.split(network)
+    other = nnx.merge(graph, jax.tree.map(jnp.zeros_like, state))
+    serialization.load(other, path)
+    logits = [jax.jit(lambda x, model=model: model(x))(images()) for model in (network, other)]
+    np.testing.assert_array_equal(*logits)
+    with pytest.raises(ValueError, match="does not fit LeNet5: "):
+        serialization.load(LeNet5(rngs=nnx.Rngs(0)), path)
+
+
+def _count(make):
+    return num_parameters(nnx.eval_shape(make))
+
+
+@pytest.mark.parametrize(
+    ("make", "num"),
+    [
+        # The counts of the papers, of torchvision's and of timm's models, with as many classes.
+        (lambda: ResNet(ResNetConfig.resnet20(), rngs=nnx.Rngs(0)), 269_722),
+        (lambda: ResNet(ResNetConfig.resnet56(), rngs=nnx.Rngs(0)), 853_018),
+        (lambda: RepVGG(RepVGGConfig.a0(is_merged=True), rngs=nnx.Rngs(0)), 8_309_384),
+        (lambda: RepVGG(RepVGGConfig.a1(is_merged=True), rngs=nnx.Rngs(0)), 12_789_864),
+        (lambda: RepVGG(RepVGGConfig.a2(is_merged=True), rngs=nnx.Rngs(0)), 25_499_944),
+        (lambda: ViT(ViTConfig.small16(), rngs=nnx.Rngs(0)), 22_050_664),
+        (lambda: ViT(ViTConfig.base16(), rngs=nnx.Rngs(0)), 86_567_656),
+        (lambda: ConvNet(rngs=nnx.Rngs(0)), 94_186),
+    ],
+)
+def test_the_number_of_parameters_is_the_published_one(make, num):
+    assert _count(make) == num
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("convnet", "mnist"), ("resnet20", "cifar10"), ("repvgg_a0", "cifar10")])
+def test_networks_are_made_by_name(name, dataset):
+    shape = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[dataset]
+    model = nnx.eval_shape(lambda: networks.NETWORKS[name](shape, 10, nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    logits = jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, jnp.zeros((2, *shape)))
+    assert logits.shape == (2, 10)
+    assert networks.recipe(name, dataset).epochs > 1
+
+
+def test_a_patch_must_divide_the_image():
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size, got 32 and 5"):
+        ViTConfig.tiny(patch_size=5)
+    with pytest.raises(ValueError, match="num_heads must divide width, got 5 and 16"):
+        ViTConfig(8, 4, 16, 2, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (5, 1, 2), (3, 2, 1), (1, 2, 0), (3, 1, 0)]
+)
+def test_the_faster_gradient_is_xlas(size, stride, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 8, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 4)), jnp.float32)
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    arguments = ((stride, stride), [(padding, padding)] * 2)
+    results = []
+    for convolve in (convolution, jax.lax.conv_general_dilated):
+        value, pullback = jax.vjp(lambda *args, f=convolve: f(*args, *arguments, **numbers), x, kernel)
+        results.append((value, *pullback(jnp.cos(value))))
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
