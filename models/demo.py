@@ -248,8 +248,8 @@ def _write(comparison: Comparison, args: argparse.Namespace) -> None:
     }
     (args.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     title = (
-        f"{DEFAULT_NETWORKS[args.dataset]} on {args.dataset}: {args.num_data} images coded for {args.num_workers} workers "
-        f"(mean and 95 % interval of {args.num_seeds} batches)"
+        f"{DEFAULT_NETWORKS[args.dataset]} on {args.dataset}: {args.num_data} images coded for {args.num_workers} "
+        f"workers (mean and 95 % interval of {args.num_seeds} batches)"
     )
     plot_comparison(comparison, args.num_stragglers, title, args.out / "stragglers.png")
 

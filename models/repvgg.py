@@ -1,7 +1,9 @@
 """Defines RepVGG (Ding et al. 2021) as `flax.nnx` module, in the form for training and in the one for inference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -86,6 +88,58 @@ class RepVGG(nnx.Module):
             for block in stage:
                 x = block(x)
         return self.head(x.mean(axis=(1, 2)))
+
+
+def merge_branches(model: RepVGG) -> RepVGG:
+    r"""Converts a trained network to the form for inference, which computes the same as the network in evaluation mode.
+
+    Each branch is linear in evaluation mode. A convolution with kernel :math:`W`, normalised with mean :math:`\mu`,
+    variance :math:`\sigma^2`, scale :math:`\gamma` and bias :math:`\beta`, is one with kernel and bias
+
+    .. math:: W \gamma / \sqrt{\sigma^2 + \epsilon}, \qquad \beta - \mu \gamma / \sqrt{\sigma^2 + \epsilon}.
+
+    A 1 x 1 kernel is the centre of a 3 x 3 kernel, and the input itself a convolution with the identity at the centre,
+    so a block's kernels and biases add up to one convolution's. The sums are computed in float64 and rounded once.
+
+    Args:
+        model: The network with branches; it is not changed.
+
+    Returns:
+        A network whose `config.is_merged` is true, with kernels (3, 3, channels, features) in float32.
+
+    Raises:
+        ValueError: If the network is merged already.
+
+    References:
+        Ding, Zhang, Ma, Han, Ding, Sun (2021). RepVGG: making VGG-style ConvNets great again. CVPR; arXiv 2101.03697,
+        section 3.3.
+    """
+    if model.config.is_merged:
+        raise ValueError("model must have branches, got one with is_merged=True; use it as it is")
+    merged = nnx.eval_shape(lambda: RepVGG(replace(model.config, is_merged=True), rngs=nnx.Rngs(0)))
+    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    merged_blocks = [merged.stem, *(block for stage in merged.stages for block in stage)]
+    for block, merged_block in zip(blocks, merged_blocks, strict=True):
+        kernel, bias = _fold(np.asarray(block.dense.conv.kernel[...], np.float64), block.dense.norm)
+        branches = [(np.asarray(block.pointwise.conv.kernel[...], np.float64), block.pointwise.norm)]
+        if block.identity is not None:
+            branches.append((np.eye(kernel.shape[-1])[None, None], block.identity))
+        for centre, norm in branches:
+            folded, shift = _fold(centre, norm)
+            kernel[1:2, 1:2] += folded
+            bias += shift
+        merged_block.conv.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
+        merged_block.conv.bias = nnx.Param(jnp.asarray(bias, jnp.float32))
+    merged.head = nnx.clone(model.head)
+    merged.eval()
+    return merged
+
+
+def _fold(kernel: np.ndarray, norm: nnx.BatchNorm) -> tuple[np.ndarray, np.ndarray]:
+    state = nnx.to_pure_dict(nnx.state(norm, (nnx.Param, nnx.BatchStat)))
+    scale, bias, mean, var = (np.asarray(state[name], np.float64) for name in ("scale", "bias", "mean", "var"))
+    factor = scale / np.sqrt(var + norm.epsilon)
+    return kernel * factor, bias - mean * factor
 
 
 class BranchedBlock(nnx.Module):
