@@ -71,8 +71,7 @@ def summarise(
     positions = np.asarray(x, float)
 
     def slope(means):
-        with np.errstate(divide="ignore"):
-            logs = np.log(means / (1 if factor is None else factor))
+        logs = np.log(means / (1 if factor is None else factor))
         centred = np.log(positions) - np.log(positions).mean()
         return logs @ centred / (centred @ centred)
 
@@ -84,9 +83,10 @@ def summarise(
             # Resampled means, (resamples, points).
             means = np.stack([_resampled_means(point, rng) for point in errors], axis=1)
             low, high = np.quantile(means, (0.025, 0.975), axis=0)
-            fit = (
-                None if bound is None else (float(slope(mean)), *map(float, np.quantile(slope(means), (0.025, 0.975))))
-            )
+            fit = None
+            if bound is not None:
+                start, end = np.quantile(slope(means), (0.025, 0.975))
+                fit = float(slope(mean)), float(start), float(end)
             median = np.array([np.median(point) for point in errors])
             curves.append(
                 Curve(statement, function, scheme, positions, mean, low, high, median, fit, bound, len(points[0]), seed)

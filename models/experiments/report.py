@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .curves import FUNCTIONS, Curve
 
@@ -73,39 +75,45 @@ def _table(curves: Sequence[Curve]) -> str:
 
 def _plot(curves: Sequence[Curve]) -> Figure:
     """Plots a panel for each statement, with 95 % intervals and, dashed grey, lines of the bound's slope."""
-    figure = Figure(figsize=(19, 10), layout="constrained")
-    handles = {}
+    figure = Figure(figsize=(17, 9), layout="constrained")
     for axes, (statement, (heading, bound, label)) in zip(figure.subplots(2, 4).flat, STATEMENTS.items(), strict=True):
         chosen = [curve for curve in curves if curve.statement == statement]
+        if statement.startswith("liars"):
+            chosen = [curve for curve in chosen if curve.function == FUNCTIONS[1]]
         most = max(curve.trials for curve in chosen)
         for curve in chosen:
-            scheme, _, attack = curve.scheme.rpartition(", ") if curve.scheme not in _COLORS else (curve.scheme, "", "")
-            style = {
-                "color": _COLORS[scheme],
-                "marker": "s" if attack == "adjacent" else "o",
-                "linestyle": "none" if curve.trials < most else "-" if curve.function != FUNCTIONS[1] else ":",
-                "markersize": 5,
-                "markerfacecolor": "white"
-                if curve.trials < most or curve.function == FUNCTIONS[1]
-                else _COLORS[scheme],
-            }
-            name = curve.scheme + (f", {curve.function}" if curve.function in FUNCTIONS else "")
-            name += ", 20 trials" if curve.trials < most else ""
-            (handles[name],) = axes.plot(curve.x, curve.mean, **style)
-            axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
-            if curve.bound is not None and curve.scheme.startswith("LeTCC") and "unsmoothed" not in curve.scheme:
-                scale = np.log(curve.x) ** 3 if statement == "probability" else 1.0
-                line = curve.x**curve.bound * scale
-                axes.plot(curve.x, line * curve.mean[0] / line[0], color="#888888", linestyle="--", linewidth=1)
-        axes.set(xlabel=label, ylabel="mean squared error", yscale="log")
+            _plot_curve(axes, curve, is_small=curve.trials < most)
         if chosen[0].bound is not None:
             axes.set_xscale("log")
-            axes.set_xticks(chosen[0].x, [f"{x:.0f}" for x in chosen[0].x], minor=False)
+            axes.set_xticks(chosen[0].x, [f"{x:.0f}" for x in chosen[0].x])
             axes.minorticks_off()
-        axes.set_title(
-            f"{heading}\n{'dashed: ' if chosen[0].bound is not None else ''}{bound}", loc="left", fontsize=11
-        )
+            bound = f"dashed: {bound}"
+        axes.set(xlabel=label, ylabel="mean squared error", yscale="log")
+        axes.set_title(f"{heading}\n{bound}", loc="left", fontsize=11)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    keys = [Line2D([], [], color=color, linewidth=3, label=scheme) for scheme, color in _COLORS.items()]
+    grey = {"color": "#666666", "markersize": 5}
+    keys += [
+        Line2D([], [], marker="o", linestyle="-", label="x sin x, or a polynomial", **grey),
+        Line2D([], [], marker="o", linestyle=":", markerfacecolor="white", label=f"${FUNCTIONS[1]}$", **grey),
+        Line2D([], [], marker="s", linestyle="none", label="adjacent stragglers or adversaries", **grey),
+        Line2D([], [], marker="x", linestyle="none", label="20 trials, as in the paper", **grey),
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _plot_curve(axes: Axes, curve: Curve, is_small: bool) -> None:
+    """Plots a curve, marks only where there are few trials, and the bound beside the function that is near it."""
+    color = next(color for name, color in sorted(_COLORS.items(), reverse=True) if curve.scheme.startswith(name))
+    is_rough = curve.function == FUNCTIONS[1]
+    marker = "x" if is_small else "s" if curve.scheme.endswith("adjacent") else "o"
+    line = "none" if is_small else ":" if is_rough else "-"
+    face = "white" if is_rough else color
+    axes.plot(curve.x, curve.mean, color=color, marker=marker, linestyle=line, markersize=5, markerfacecolor=face)
+    if not is_small:
+        axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+    if curve.bound is not None and is_rough and color == _COLORS["LeTCC"]:
+        bound = curve.x**curve.bound * (np.log(curve.x) ** 3 if curve.statement == "probability" else 1)
+        axes.plot(curve.x, bound * curve.mean[0] / bound[0], color="#666666", linestyle="--", linewidth=1)
