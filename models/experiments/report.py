@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from .curves import FUNCTIONS, Curve
 
@@ -88,6 +89,8 @@ def _plot(curves: Sequence[Curve]) -> Figure:
             axes.set_xticks(chosen[0].x, [f"{x:.0f}" for x in chosen[0].x])
             axes.minorticks_off()
             bound = f"dashed: {bound}"
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel=label, ylabel="mean squared error", yscale="log")
         axes.set_title(f"{heading}\n{bound}", loc="left", fontsize=11)
         axes.grid(alpha=0.25)
@@ -96,7 +99,7 @@ def _plot(curves: Sequence[Curve]) -> Figure:
     grey = {"color": "#666666", "markersize": 5}
     keys += [
         Line2D([], [], marker="o", linestyle="-", label="x sin x, or a polynomial", **grey),
-        Line2D([], [], marker="o", linestyle=":", markerfacecolor="white", label=f"${FUNCTIONS[1]}$", **grey),
+        Line2D([], [], marker="o", linestyle=":", markerfacecolor="white", label="$|x - x_k|^{1.6}$", **grey),
         Line2D([], [], marker="s", linestyle="none", label="adjacent stragglers or adversaries", **grey),
         Line2D([], [], marker="x", linestyle="none", label="20 trials, as in the paper", **grey),
     ]
