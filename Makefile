@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test test-optimised long lint types accuracy experiments bench clean
+.PHONY: demo serve test test-optimised long lint types accuracy bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
@@ -38,10 +38,6 @@ types: $(VENV)/.dev
 # The error of each spline against its oracle.
 accuracy: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
-
-# The published experiments with our figures.
-experiments: $(VENV)/.test
-	$(BIN)/python -m tests.benchmarks.experiments $(ARGS)
 
 # Time and memory, each figure with the bound that it must meet.
 bench: $(VENV)/.test

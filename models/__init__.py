@@ -5,6 +5,7 @@
 `compare`        `python -m models.compare`: every code and a tuned one on a trained network, at several sizes
 `comparison`     metrics of schemes on the same inputs and the same stragglers
 `serve_bench`    `python -m models.serve_bench`: latencies of requests to real workers
+`experiments`    `python -m models.experiments.rates`: how fast errors fall, beside what is proved
 `train_linear`   `python -m models.train_linear`: communication of distributed SAGA and of other methods
 `plots`          plots of schemes, of latencies, and of one request
 `lenet5`         LeNet5 as `flax.nnx` and as `flax.linen` module

@@ -1,0 +1,1 @@
+"""Numerical experiments: published statements about coded computing, and what is measured."""
