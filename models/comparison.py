@@ -229,7 +229,7 @@ def compare(
     # Batches are ordered outside of the compiled programs, so that schemes that differ in the order alone share one.
     programs = {(s.code, s.output, s.fill): jax.jit(partial(_measure, s, apply_model, num_data)) for s in schemes}
     compiled_model = jax.jit(apply_model)
-    sample = jax.jit(partial(_sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
+    sample = jax.jit(partial(sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
     counts = jnp.asarray(straggler_counts)
     values = {m: np.zeros((len(schemes), len(straggler_counts), num_seeds), np.float32) for m in METRICS}
     base_accuracy = np.zeros(num_seeds, np.float32)
@@ -269,7 +269,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
         writer.writerows(figures(comparison))
 
 
-def _sample_masks(
+def sample_masks(
     key: PRNGKeyArray, counts: Int[Array, "counts"], *, num_sets: int, requests: int, num_workers: int
 ) -> Bool[Array, "masks requests workers"]:
     """Draws masks, those of all counts for the first set, then for the next."""
@@ -309,7 +309,8 @@ def _measure(
             decoded = scheme.fill(decoded, is_lost, images.reshape(len(images), -1))
         probabilities = jax.nn.softmax(decoded) if scheme.output == "logits" else decoded
         # Where nothing is known, every class has the same probability.
-        filled = jnp.where(jnp.isnan(probabilities), 1 / targets.shape[-1], probabilities)
+        is_unknown = jnp.isnan(decoded).any(axis=-1)
+        filled = jnp.where(is_unknown[:, None], 1 / targets.shape[-1], probabilities)
         truth = jax.nn.softmax(targets)
         return {
             "accuracy": jc.metrics.accuracy(decoded, labels),

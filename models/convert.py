@@ -338,10 +338,7 @@ def _fill(model: Network, arrays: dict[str, np.ndarray], renames: _Renames) -> N
     """Replaces all weights and running averages of a module, which may be abstract, by a checkpoint's."""
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     tree = nnx.to_pure_dict(state)
-    leaves = {
-        jax.tree_util.keystr(key, simple=True, separator="."): leaf.shape
-        for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = {serialization.path_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     names = {path: _rename(path, renames) for path in leaves}
     shapes = {names[path]: _torch_shape(names[path], path, shape) for path, shape in leaves.items()}
     problems = {
@@ -358,7 +355,7 @@ def _fill(model: Network, arrays: dict[str, np.ndarray], renames: _Renames) -> N
         raise ValueError(f"does not fit {model.config}; {'; '.join(parts)}")
 
     def weights(key, leaf):
-        path = jax.tree_util.keystr(key, simple=True, separator=".")
+        path = serialization.path_name(key)
         array = arrays[names[path]]
         if ".qkv." in names[path]:
             array = np.split(array, 3)[("query", "key", "value").index(path.split(".")[-2])]

@@ -1,5 +1,7 @@
 """Defines the building block that the convolutional networks share, and a convolution that trains fast on CPUs."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,6 +39,35 @@ class ConvBatchNorm(nnx.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Computes the features of a batch, at 1/stride of its height and width."""
         return self.norm(self.conv(x))
+
+
+def make_stages(
+    make_block: Callable[[int, int, int], nnx.Module],
+    in_features: int,
+    blocks: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+) -> nnx.List:
+    """Makes stages of blocks; the first block of each stage changes sizes.
+
+    Args:
+        make_block: From channels of the input, channels of the output and stride to a block.
+        in_features: Channels of the first stage's input.
+        blocks: Blocks of each stage.
+        widths: Channels of each stage.
+        strides: Step in pixels of each stage's first block.
+
+    Returns:
+        The stages, each a list of its blocks.
+    """
+    stages = nnx.List()
+    for num_blocks, width, stride in zip(blocks, widths, strides, strict=True):
+        stage = nnx.List()
+        for index in range(num_blocks):
+            stage.append(make_block(in_features, width, stride if index == 0 else 1))
+            in_features = width
+        stages.append(stage)
+    return stages
 
 
 def convolution(x: Array, kernel: Array, strides, padding, **kwargs) -> Array:

@@ -18,22 +18,14 @@ from .vit import ViT, ViTConfig
 ImageShape = tuple[int, int, int]
 
 
-def _resnet(make: Callable[..., ResNetConfig]):
-    return lambda shape, num_classes, rngs: ResNet(make(num_channels=shape[-1], num_classes=num_classes), rngs=rngs)
+def _network(module, make_config, *, is_sized: bool = False, **options) -> Callable[..., nnx.Module]:
+    """Makes what builds a network for images and classes; its config has the images' size where it is sized."""
 
+    def build(shape, num_classes, rngs):
+        size = {"image_size": shape[0]} if is_sized else {}
+        return module(make_config(num_channels=shape[-1], num_classes=num_classes, **size, **options), rngs=rngs)
 
-def _repvgg(make: Callable[..., RepVGGConfig], **kwargs):
-    def network(shape, num_classes, rngs):
-        return RepVGG(make(num_channels=shape[-1], num_classes=num_classes, **kwargs), rngs=rngs)
-
-    return network
-
-
-def _vit(make: Callable[..., ViTConfig]):
-    def network(shape, num_classes, rngs):
-        return ViT(make(image_size=shape[0], num_channels=shape[-1], num_classes=num_classes), rngs=rngs)
-
-    return network
+    return build
 
 
 _CIFAR_STRIDES = (1, 1, 2, 2, 2)
@@ -41,14 +33,14 @@ _CIFAR_STRIDES = (1, 1, 2, 2, 2)
 NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "lenet5": lambda shape, num_classes, rngs: LeNet5(shape, num_classes, rngs=rngs),
     "convnet": lambda shape, num_classes, rngs: ConvNet(shape[-1], num_classes, rngs=rngs),
-    "resnet14": _resnet(ResNetConfig.resnet14),
-    "resnet20": _resnet(ResNetConfig.resnet20),
-    "resnet56": _resnet(ResNetConfig.resnet56),
-    "repvgg_small": _repvgg(RepVGGConfig.small),
-    "repvgg_a0": _repvgg(RepVGGConfig.a0, strides=_CIFAR_STRIDES),
-    "repvgg_a1": _repvgg(RepVGGConfig.a1, strides=_CIFAR_STRIDES),
-    "repvgg_a2": _repvgg(RepVGGConfig.a2, strides=_CIFAR_STRIDES),
-    "vit_tiny": _vit(ViTConfig.tiny),
+    "resnet14": _network(ResNet, ResNetConfig.resnet14),
+    "resnet20": _network(ResNet, ResNetConfig.resnet20),
+    "resnet56": _network(ResNet, ResNetConfig.resnet56),
+    "repvgg_small": _network(RepVGG, RepVGGConfig.small),
+    "repvgg_a0": _network(RepVGG, RepVGGConfig.a0, strides=_CIFAR_STRIDES),
+    "repvgg_a1": _network(RepVGG, RepVGGConfig.a1, strides=_CIFAR_STRIDES),
+    "repvgg_a2": _network(RepVGG, RepVGGConfig.a2, strides=_CIFAR_STRIDES),
+    "vit_tiny": _network(ViT, ViTConfig.tiny, is_sized=True),
 }
 # Weights that are part of the repository, each with a card that says how they were made and how good they are.
 WEIGHTS = Path(__file__).parent / "weights"

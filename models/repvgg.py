@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .layers import ConvBatchNorm
+from .layers import ConvBatchNorm, make_stages
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,14 @@ class RepVGG(nnx.Module):
         stem_width, *widths = config.widths
         stem_stride, *strides = config.strides
         self.stem = block(config.num_channels, stem_width, stem_stride, rngs=rngs)
-        self.stages = nnx.List()
-        width = stem_width
-        for num_blocks, out_width, stride in zip(config.blocks, widths, strides, strict=True):
-            stage = nnx.List()
-            for index in range(num_blocks):
-                stage.append(block(width, out_width, stride if index == 0 else 1, rngs=rngs))
-                width = out_width
-            self.stages.append(stage)
-        self.head = nnx.Linear(width, config.num_classes, rngs=rngs)
+        self.stages = make_stages(
+            lambda inputs, outputs, stride: block(inputs, outputs, stride, rngs=rngs),
+            stem_width,
+            config.blocks,
+            widths,
+            strides,
+        )
+        self.head = nnx.Linear(config.widths[-1], config.num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         """Computes logits of a batch of images, of any height and width."""

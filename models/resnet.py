@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .layers import ConvBatchNorm
+from .layers import ConvBatchNorm, make_stages
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,14 @@ class ResNet(nnx.Module):
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.stem = ConvBatchNorm(config.num_channels, config.widths[0], stride=config.stem_stride, rngs=rngs)
-        self.stages = nnx.List()
-        width = config.widths[0]
-        for index, (num_blocks, out_width) in enumerate(zip(config.blocks, config.widths, strict=True)):
-            stage = nnx.List()
-            for block in range(num_blocks):
-                stride = 2 if block == 0 and index > 0 else 1
-                stage.append(ResidualBlock(width, out_width, stride, config.projects, rngs=rngs))
-                width = out_width
-            self.stages.append(stage)
-        self.head = nnx.Linear(width, config.num_classes, rngs=rngs)
+        self.stages = make_stages(
+            lambda inputs, outputs, stride: ResidualBlock(inputs, outputs, stride, config.projects, rngs=rngs),
+            config.widths[0],
+            config.blocks,
+            config.widths,
+            (1,) + (2,) * (len(config.blocks) - 1),
+        )
+        self.head = nnx.Linear(config.widths[-1], config.num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         """Computes logits of a batch of images, of any height and width."""

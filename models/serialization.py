@@ -18,7 +18,7 @@ def save(model: nnx.Module, path: Path) -> None:
     state = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({_name(key): np.asarray(leaf) for key, leaf in leaves}, path)
+    save_file({path_name(key): np.asarray(leaf) for key, leaf in leaves}, path)
 
 
 def load(model: nnx.Module, path: Path) -> None:
@@ -34,14 +34,14 @@ def load(model: nnx.Module, path: Path) -> None:
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     tree = nnx.to_pure_dict(state)
     stored = load_file(path)
-    expected = {_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    expected = {path_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     shapes = {name: array.shape for name, array in stored.items()}
     if shapes != expected:
         different = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
         raise ValueError(
             f"{path} does not fit {type(model).__name__}: {', '.join(different[:5])} differ; train it anew"
         )
-    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(lambda key, _: stored[_name(key)], tree))
+    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(lambda key, _: stored[path_name(key)], tree))
     nnx.update(model, state)
     model.eval()
 
@@ -51,5 +51,6 @@ def num_parameters(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _name(key) -> str:
+def path_name(key) -> str:
+    """Names a leaf by its path in a tree, such as `conv1.kernel`."""
     return jax.tree_util.keystr(key, simple=True, separator=".")

@@ -112,7 +112,7 @@ def fit(
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = _optimizer(recipe, num_steps)
     state = (params, rest, optimizer.init(params), (params, rest), jnp.zeros(recipe.epochs))
-    step = jax.jit(functools.partial(_step, graph, optimizer, recipe, num_classes, dtype), donate_argnums=0)
+    step = jax.jit(functools.partial(_step, graph, optimizer, recipe, num_steps, num_classes, dtype), donate_argnums=0)
 
     first_epoch = 0
     checkpoints = None
@@ -135,7 +135,7 @@ def fit(
             for index in range(num_steps):
                 batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
                 x, y = jax.device_put((dataset.x_train[batch], dataset.y_train[batch]), batch_axis)
-                state = step(state, key, np.int32(epoch * num_steps + index), np.float32(1 / num_steps), epoch, x, y)
+                state = step(state, key, np.int32(epoch * num_steps + index), x, y)
                 bar.update()
             bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{float(state[-1][epoch]):.4f}")
             if checkpoints is not None:
@@ -160,8 +160,8 @@ def _optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
     )
 
 
-def _step(graph, optimizer, recipe, num_classes, dtype, state, key, index, share, epoch, x, y):
-    """Takes one step; the state is (parameters, other variables, optimizer's, averages of both, losses)."""
+def _step(graph, optimizer, recipe, num_steps, num_classes, dtype, state, key, index, x, y):
+    """Takes a step of the run; the state is (parameters, other variables, optimizer's, averages of both, losses)."""
     params, rest, opt_state, averages, losses = state
     keys = jax.random.split(jax.random.fold_in(key, index), 2)
     x = _augment(keys[0], x, shift=recipe.shift, mirror=recipe.mirror)
@@ -182,7 +182,7 @@ def _step(graph, optimizer, recipe, num_classes, dtype, state, key, index, share
     # The average forgets the first weights sooner than its decay alone would.
     decay = jnp.minimum(recipe.average, (1 + index) / (10 + index)) if recipe.average else 0.0
     averages = jax.tree.map(functools.partial(_average, decay), averages, (params, rest))
-    return params, rest, opt_state, averages, losses.at[epoch].add(value * share)
+    return params, rest, opt_state, averages, losses.at[index // num_steps].add(value / num_steps)
 
 
 def _average(decay, average, value):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float64
 import jaxcode as jc
 from jaxcode import interpolants
 
-from ..comparison import Comparison, Scheme, compare, filled_schemes, mean_and_half_width, tuned_scheme
+from ..comparison import Comparison, Scheme, compare, filled_schemes, mean_and_half_width, sample_masks, tuned_scheme
 from ..datasets import Dataset
 
 # Smoothings that are searched, with none.
@@ -93,16 +93,20 @@ def mean_norms(
     num_requests = len(images) // setting.num_data
     grouped = np.asarray(images[: num_requests * setting.num_data])
     grouped = grouped.reshape(num_requests, setting.num_data, *images.shape[1:]).swapaxes(0, 1)
-    keys = jax.random.split(jax.random.key(seed), (num_sets, num_requests))
-    sample = functools.partial(jc.stragglers.Uniform(num_stragglers).sample, num_workers=setting.num_workers)
-    masks = jax.jit(jax.vmap(jax.vmap(sample)))(keys)
+    masks = sample_masks(
+        jax.random.key(seed),
+        jnp.array([num_stragglers]),
+        num_sets=num_sets,
+        requests=num_requests,
+        num_workers=setting.num_workers,
+    )
     graph, state = nnx.split(model)
-    program = _programs(graph, setting.num_data, setting.num_workers)
+    answer, mean_norm = _programs(graph, setting.num_data, setting.num_workers)
     answers, results = {}, []
     for encoder, decoder in smoothings:
         if encoder not in answers:
-            answers[encoder] = program[0](state, grouped, encoder)
-        results.append(np.asarray(program[1](*answers[encoder], masks, decoder), np.float64))
+            answers[encoder] = answer(state, grouped, encoder)
+        results.append(np.asarray(mean_norm(*answers[encoder], masks, decoder), np.float64))
     return np.stack(results)
 
 
