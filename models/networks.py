@@ -49,7 +49,7 @@ DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"
 _DIGITS = Recipe(epochs=15)
 _MNIST = Recipe(epochs=12, batch_size=128, label_smoothing=0.05, average=0.995, shift=2)
 _CIFAR10 = Recipe(
-    epochs=30,
+    epochs=36,
     batch_size=128,
     learning_rate=4e-3,
     weight_decay=0.05,
@@ -60,6 +60,7 @@ _CIFAR10 = Recipe(
 )
 _RECIPES = {
     ("convnet", "mnist"): dataclasses.replace(_MNIST, epochs=8),
+    ("resnet20", "cifar10"): dataclasses.replace(_CIFAR10, epochs=24),
     ("resnet14", "cifar10"): Recipe(epochs=10, batch_size=128, shift=4, mirror=True),
     ("vit_tiny", "cifar10"): Recipe(
         epochs=40,
