@@ -10,7 +10,7 @@ from . import datasets, serialization
 from .convnet import ConvNet
 from .datasets import Dataset
 from .lenet5 import LeNet5
-from .repvgg import RepVGG, RepVGGConfig
+from .repvgg import RepVGG, RepVGGConfig, merge_branches
 from .resnet import ResNet, ResNetConfig
 from .training import Recipe, fit
 from .vit import ViT, ViTConfig
@@ -72,6 +72,7 @@ _RECIPES = {
         average=0.998,
         shift=4,
         mirror=True,
+        teacher="repvgg_small",
     ),
 }
 
@@ -108,6 +109,23 @@ def weights_path(name: str, dataset: str, folder: Path) -> Path:
     return path if path.exists() else folder.absolute() / path.name
 
 
+def load_teacher(recipe: Recipe, data: Dataset, dataset: str) -> nnx.Module | None:
+    """Loads the network that a recipe names as teacher, from its stored weights; None if it names none.
+
+    Raises:
+        ValueError: If the repository has no weights of it.
+    """
+    if not recipe.teacher:
+        return None
+    path = WEIGHTS / f"{recipe.teacher}-{dataset}-0.safetensors"
+    if recipe.teacher not in NETWORKS or not path.exists():
+        known = sorted(path.name.split("-")[0] for path in WEIGHTS.glob(f"*-{dataset}-0.safetensors"))
+        raise ValueError(f"teacher must be a network with stored weights ({known}), got {recipe.teacher!r}")
+    model = make(recipe.teacher, data, seed=0)
+    serialization.load(model, path)
+    return merge_branches(model) if isinstance(model, RepVGG) else model
+
+
 def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Module:
     """Loads a trained network from the file of its weights; if there is none, trains it and writes the file.
 
@@ -129,7 +147,8 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
         print(f"Weights of {name} from {path.name}.", flush=True)
     else:
         print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
-        fit(model, data, recipe(name, dataset))
+        settings = recipe(name, dataset)
+        fit(model, data, settings, teacher=load_teacher(settings, data, dataset))
         serialization.save(model, path)
     return model
 

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.resume:
             shutil.rmtree(checkpoint, ignore_errors=True)
         print(f"{args.model} on {len(data.x_train):,} images of {args.dataset}: {recipe}", flush=True)
-        losses = fit(model, data, recipe, seed=args.seed, checkpoint=checkpoint)
+        teacher = networks.load_teacher(recipe, data, args.dataset)
+        losses = fit(model, data, recipe, teacher=teacher, seed=args.seed, checkpoint=checkpoint)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     serialization.save(model, path)
@@ -97,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(name, action=argparse.BooleanOptionalAction)
         elif field.type is int:
             parser.add_argument(name, type=int, metavar="n")
+        elif field.type is str:
+            parser.add_argument(name, metavar="network")
         else:
             parser.add_argument(name, type=float, metavar="x")
     return parser

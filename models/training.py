@@ -33,10 +33,13 @@ class Recipe:
         average: Decay of the running average of weights, which is what a run returns; 0 for the last weights.
         shift: Pixels by which images are shifted at most, up or down and left or right, over a black margin.
         mirror: Whether every image is mirrored with probability 1/2; for natural images, not for digits.
+        teacher: Name of a network, trained on the same data, whose class probabilities for the augmented images make up
+            half of the targets (distillation); empty for none.
 
     References:
         Loshchilov, Hutter (2019). Decoupled weight decay regularization. ICLR; arXiv 1711.05101. Zhang et al. (2018).
         mixup: beyond empirical risk minimization. ICLR; arXiv 1710.09412. Polyak, Juditsky (1992) for averaging.
+        Touvron et al. (2021) for transformers that learn from convolutional networks. ICML; arXiv 2012.12877.
     """
 
     epochs: int
@@ -49,6 +52,7 @@ class Recipe:
     average: float = 0.0
     shift: int = 0
     mirror: bool = False
+    teacher: str = ""
 
     def __post_init__(self):
         for name, lowest in (("epochs", 1), ("batch_size", 1), ("shift", 0)):
@@ -67,6 +71,7 @@ def fit(
     dataset: Dataset,
     recipe: Recipe,
     *,
+    teacher: nnx.Module | None = None,
     seed: int = 0,
     progress: bool = True,
     checkpoint: Path | None = None,
@@ -86,6 +91,7 @@ def fit(
             place.
         dataset: The training images and labels.
         recipe: The settings.
+        teacher: The network that the recipe names, in evaluation mode; None if it names none.
         seed: Seed of the order and the augmentation of the images (the initial weights are the model's own).
         progress: Whether to show a progress bar on standard error.
         checkpoint: A folder to write the state of the run to after each epoch. A run of the same recipe, seed and model
@@ -97,12 +103,15 @@ def fit(
         Mean loss in nats of each epoch, (epochs,) float32.
 
     Raises:
-        ValueError: If the batch is larger than the data, or the checkpoint is of another run.
+        ValueError: If the batch is larger than the data, the checkpoint is of another run, or the recipe's teacher is
+            not given or another than it names.
         ImportError: If `checkpoint` is given and orbax is not installed.
     """
     num_images = len(dataset.x_train)
     if recipe.batch_size > num_images:
         raise ValueError(f"batch_size must be from 1 to the {num_images} training images, got {recipe.batch_size}")
+    if bool(recipe.teacher) != (teacher is not None):
+        raise ValueError(f"teacher must be the network that the recipe names ({recipe.teacher!r}), got {type(teacher)}")
     num_steps = num_images // recipe.batch_size
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -112,7 +121,9 @@ def fit(
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = _optimizer(recipe, num_steps)
     state = (params, rest, optimizer.init(params), (params, rest), jnp.zeros(recipe.epochs))
-    step = jax.jit(functools.partial(_step, graph, optimizer, recipe, num_steps, num_classes, dtype), donate_argnums=0)
+    teacher_graph, teacher_state = (None, None) if teacher is None else nnx.split(teacher)
+    step = functools.partial(_step, (graph, teacher_graph), optimizer, recipe, num_steps, num_classes, dtype)
+    step = jax.jit(step, donate_argnums=0)
 
     first_epoch = 0
     checkpoints = None
@@ -121,6 +132,7 @@ def fit(
         first_epoch, state = checkpoints.restore(state)
     batch_axis, replicated = _shardings(recipe.batch_size)
     state = jax.device_put(jax.tree.map(jnp.copy, state), replicated)
+    teacher_state = jax.device_put(teacher_state, replicated)
     key = jax.random.key(seed)
     with tqdm(
         total=recipe.epochs * num_steps,
@@ -135,7 +147,7 @@ def fit(
             for index in range(num_steps):
                 batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
                 x, y = jax.device_put((dataset.x_train[batch], dataset.y_train[batch]), batch_axis)
-                state = step(state, key, np.int32(epoch * num_steps + index), x, y)
+                state = step(state, teacher_state, key, np.int32(epoch * num_steps + index), x, y)
                 bar.update()
             bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{float(state[-1][epoch]):.4f}")
             if checkpoints is not None:
@@ -160,14 +172,18 @@ def _optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
     )
 
 
-def _step(graph, optimizer, recipe, num_steps, num_classes, dtype, state, key, index, x, y):
+def _step(graphs, optimizer, recipe, num_steps, num_classes, dtype, state, teacher_state, key, index, x, y):
     """Takes a step of the run; the state is (parameters, other variables, optimizer's, averages of both, losses)."""
+    graph, teacher_graph = graphs
     params, rest, opt_state, averages, losses = state
     keys = jax.random.split(jax.random.fold_in(key, index), 2)
     x = _augment(keys[0], x, shift=recipe.shift, mirror=recipe.mirror)
     targets = optax.smooth_labels(jax.nn.one_hot(y, num_classes), recipe.label_smoothing)
     if recipe.mixup:
         x, targets = _mix(keys[1], x, targets, recipe.mixup)
+    if teacher_graph is not None:
+        teacher = nnx.merge(teacher_graph, jax.tree.map(lambda leaf: leaf, teacher_state))
+        targets = (targets + jax.nn.softmax(teacher(x))) / 2
 
     def loss(params):
         # Rebuilt, because Flax lets a variable change only under the transformation that made it.

@@ -113,6 +113,43 @@ def test_mixed_images_and_targets_have_the_same_share():
     assert len(np.unique(np.round(np.asarray(targets), 5))) > 2
 
 
+class _Linear(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(784, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x.reshape(x.shape[0], -1))
+
+
+class _Always(nnx.Module):
+    """Says that every image is of one class."""
+
+    def __call__(self, x):
+        return 100.0 * jax.nn.one_hot(jnp.full(len(x), 3), 10)
+
+
+def test_half_of_the_targets_are_the_teachers_probabilities(digits):
+    model = _Linear(nnx.Rngs(0))
+    fit(model, digits, Recipe(10, teacher="always"), teacher=_Always(), progress=False)
+    probabilities = jax.nn.softmax(model(digits.x_train))
+    is_three = digits.y_train == 3
+    # Of images of other classes, half of the probability is the teacher's class and the other half their own.
+    assert jnp.mean(probabilities[~is_three, 3]) == pytest.approx(0.5, abs=0.05)
+    own = probabilities[jnp.arange(len(is_three)), digits.y_train]
+    assert jnp.mean(own[~is_three]) == pytest.approx(0.5, abs=0.1)
+    assert jnp.mean(own[is_three]) > 0.8
+
+
+def test_the_teacher_is_the_one_that_the_recipe_names(digits):
+    with pytest.raises(ValueError, match="teacher must be the network that the recipe names"):
+        fit(LeNet5(rngs=nnx.Rngs(0)), digits, Recipe(1, teacher="lenet5"), progress=False)
+    with pytest.raises(ValueError, match=r"stored weights \(\['lenet5'\]\), got 'resnet20'"):
+        networks.load_teacher(Recipe(1, teacher="resnet20"), digits, "digits")
+    teacher = networks.load_teacher(Recipe(1, teacher="lenet5"), digits, "digits")
+    assert accuracy(teacher, digits.x_test, digits.y_test) > 0.95
+    assert networks.load_teacher(Recipe(1), digits, "digits") is None
+
+
 _RECIPE = Recipe(3, batch_size=64, label_smoothing=0.1, mixup=0.2, average=0.9, shift=1, mirror=True, weight_decay=0.1)
 
 
