@@ -18,6 +18,7 @@ from . import datasets
 from .comparison import Comparison, Scheme, compare, figures, filled_schemes, standard_schemes, tuned_scheme
 from .datasets import Dataset
 from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
+from .plots import save
 from .training import accuracy
 
 Setting = tuple[int, int, int]
@@ -229,7 +230,7 @@ def _plot(comparisons: dict[Setting, Comparison], title: str, path: Path) -> Non
     schemes = next(iter(comparisons.values())).schemes
     panels[0].set_yticks(range(len(schemes)), [_label(scheme) for scheme in schemes])
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=130, facecolor="white")
+    save(figure, path)
 
 
 if __name__ == "__main__":

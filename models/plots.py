@@ -14,7 +14,9 @@ from .comparison import Comparison
 _STYLES = {
     "uncoded": ("#7f7f7f", "x", ":"),
     "replication": ("#000000", "s", "--"),
+    "nearest": ("#7f7f7f", "D", "--"),
     "bacc": ("#CC79A7", "v", "-"),
+    "bacc_fixed": ("#CC79A7", "1", ":"),
     "letcc": ("#E69F00", "^", "-"),
     "logits": ("#56B4E9", "D", "-"),
     "ordered": ("#0072B2", "o", "-"),
@@ -57,27 +59,37 @@ def plot_comparison(comparison: Comparison, num_stragglers: int, title: str, pat
     )
     panels = ((accuracy_axes, "accuracy", "accuracy"), (rmse_axes, "rmse", "RMSE of the class probabilities"))
     for axes, metric, label in panels:
-        mean, half_width = comparison.interval(metric)
-        for i, scheme in enumerate(comparison.schemes):
-            color, marker, line = _STYLES[scheme.name]
-            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
-            axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
-            axes.fill_between(
-                comparison.straggler_counts,
-                mean[i] - half_width[i],
-                mean[i] + half_width[i],
-                color=color,
-                alpha=0.2,
-                linewidth=0,
-            )
+        draw_metric(axes, comparison, metric)
         axes.axvline(num_stragglers, color="#bbbbbb", linewidth=6, alpha=0.35, zorder=0)
         axes.set(xlabel="workers that never reply", ylabel=label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     _set_limits(accuracy_axes, comparison, base)
     rmse_axes.set_ylim(bottom=0)
     figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    _save(figure, path)
+    save(figure, path)
+
+
+def draw_metric(axes: Axes, comparison: Comparison, metric: str) -> None:
+    """Draws a metric of every scheme against the number of stragglers: means with 95 % bands.
+
+    Args:
+        axes: Where to.
+        comparison: The measured schemes.
+        metric: A name in `comparison.METRICS`.
+    """
+    mean, half_width = comparison.interval(metric)
+    for i, scheme in enumerate(comparison.schemes):
+        color, marker, line = _STYLES[scheme.name]
+        style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
+        axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
+        low, high = mean[i] - half_width[i], mean[i] + half_width[i]
+        axes.fill_between(comparison.straggler_counts, low, high, color=color, alpha=0.2, linewidth=0)
+    tidy(axes)
+
+
+def tidy(axes: Axes) -> None:
+    """Draws a faint grid, and no frame at the top and the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_latency(latency: dict[str, Float[np.ndarray, "requests"]], title: str, path: Path) -> None:
@@ -100,10 +112,9 @@ def plot_latency(latency: dict[str, Float[np.ndarray, "requests"]], title: str, 
     axes.annotate("p99", (1, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of requests that take longer")
     _title(axes, title, 7)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_request(
@@ -134,9 +145,9 @@ def plot_request(
     heights = (cell, cell * rows, 2.0)
     input_axes, coded_axes, class_axes = figure.subplots(3, 1, height_ratios=heights)
 
-    _mosaic(input_axes, inputs, 1, num_data)
+    draw_mosaic(input_axes, inputs, 1, num_data)
     _title(input_axes, f"{num_data} inputs, ordered so that similar ones are neighbours", width)
-    _mosaic(coded_axes, coded, rows, num_data)
+    draw_mosaic(coded_axes, coded, rows, num_data)
     _cross_out(coded_axes, np.flatnonzero(~returned), rows, inputs.shape[1])
     missing = int(np.sum(~returned))
     _title(
@@ -153,7 +164,30 @@ def plot_request(
         width,
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
+
+
+def draw_mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"], rows: int, columns: int) -> None:
+    """Draws images in a grid, column by column, with blanks at the end; values are cut to [0, 1]."""
+    count, height, width, channels = images.shape
+    is_gray = channels == 1
+    tiles = np.full((columns * rows, height, width, channels), 0.0 if is_gray else 1.0)
+    tiles[:count] = np.clip(images, 0, 1)
+    tiles = tiles.reshape(columns, rows, height, width, channels).transpose(1, 2, 0, 3, 4)
+    tiles = tiles.reshape(rows * height, columns * width, channels)
+    axes.imshow(tiles[..., 0] if is_gray else tiles, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
+    for edge in range(1, columns):
+        axes.axvline(edge * width - 0.5, color="#cccccc", linewidth=0.6)
+    for edge in range(1, rows):
+        axes.axhline(edge * height - 0.5, color="#cccccc", linewidth=0.6)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
+    # A figure made without pyplot needs no display and need not be closed.
+    figure.savefig(path, dpi=130, facecolor="white")
 
 
 def _cross_out(axes: Axes, workers: Int[np.ndarray, "missing"], rows: int, size: int) -> None:
@@ -200,25 +234,3 @@ def _set_limits(axes: Axes, comparison: Comparison, base: float) -> None:
 def _title(axes: Axes, text: str, width: float) -> None:
     """Sets a heading at the left, broken into lines for a figure of this width in inches."""
     axes.set_title(textwrap.fill(text, int(11 * width)), loc="left", fontsize=11)
-
-
-def _mosaic(axes: Axes, images: Float[np.ndarray, "images height width channels"], rows: int, columns: int) -> None:
-    """Draws images in a grid, column by column, with blanks at the end."""
-    count, height, width, channels = images.shape
-    is_gray = channels == 1
-    tiles = np.full((columns * rows, height, width, channels), 0.0 if is_gray else 1.0)
-    tiles[:count] = np.clip(images, 0, 1)
-    tiles = tiles.reshape(columns, rows, height, width, channels).transpose(1, 2, 0, 3, 4)
-    tiles = tiles.reshape(rows * height, columns * width, channels)
-    axes.imshow(tiles[..., 0] if is_gray else tiles, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
-    for edge in range(1, columns):
-        axes.axvline(edge * width - 0.5, color="#cccccc", linewidth=0.6)
-    for edge in range(1, rows):
-        axes.axhline(edge * height - 0.5, color="#cccccc", linewidth=0.6)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # A figure made without pyplot needs no display and need not be closed.
-    figure.savefig(path, dpi=130, facecolor="white")

@@ -66,48 +66,89 @@ def _fixed_sign_matrix(knots, points, live):
     return terms / terms.sum(axis=1, keepdims=True)
 
 
-def mean_norms(
-    model: nnx.Module,
-    images: Float[np.ndarray, "images height width channels"],
-    setting: Setting,
-    num_stragglers: int,
-    smoothings: Sequence[tuple[float, float]],
-    *,
-    num_sets: int,
-    seed: int = 0,
-) -> Float64[np.ndarray, "smoothings sets"]:
-    """Measures LeTCC's mean norms for several smoothings on the same images and stragglers.
+class CodedAnswers:
+    """Keeps a classifier's answers to coded images, so that decoders are compared without running it again.
 
     Args:
         model: The classifier, from images to logits.
         images: Images; those that do not fill a request of K are left out.
-        setting: N and K.
-        num_stragglers: S.
-        smoothings: Pairs of the encoder's and the decoder's smoothing.
-        num_sets: Straggler sets drawn for each request.
-        seed: Seed of the stragglers.
-
-    Returns:
-        The mean norm of each pair and set, over requests and images.
+        num_workers: N.
+        num_data: K.
     """
-    num_requests = len(images) // setting.num_data
-    grouped = np.asarray(images[: num_requests * setting.num_data])
-    grouped = grouped.reshape(num_requests, setting.num_data, *images.shape[1:]).swapaxes(0, 1)
-    masks = sample_masks(
-        jax.random.key(seed),
-        jnp.array([num_stragglers]),
-        num_sets=num_sets,
-        requests=num_requests,
-        num_workers=setting.num_workers,
-    )
-    graph, state = nnx.split(model)
-    answer, mean_norm = _programs(graph, setting.num_data, setting.num_workers)
-    answers, results = {}, []
-    for encoder, decoder in smoothings:
-        if encoder not in answers:
-            answers[encoder] = answer(state, grouped, encoder)
-        results.append(np.asarray(mean_norm(*answers[encoder], masks, decoder), np.float64))
-    return np.stack(results)
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        images: Float[np.ndarray, "images height width channels"],
+        num_workers: int,
+        num_data: int,
+    ):
+        self.num_workers = num_workers
+        self.num_requests = len(images) // num_data
+        grouped = np.asarray(images[: self.num_requests * num_data])
+        self._grouped = grouped.reshape(self.num_requests, num_data, *images.shape[1:]).swapaxes(0, 1)
+        graph, self._state = nnx.split(model)
+        self._answer, self._mean_norm = _programs(graph, num_data, num_workers)
+        self._answers = {}
+
+    def mean_norms(
+        self,
+        smoothings: Sequence[tuple[float, float]],
+        num_stragglers: int,
+        *,
+        num_sets: int,
+        seed: int = 0,
+    ) -> Float64[np.ndarray, "smoothings sets"]:
+        """Measures LeTCC's mean norms for several smoothings under the same stragglers.
+
+        Args:
+            smoothings: Pairs of the encoder's and the decoder's smoothing.
+            num_stragglers: S.
+            num_sets: Straggler sets drawn for each request.
+            seed: Seed of the stragglers.
+
+        Returns:
+            The mean norm of each pair and set, over requests and images.
+        """
+        masks = sample_masks(
+            jax.random.key(seed),
+            jnp.array([num_stragglers]),
+            num_sets=num_sets,
+            requests=self.num_requests,
+            num_workers=self.num_workers,
+        )
+        results = []
+        for encoder, decoder in smoothings:
+            if encoder not in self._answers:
+                self._answers[encoder] = self._answer(self._state, self._grouped, encoder)
+            results.append(np.asarray(self._mean_norm(*self._answers[encoder], masks, decoder), np.float64))
+        return np.stack(results)
+
+    def search(self, num_stragglers: int, *, num_sets: int = 5) -> tuple[float, float]:
+        """Searches the best smoothings of encoder and decoder, greedily: one, then the other, until none changes.
+
+        Args:
+            num_stragglers: S.
+            num_sets: Straggler sets drawn for each request.
+
+        Returns:
+            The encoder's and the decoder's smoothing, of `SMOOTHINGS`.
+        """
+        best = (0.0, 0.0)
+        for _ in range(4):
+            previous = best
+            for position in (1, 0):
+                pairs = [with_smoothing(best, position, float(value)) for value in SMOOTHINGS]
+                norms = self.mean_norms(pairs, num_stragglers, num_sets=num_sets).mean(axis=1)
+                best = pairs[int(np.nanargmin(norms))]
+            if best == previous:
+                break
+        return best
+
+
+def with_smoothing(pair: tuple[float, float], position: int, value: float) -> tuple[float, float]:
+    """Replaces the encoder's (position 0) or the decoder's (1) smoothing in a pair."""
+    return (value, pair[1]) if position == 0 else (pair[0], value)
 
 
 @functools.lru_cache(maxsize=4)
@@ -138,36 +179,68 @@ def _programs(graph, num_data: int, num_workers: int):
     return answer, mean_norm
 
 
-def search_smoothing(
-    model: nnx.Module,
-    images: Float[np.ndarray, "images height width channels"],
-    setting: Setting,
-    num_stragglers: int,
-    *,
-    num_sets: int = 5,
-) -> tuple[float, float]:
-    """Searches the best smoothings of encoder and decoder, greedily: one, then the other, until none changes.
+def smoothings_against_stragglers(
+    model: nnx.Module, images: Float[np.ndarray, "images height width channels"], setting: Setting
+) -> Float64[np.ndarray, "counts 2"]:
+    """Searches the best smoothings for every number of stragglers, on the same images: E7.
 
     Args:
         model: The classifier.
         images: Images that are used for nothing else.
-        setting: N and K.
-        num_stragglers: S.
-        num_sets: Straggler sets drawn for each request.
+        setting: The sizes.
 
     Returns:
-        The encoder's and the decoder's smoothing, of `SMOOTHINGS`.
+        The encoder's and the decoder's smoothing for each number of stragglers.
     """
-    best = (0.0, 0.0)
-    for _ in range(4):
-        previous = best
-        for position in (1, 0):
-            pairs = [(best[0], float(value)) if position else (float(value), best[1]) for value in SMOOTHINGS]
-            norms = mean_norms(model, images, setting, num_stragglers, pairs, num_sets=num_sets).mean(axis=1)
-            best = pairs[int(np.nanargmin(norms))]
-        if best == previous:
-            break
-    return best
+    answers = CodedAnswers(model, images, setting.num_workers, setting.num_data)
+    return np.array([answers.search(count) for count in setting.straggler_counts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Holds how much worse results are at other smoothings than the best.
+
+    Attributes:
+        best: The encoder's and the decoder's smoothing that the search found, on other images.
+        increases: The mean norm at each of `SMOOTHINGS`, of the encoder (0) or the decoder (1) alone, divided by that
+            at the best, minus 1.
+    """
+
+    best: tuple[float, float]
+    increases: Float64[np.ndarray, "2 smoothings seeds"]
+
+
+def sensitivity(
+    model: nnx.Module,
+    data: Dataset,
+    num_workers: int,
+    num_data: int,
+    num_stragglers: int,
+    *,
+    num_seeds: int = 20,
+    batch_size: int = 200,
+) -> Sensitivity:
+    """Measures what smoothings other than the best cost: E8.
+
+    Args:
+        model: The classifier.
+        data: Its data; smoothings are searched on training images and measured on test images.
+        num_workers: N.
+        num_data: K.
+        num_stragglers: S.
+        num_seeds: Repetitions, each with other images and stragglers.
+        batch_size: Images of a repetition, and twice as many for the search.
+    """
+    size = num_workers, num_data
+    best = CodedAnswers(model, data.x_train[: 2 * batch_size], *size).search(num_stragglers)
+    pairs = [with_smoothing(best, position, float(value)) for position in (0, 1) for value in SMOOTHINGS]
+    increases = []
+    for seed in range(num_seeds):
+        images = data.x_test[np.random.default_rng((0, seed)).choice(len(data.x_test), batch_size, replace=False)]
+        answers = CodedAnswers(model, images, *size)
+        norms = answers.mean_norms([best, *pairs], num_stragglers, num_sets=5, seed=seed).mean(axis=1)
+        increases.append(norms[1:] / norms[0] - 1)
+    return Sensitivity(best, np.stack(increases, axis=-1).reshape(2, len(SMOOTHINGS), num_seeds))
 
 
 def against_stragglers(
@@ -195,14 +268,14 @@ def against_stragglers(
     size = {"num_data": num_data, "num_workers": num_workers}
     middle = setting.straggler_counts[len(setting.straggler_counts) // 2]
     sample = data.x_train[: max(batch_size, 2 * num_data)]
-    encoder, decoder = search_smoothing(model, sample, setting, middle)
-    tuned = jc.tune(model, sample, num_data, num_workers, jc.stragglers.Uniform(middle))
+    encoder, decoder = CodedAnswers(model, sample, num_workers, num_data).search(middle)
+    tuned = jc.tune(model, sample, num_data, num_workers, jc.stragglers.Uniform(middle), progress=False)
     letcc = jc.SplineCode.chebyshev(**size, encoder_smoothing=encoder, decoder_smoothing=decoder)
     fixed = jc.InterpolatingCode(jc.nodes.chebyshev(**size), interpolants.Berrut(), FixedSignBerrut())
     schemes = (
         Scheme("letcc", "LeTCC", letcc, "softmax"),
         Scheme("bacc", "BACC", jc.BerrutCode.chebyshev(**size), "softmax"),
-        Scheme("bacc, fixed signs", "BACC, signs of all workers", fixed, "softmax"),
+        Scheme("bacc_fixed", "BACC, signs of all workers", fixed, "softmax"),
         Scheme("replication", "replication", jc.ReplicationCode(**size), "softmax"),
         filled_schemes(**size)[0],
         tuned_scheme(tuned),
@@ -221,14 +294,19 @@ def against_stragglers(
     )
 
 
-def gains(comparison: Comparison, metric: str) -> tuple[float, float]:
-    """Computes LeTCC's mean relative difference from BACC over numbers of stragglers, and its 95 % half width: E2.
+def gains(comparison: Comparison, metric: str, scheme: str = "letcc", beside: str = "bacc") -> tuple[float, float]:
+    """Computes a scheme's relative difference from another, meant over numbers of stragglers, in per cent: E2.
 
     Args:
         comparison: What `against_stragglers` returned.
         metric: A name in `comparison.METRICS`.
+        scheme: The scheme's name.
+        beside: The other's name.
+
+    Returns:
+        The mean over repetitions and half the width of its 95 % interval.
     """
     names = [scheme.name for scheme in comparison.schemes]
-    letcc, bacc = (comparison.values[metric][names.index(name)].astype(np.float64) for name in ("letcc", "bacc"))
-    mean, half_width = mean_and_half_width((letcc / bacc - 1).mean(axis=0))
+    values, others = (comparison.values[metric][names.index(name)].astype(np.float64) for name in (scheme, beside))
+    mean, half_width = mean_and_half_width(100 * (values / others - 1).mean(axis=0))
     return float(mean), float(half_width)

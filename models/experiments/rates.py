@@ -1,4 +1,4 @@
-"""Measures how fast errors fall, beside what was proved: `python -m models.experiments.rates`.
+"""Measures how fast errors fall, beside what was proved: E1, E6 and the theorems.
 
 Each trial draws K inputs, uniform on [-1, 1] and sorted, and stragglers; all arithmetic is in float64. Errors are
 squared and averaged over the K inputs. Two functions are computed. `x sin x` is smooth, so its errors fall faster than
@@ -10,23 +10,19 @@ References:
     (BACC), 1806.00939 (LCC).
 """
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray
-from tqdm import tqdm
 
 import jaxcode as jc
 
 from .curves import Curve, summarise
-from .report import write
 
 NUM_DATA = 10
 SMOOTHINGS = 10.0 ** np.arange(-9, 0.1, 0.5)
@@ -166,42 +162,6 @@ def polynomials(
     return summarise(f"polynomials {degree}", samples, counts, None, seed, functions=(f"degree {degree}",))
 
 
-def run(quick: bool = False, seed: int = 0) -> list[Curve]:
-    """Measures all statements, with a progress bar.
-
-    Args:
-        quick: Measure few and small sizes, in seconds.
-        seed: For all draws.
-
-    Returns:
-        The curves of all statements.
-    """
-    few: dict = {"trials": 100, "counts": (60, 240)} if quick else {}
-    tasks: list[tuple[Callable[..., list[Curve]], dict]] = [
-        (workers, few),
-        (stragglers, {**few, "counts": (5, 20, 80)} if quick else {}),
-        (noise, few),
-        (probability, few),
-        *((liars, {**few, "exponent": exponent}) for exponent in (0.3, 0.5)),
-    ]
-    # The paper has 20 trials.
-    for degree, num_data in ((3, 5), (15, 10)):
-        for trials in (20,) if quick else (20, 2000):
-            tasks.append((polynomials, {"degree": degree, "num_data": num_data, "trials": trials}))
-    return [curve for task, options in tqdm(tasks) for curve in task(seed=seed, **options)]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few and small sizes")
-    parser.add_argument("--out", type=Path, default=Path("out/rates"), help="folder for table, plot and figures")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    write(run(options.quick, options.seed), options.out)
-    print((options.out / "rates.md").read_text())
-
-
 def _noiseless(statement, trials, seed, x, points, bound, factor=None, attack="") -> list[Curve]:
     """Measures LeTCC and BACC at points (N, stragglers); an attack is added to their names."""
     samples = {"LeTCC": [], "BACC": []}
@@ -292,7 +252,3 @@ def _errors_of(scheme: str, num_data: int, num_workers: int, degree: int | None 
         return np.asarray(squared_errors(parameters, x, coded, returned, added, replaced, jnp.float64(smoothing)))
 
     return errors
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,130 @@
+"""Measures what LeTCC and BACC do apart from the model: E5, time, and E9, pictures of coded inputs."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float64
+from matplotlib.figure import Figure
+
+import jaxcode as jc
+
+from ..plots import draw_mosaic, tidy
+from .results import Finding, Result
+
+# N, K, S, the shape of an input and the classes of the paper's three networks.
+_SIZES = {
+    "LeNet5 on MNIST": (100, 20, 60, (28, 28, 1), 10),
+    "RepVGG on CIFAR-10": (60, 20, 20, (32, 32, 3), 10),
+    "ViT-base on ImageNet-1K": (20, 8, 3, (224, 224, 3), 1000),
+}
+_COLORS = {"LeTCC": "#E69F00", "BACC": "#CC79A7"}
+
+
+def e5(is_quick: bool, seed: int) -> Result:
+    """Measures the time that encoding and decoding one request take."""
+    findings, rows = [], []
+    figure = Figure(figsize=(5 * len(_SIZES), 3.8), layout="constrained")
+    for axes, (name, sizes) in zip(figure.subplots(1, len(_SIZES)), _SIZES.items(), strict=True):
+        num_workers, num_data, num_stragglers, shape, num_classes = sizes
+        keys = jax.random.split(jax.random.key(seed), 3)
+        inputs = jax.random.uniform(keys[0], (num_data, *shape))
+        answers = jax.random.uniform(keys[1], (num_workers, num_classes))
+        stragglers = jc.stragglers.Uniform(num_stragglers)
+        masks = [stragglers.sample(jax.random.fold_in(keys[2], i), num_workers=num_workers) for i in range(20)]
+        codes = {"LeTCC": jc.SplineCode, "BACC": jc.BerrutCode}
+        calls: dict[str, list[Callable[[int], object]]] = {}
+        for scheme, make in codes.items():
+            code = make.chebyshev(num_data=num_data, num_workers=num_workers)
+            encode, decode = jax.jit(code.encode), jax.jit(code.decode)
+            calls[scheme] = [
+                lambda _, encode=encode, inputs=inputs: encode(inputs),
+                lambda i, decode=decode, answers=answers, masks=masks: decode(answers, masks[i % len(masks)]),
+            ]
+        times = {scheme: _milliseconds(pair, 10 if is_quick else 200) for scheme, pair in calls.items()}
+        for i, (scheme, values) in enumerate(times.items()):
+            encoding, decoding = np.median(values, axis=0)
+            axes.barh(i, encoding, color=_COLORS[scheme], label=f"{scheme}, encode")
+            axes.barh(i, decoding, left=encoding, color=_COLORS[scheme], alpha=0.5, label=f"{scheme}, decode")
+            rows += [
+                (name, num_workers, num_data, scheme, part, *map(float, np.quantile(values[:, j], (0.5, 0.25, 0.75))))
+                for j, part in enumerate(("encode", "decode"))
+            ]
+        ratio, low, high = np.quantile(times["LeTCC"].sum(axis=1) / times["BACC"].sum(axis=1), (0.5, 0.25, 0.75))
+        texts = [f"{scheme} {np.median(values.sum(axis=1)):.2f} ms" for scheme, values in times.items()]
+        findings.append(
+            Finding(
+                f"encode and decode, {name}, (N, K, S) = {sizes[:3]}",
+                "on par with BACC",
+                f"{', '.join(texts)}: {ratio:.2f} times (quartiles {low:.2f} to {high:.2f})",
+                "one jitted call each, with a new straggler set every time; inputs are random numbers",
+            )
+        )
+        axes.set(xlabel="milliseconds a request", title=f"{name}\n(N, K, S) = {sizes[:3]}")
+        axes.set_yticks(range(len(times)), list(times))
+        tidy(axes)
+    columns = ("sizes_of", "num_workers", "num_data", "scheme", "part", "median_ms", "quartile_1_ms", "quartile_3_ms")
+    figure.suptitle("encode (full colour), then decode")
+    return Result("E5", "Time to encode and decode", tuple(findings), columns, rows, figure)
+
+
+def _milliseconds(calls: list[Callable[[int], object]], repeats: int) -> Float64[np.ndarray, "repeats calls"]:
+    """Times calls in turns, after one that compiles."""
+    for call in calls:
+        jax.block_until_ready(call(0))
+    times = np.zeros((repeats, len(calls)))
+    for i in range(repeats):
+        for j, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call(i))
+            times[i, j] = time.perf_counter() - start
+    return 1000 * times
+
+
+def e9(images: Float[np.ndarray, "images height width channels"], dataset: str) -> Result:
+    """Draws coded inputs of LeTCC and BACC, and measures how rough they are.
+
+    Args:
+        images: Images of the request, in their order; the first 30 are used.
+        dataset: Their name.
+    """
+    num_workers, num_data = 70, 30
+    size = {"num_data": num_data, "num_workers": num_workers}
+    inputs = jnp.asarray(images[:num_data])
+    coded = {
+        "inputs": inputs,
+        "LeTCC": jc.SplineCode.chebyshev(**size).encode(inputs),
+        "BACC": jc.BerrutCode.chebyshev(**size).encode(inputs),
+    }
+    columns = 14
+    heights = [-(-len(pictures) // columns) for pictures in coded.values()]
+    figure = Figure(figsize=(columns * 0.75, sum(heights) * 0.75 + 1.5), layout="constrained")
+    measured = {}
+    for axes, (name, pictures), rows in zip(
+        figure.subplots(3, 1, height_ratios=heights), coded.items(), heights, strict=True
+    ):
+        draw_mosaic(axes, np.asarray(pictures), rows, columns)
+        measured[name] = _roughness(np.asarray(pictures, np.float64))
+        label = f"{num_data} inputs" if name == "inputs" else f"{num_workers} coded inputs of {name}"
+        axes.set_title(f"{label}; column by column", loc="left", fontsize=10)
+    findings = [
+        Finding(
+            f"coded images of {name}, {dataset}, (N, K) = {num_workers, num_data}",
+            published,
+            f"mean squared step between pixels {np.mean(measured[name]) / np.mean(measured['inputs']):.2f} times the "
+            f"inputs', the highest {measured[name].max() / measured['inputs'].max():.2f} times that of inputs; "
+            f"pixels from {np.min(coded[name]):.2f} to {np.max(coded[name]):.2f}, inputs' from 0 to 1",
+            "natural interpolating spline" if name == "LeTCC" else "signs alternate over all inputs",
+        )
+        for name, published in (("LeTCC", "no high-frequency noise"), ("BACC", "high-frequency noise"))
+    ]
+    rows = [(name, i, float(value)) for name, values in measured.items() for i, value in enumerate(values)]
+    return Result("E9", "Coded inputs", tuple(findings), ("images", "index", "roughness"), rows, figure)
+
+
+def _roughness(images: Float64[np.ndarray, "images height width channels"]) -> Float64[np.ndarray, "images"]:
+    """Computes the mean squared difference between neighbouring pixels."""
+    vertical, horizontal = (np.mean(np.diff(images, axis=axis) ** 2, axis=(1, 2, 3)) for axis in (1, 2))
+    return vertical + horizontal
