@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test test-optimised long lint types accuracy bench clean
+.PHONY: demo serve reproduce test test-optimised long lint types accuracy bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models.demo $(ARGS)
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 serve: $(VENV)/.demo,models,serve
 	$(BIN)/python -m jaxcode.serving --model models.networks:digits --factory --input-shape 28,28,1 \
 	  --num-data 6 --num-workers 9 $(ARGS)
+
+# The paper's experiments, in some forty minutes, or with ARGS=--quick in four.
+reproduce: $(VENV)/.demo,models
+	$(BIN)/python -m models.reproduce all $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -5,7 +5,9 @@
 `compare`        `python -m models.compare`: every code and a tuned one on a trained network, at several sizes
 `comparison`     metrics of schemes on the same inputs and the same stragglers
 `serve_bench`    `python -m models.serve_bench`: latencies of requests to real workers
-`experiments`    `python -m models.experiments.rates`: how fast errors fall, beside what is proved
+`reproduce`      `python -m models.reproduce`: the paper's experiments, and the rates of errors that are proved
+`experiments/`   what it measures
+`results/`       what it measured: figures, plots, and what was published
 `train_linear`   `python -m models.train_linear`: communication of distributed SAGA and of other methods
 `plots`          plots of schemes, of latencies, and of one request
 `lenet5`         LeNet5 as `flax.nnx` and as `flax.linen` module
@@ -13,6 +15,7 @@
 `resnet`         residual networks for CIFAR-10, such as ResNet-20 and ResNet-56
 `repvgg`         RepVGG, from a small one to A2, for training and merged for inference
 `vit`            vision transformers, from a small one to ViT-B/16
+`surrogate`      a cheap model of a classifier, distilled from its answers
 `layers`         the convolution that the networks share
 `networks`       networks by name, with their weights and recipes
 `train`          `python -m models.train`: trains a network and writes its weights with a card

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 import jaxcode as jc
 
+from .surrogate import PatchSurrogate
+
 Fill = Callable[
-    [Float[Array, "batch classes"], Bool[Array, "batch"], Float[Array, "batch features"]], Float[Array, "batch classes"]
+    [Float[Array, "batch classes"], Bool[Array, "batch"], Float[Array, "batch ..."]], Float[Array, "batch classes"]
 ]
 METRICS = ("accuracy", "relative_accuracy", "agreement", "rmse", "mean_error_norm", "lost")
 
@@ -33,7 +35,8 @@ class Scheme:
         code: The code; a code for fewer than N workers uses the first of them.
         output: What the code decodes, the model's logits or their softmax.
         order: Orders the images of a batch before they are grouped into requests; None for their own order.
-        fill: Guesses the results of inputs that no worker returned from those of the batch; None to leave them lost.
+        fill: Guesses the results of inputs that no worker returned from the results and inputs of the batch; None to
+            leave them lost.
     """
 
     name: str
@@ -127,8 +130,27 @@ def filled_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
     )
 
 
+def surrogate_schemes(surrogate: PatchSurrogate, num_data: int, num_workers: int) -> tuple[Scheme, ...]:
+    """Makes replication whose lost inputs have the logits that a surrogate predicts, which needs no other inputs.
+
+    Args:
+        surrogate: The surrogate.
+        num_data: K.
+        num_workers: N, at least K.
+
+    Returns:
+        Replication, and the same with further copies of the inputs of which the surrogate is least certain.
+    """
+    code = jc.ReplicationCode(num_data, num_workers)
+    fill, order = surrogate.fill, surrogate.order
+    return (
+        Scheme("surrogate", "replication + surrogate", code, "logits", fill=fill),
+        Scheme("allocated", "the same, copies allocated", code, "logits", order, fill),
+    )
+
+
 def fill_from_nearest(
-    results: Float[Array, "batch classes"], is_lost: Bool[Array, "batch"], inputs: Float[Array, "batch features"]
+    results: Float[Array, "batch classes"], is_lost: Bool[Array, "batch"], inputs: Float[Array, "batch ..."]
 ) -> Float[Array, "batch classes"]:
     """Gives every lost input the result of the input nearest to it, by Euclidean distance, that is not lost.
 
@@ -142,7 +164,7 @@ def fill_from_nearest(
 
 
 def fill_by_ridge(
-    results: Float[Array, "batch classes"], is_lost: Bool[Array, "batch"], inputs: Float[Array, "batch features"]
+    results: Float[Array, "batch classes"], is_lost: Bool[Array, "batch"], inputs: Float[Array, "batch ..."]
 ) -> Float[Array, "batch classes"]:
     """Predicts the results of lost inputs from all others by kernel ridge regression.
 
@@ -170,6 +192,7 @@ _RIDGE = 0.01
 
 
 def _squared_distances(inputs):
+    inputs = inputs.reshape(len(inputs), -1)
     squares = jnp.sum(inputs**2, axis=1)
     products = jnp.matmul(inputs, inputs.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(squares[:, None] + squares - 2 * products, 0)
@@ -306,7 +329,7 @@ def _measure(
         decoded = decoded.reshape(targets.shape)
         is_lost = jnp.isnan(decoded).any(axis=-1)
         if scheme.fill is not None:
-            decoded = scheme.fill(decoded, is_lost, images.reshape(len(images), -1))
+            decoded = scheme.fill(decoded, is_lost, images)
         probabilities = jax.nn.softmax(decoded) if scheme.output == "logits" else decoded
         # Where nothing is known, every class has the same probability.
         is_unknown = jnp.isnan(decoded).any(axis=-1)

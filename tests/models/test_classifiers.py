@@ -3,7 +3,14 @@ import pytest
 
 import jaxcode as jc
 from models import datasets, networks
-from models.experiments.classifiers import SMOOTHINGS, FixedSignBerrut, Setting, mean_norms, search_smoothing
+from models.experiments.classifiers import (
+    SMOOTHINGS,
+    CodedAnswers,
+    FixedSignBerrut,
+    Setting,
+    sensitivity,
+    smoothings_against_stragglers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def test_the_signs_of_all_workers_have_poles_where_some_are_missing():
 def test_the_mean_norm_is_that_of_the_code(network):
     model, data = network
     x = data.x_train[:8]
-    norms = mean_norms(model, x, Setting(12, 8, (3,)), 0, [(0.0, 0.0), (0.0, 1e-3)], num_sets=2)
+    norms = CodedAnswers(model, x, 12, 8).mean_norms([(0.0, 0.0), (0.0, 1e-3)], 0, num_sets=2)
     for row, smoothing in zip(norms, (0.0, 1e-3), strict=True):
         code = jc.SplineCode.chebyshev(8, 12, decoder_smoothing=smoothing)
         decoded = jc.coded(lambda x: jc.outputs.probabilities.transform(model(x)), code)(x, np.ones(12, bool))
@@ -39,9 +46,28 @@ def test_the_mean_norm_is_that_of_the_code(network):
 
 def test_the_search_finds_no_worse_than_none(network):
     model, data = network
-    setting = Setting(30, 10, (5,))
-    best = search_smoothing(model, data.x_train[:100], setting, 5, num_sets=2)
+    answers = CodedAnswers(model, data.x_train[:100], 30, 10)
+    best = answers.search(5, num_sets=2)
     assert set(best) <= set(SMOOTHINGS)
-    norms = mean_norms(model, data.x_train[:100], setting, 5, [best, (0.0, 0.0), (0.0, 1.0)], num_sets=2).mean(axis=1)
+    norms = answers.mean_norms([best, (0.0, 0.0), (0.0, 1.0)], 5, num_sets=2).mean(axis=1)
     assert norms[0] == norms.min()
     assert norms[2] > 2 * norms[0]
+
+
+def test_every_number_of_stragglers_has_its_best_smoothings(network):
+    model, data = network
+    images = data.x_train[:16]
+    found = smoothings_against_stragglers(model, images, Setting(12, 8, (1, 3)))
+    answers = CodedAnswers(model, images, 12, 8)
+    np.testing.assert_array_equal(found, [answers.search(count) for count in (1, 3)])
+
+
+def test_sensitivity_is_relative_to_the_best(network):
+    model, data = network
+    measured = sensitivity(model, data, 12, 8, 3, num_seeds=2, batch_size=16)
+    assert measured.increases.shape == (2, len(SMOOTHINGS), 2)
+    for position in (0, 1):
+        index = np.flatnonzero(measured.best[position] == SMOOTHINGS)[0]
+        np.testing.assert_array_equal(measured.increases[position, index], 0)
+    # A line through all data is worse than any curve.
+    assert np.all(measured.increases[:, -1] > 0.1)

@@ -1,6 +1,6 @@
 """Tests published statements about errors, and recorded figures; all seeded.
 
-`python -m models.experiments.rates` prints the same with more trials and larger sizes.
+`python -m models.reproduce E1 E6 theorems` prints the same with more trials and larger sizes.
 """
 
 import functools
@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 
-from models.experiments import rates, report
+from models.experiments import rate_results, rates
 from models.experiments.curves import FUNCTIONS, Curve, summarise
 
 SMOOTH, ROUGH = FUNCTIONS
@@ -32,7 +32,7 @@ def exceeds(curve):
 small = functools.partial(dict, trials=200, counts=(60, 240))
 
 
-@pytest.mark.parametrize("measure", [rates.workers, rates.probability])
+@pytest.mark.parametrize("measure", [rates.workers, pytest.param(rates.probability, marks=pytest.mark.long)])
 def test_errors_fall_with_the_number_of_workers(measure):
     curves = measure(**small())
     assert all(meets(select(curves, "LeTCC", function)) for function in FUNCTIONS)
@@ -41,6 +41,7 @@ def test_errors_fall_with_the_number_of_workers(measure):
     assert all(exceeds(select(curves, "BACC", function)) for function in FUNCTIONS)
 
 
+@pytest.mark.long
 def test_errors_rise_with_the_number_of_random_stragglers_more_slowly_than_the_bound():
     curves = rates.stragglers(trials=200, counts=(5, 20, 80))
     assert all(meets(select(curves, "LeTCC", function)) for function in FUNCTIONS)
@@ -50,6 +51,7 @@ def test_errors_rise_with_the_number_of_random_stragglers_more_slowly_than_the_b
         assert np.all(curve.high < (curve.x / 240) ** 3)
 
 
+@pytest.mark.long
 def test_noise_is_averaged_out_by_smoothing_only():
     curves = rates.noise(**small())
     for function in FUNCTIONS:
@@ -81,17 +83,51 @@ def test_slopes_are_those_of_power_laws():
     assert np.all((curve.low < curve.mean) & (curve.mean < curve.high))
 
 
-def test_what_is_measured_is_written(tmp_path):
-    curves = []
-    for statement in report.STATEMENTS:
-        scheme, slope = ("LCC", None) if "poly" in statement else ("LeTCC", (-3.2, -3.5, -3.1))
+def test_findings_have_slopes_beside_bounds(monkeypatch):
+    def measure(statement):
+        schemes = ("LeTCC", "BACC")
         points = np.array([10.0, 20.0])
-        bound = None if slope is None else -3.0
-        curves.append(Curve(statement, ROUGH, scheme, points, *4 * (1 / points,), slope, bound, 7, 0))
-    report.write(curves, tmp_path / "new")
-    assert (tmp_path / "new" / "rates.png").stat().st_size > 10_000
-    assert len((tmp_path / "new" / "rates.csv").read_text().splitlines()) == 1 + 2 * len(curves)
-    assert "-3.20 (-3.50 to -3.10) | 7, 0" in (tmp_path / "new" / "rates.md").read_text()
+        return [
+            Curve(statement, ROUGH, name, points, *4 * (1 / points,), (-3.2, -3.5, -3.1), -3.0, 7, 0)
+            for name in schemes
+        ]
+
+    for name, statement in (("stragglers", "stragglers"), ("noise", "noise"), ("probability", "probability")):
+        monkeypatch.setattr(rates, name, lambda statement=statement, **_: measure(statement))
+    monkeypatch.setattr(rates, "liars", lambda exponent, **_: measure(f"liars {exponent}"))
+    result = rate_results.theorems(is_quick=False, seed=0)
+    assert len(result.findings) == 5
+    assert result.findings[1].published == "S^(8/5) N^(-3/5): -3.00"
+    assert result.findings[1].ours == "-3.20 (-3.50 to -3.10); BACC -3.20 (-3.50 to -3.10)"
+    assert "-3.20 (-3.50 to -3.10) | 7, 0" in result.text
+    assert len(result.rows) == 5 * 2 * 2
+    assert len(result.rows[0]) == len(result.columns)
+
+
+def test_findings_on_polynomials_say_where_lagrange_coding_stops(monkeypatch):
+    x = np.arange(4.0)
+    lagrange = Curve(
+        "polynomials 3",
+        "degree 3",
+        "LCC",
+        x,
+        np.array([0.0, 0, 1, 9]),
+        x,
+        x,
+        np.array([0, 0, 1e-9, 2]),
+        None,
+        None,
+        20,
+        0,
+    )
+    spline = Curve("polynomials 3", "degree 3", "LeTCC", x, np.full(4, 0.5), x, x, np.full(4, 0.1), None, None, 20, 0)
+    monkeypatch.setattr(rates, "polynomials", lambda *_, **__: [lagrange, spline])
+    result = rate_results.e6(is_quick=True, seed=0)
+    assert result.findings[0].ours == (
+        "LCC's median error is below 1e-20 up to S = 1; LeTCC better by the mean from S = 2 on; "
+        "LeTCC better by the median from S = 3 on"
+    )
+    assert "| LCC, mean | 0e+00 | 0e+00 | 1e+00 | 9e+00 |" in result.text
 
 
 @pytest.mark.long

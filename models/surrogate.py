@@ -1,0 +1,145 @@
+"""Distils a cheap model of a classifier from its own answers, as a baseline that codes must beat."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+_PATCH = 6
+_STRIDE = 2
+_POOLS = 3
+_RIDGES = 10.0 ** np.arange(-4, 6)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSurrogate:
+    """Predicts logits by ridge regression on pooled responses to random patches of images.
+
+    Attributes:
+        kernel: Whitened patches, as a convolution's kernel (6, 6, channels, filters).
+        threshold: What responses must exceed to count, (filters,).
+        weights: Of the features, (features, classes).
+        offset: Added to the logits, (classes,).
+        cost: Multiplications for an image, relative to the classifier's.
+
+    References:
+        Coates, Lee, Ng (2011). An analysis of single-layer networks in unsupervised feature learning. AISTATS.
+    """
+
+    kernel: Float[Array, "rows columns channels filters"]
+    threshold: Float[Array, "filters"]
+    weights: Float[Array, "features classes"]
+    offset: Float[Array, "classes"]
+    cost: float
+
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
+        """Predicts the logits of a batch."""
+        return _features(images, self.kernel, self.threshold) @ self.weights + self.offset
+
+    def fill(self, results, is_lost, images):
+        """Gives every lost input its predicted logits; a `comparison.Fill`."""
+        return jnp.where(is_lost[:, None], self(images), results)
+
+    def order(self, images, num_data: int) -> Int[np.ndarray, "batch"]:
+        """Orders each group of K by the margin of its predicted classes, the least certain first.
+
+        `jc.ReplicationCode` gives the first inputs of a group one copy more where K does not divide N.
+        """
+        top = jnp.sort(self(images), axis=1)
+        margin = np.asarray(top[:, -1] - top[:, -2])
+        starts = range(0, len(margin), num_data)
+        return np.concatenate([start + np.argsort(margin[start : start + num_data]) for start in starts])
+
+
+def distil(
+    model: nnx.Module,
+    images: Float32[np.ndarray, "images height width channels"],
+    *,
+    cost: float = 0.13,
+    seed: int = 0,
+) -> PatchSurrogate:
+    """Fits a surrogate to a classifier's answers; labels are not needed.
+
+    Needs scikit-learn.
+
+    Args:
+        model: The classifier, from images to logits.
+        images: Images; the ridge is chosen by leaving out one at a time.
+        cost: Multiplications that it may take, relative to the classifier's; it has at least one filter.
+        seed: Seed of patches.
+    """
+    from sklearn import linear_model
+
+    graph, state = nnx.split(model)
+    apply = jax.jit(lambda x: nnx.merge(graph, state)(x))
+    logits = np.concatenate([np.asarray(apply(part)) for part in _parts(images)])
+    height, width, channels = images.shape[1:]
+    positions = ((height - _PATCH) // _STRIDE + 1) * ((width - _PATCH) // _STRIDE + 1)
+    allowed = cost * _multiplications(apply, images)
+    per_filter = positions * _PATCH**2 * channels + 2 * _POOLS**2 * logits.shape[1]
+    num_filters = max(1, int(allowed / per_filter))
+    kernel, threshold = _draw_filters(images, num_filters, np.random.default_rng(seed))
+    compute = jax.jit(_features)
+    features = np.concatenate([np.asarray(compute(part, kernel, threshold)) for part in _parts(images)])
+    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
+    fit = linear_model.RidgeCV(_RIDGES).fit(((features - mean) / scale).astype(np.float64), logits)
+    weights = (fit.coef_ / scale).T
+    arrays = (
+        jnp.asarray(array, jnp.float32) for array in (kernel, threshold, weights, fit.intercept_ - mean @ weights)
+    )
+    return PatchSurrogate(*arrays, num_filters * per_filter * cost / allowed)
+
+
+def _parts(images):
+    return (images[start : start + 500] for start in range(0, len(images), 500))
+
+
+def _multiplications(apply, images) -> float:
+    """Counts the multiplications that the classifier takes for an image."""
+    analysis = apply.lower(images[:1]).cost_analysis()
+    return analysis["flops"] / 2
+
+
+def _draw_filters(images, num_filters: int, rng):
+    """Draws patches of images, whitens them, and finds the threshold that half of their responses exceed in size."""
+    channels = images.shape[-1]
+    patches = _draw_patches(images, 10_000, rng)
+    mean = patches.mean(axis=0)
+    variances, axes = np.linalg.eigh(np.cov(patches.T))
+    # Directions of hardly any variance are noise.
+    whitening = (axes / np.sqrt(variances + 0.01 * variances.max())) @ axes.T
+    filters = (_draw_patches(images, num_filters, rng) - mean) @ whitening
+    filters /= np.linalg.norm(filters, axis=1, keepdims=True) + 1e-6
+    kernel = (filters @ whitening).T.reshape(_PATCH, _PATCH, channels, num_filters)
+    responses = patches @ (filters @ whitening).T
+    return kernel, np.median(abs(responses - np.median(responses, axis=0)), axis=0)
+
+
+def _draw_patches(images, count: int, rng):
+    indices = rng.integers(len(images), size=count)
+    rows, columns = (rng.integers(size - _PATCH + 1, size=count) for size in images.shape[1:3])
+    patches = [images[i, r : r + _PATCH, c : c + _PATCH] for i, r, c in zip(indices, rows, columns, strict=True)]
+    return np.stack(patches).reshape(count, -1).astype(np.float64)
+
+
+def _features(images, kernel, threshold):
+    """Computes what responses to patches exceed the threshold by, on either side, in means over 3 x 3 regions."""
+    responses = jax.lax.conv_general_dilated(
+        images,
+        jnp.asarray(kernel, images.dtype),
+        (_STRIDE, _STRIDE),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    threshold = jnp.asarray(threshold, images.dtype)
+    both = jnp.concatenate([jax.nn.relu(responses - threshold), jax.nn.relu(-responses - threshold)], axis=-1)
+    rows, columns = (np.linspace(0, size, _POOLS + 1).astype(int) for size in both.shape[1:3])
+    pools = [
+        both[:, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean(axis=(1, 2))
+        for i in range(_POOLS)
+        for j in range(_POOLS)
+    ]
+    return jnp.concatenate(pools, axis=-1)
