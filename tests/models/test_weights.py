@@ -20,9 +20,8 @@ def test_every_file_has_a_card_and_all_are_small():
 
 def _cases():
     """Lists the cards; 10,000 images through a large network take long."""
-    for path in CARDS:
-        marks = () if path.stem.startswith("lenet5") else (pytest.mark.long,)
-        yield pytest.param(path, id=path.stem, marks=marks)
+    marks = [() if path.stem.startswith("lenet5") else (pytest.mark.long,) for path in CARDS]
+    return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(CARDS, marks, strict=True)]
 
 
 @pytest.mark.parametrize("path", _cases())
