@@ -46,7 +46,7 @@ Columns are N,K,S. Means over {num_batches} batches of {batch_size} test images 
 of each request, with 95 % intervals over batches (Student's t), of one trained network; the same images and sets
 for every scheme. Tuned on one other batch of test images. Published codes decode softmax outputs in the
 order of the batch. A lost input counts as wrong, and in the RMSE as equal probabilities. Orders and the nearest
-images are those of the batch. The surrogate is distilled from the network's answers to 3,000 training images."""
+images are those of the batch. The surrogate is distilled from the network's answers to up to 3,000 training images."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet14 for cifar10, else lenet5")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet20 for cifar10, else lenet5")
     parser.add_argument(
         "--setting",
         type=_setting,

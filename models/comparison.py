@@ -121,11 +121,14 @@ def filled_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
         num_workers: N, at least K.
 
     Returns:
-        Replication filled by the nearest answered image of the batch, and by kernel ridge regression on all of them.
+        Replication filled from the nearest answered image of the batch, from the nearest of the request, which is all
+        that a single request has, and by kernel ridge regression on the batch.
     """
     code = jc.ReplicationCode(num_data, num_workers)
+    fill_in_request = partial(fill_from_nearest, group_size=num_data)
     return (
         Scheme("nearest", "replication + nearest image", code, "logits", fill=fill_from_nearest),
+        Scheme("nearest_of_request", "the same within the request", code, "logits", fill=fill_in_request),
         Scheme("ridge", "replication + kernel ridge", code, "logits", fill=fill_by_ridge),
     )
 
@@ -139,7 +142,8 @@ def surrogate_schemes(surrogate: PatchSurrogate, num_data: int, num_workers: int
         num_workers: N, at least K.
 
     Returns:
-        Replication, and the same with further copies of the inputs of which the surrogate is least certain.
+        Replication, and the same with the copies that are left over where K does not divide N for the inputs of which
+        the surrogate is least certain.
     """
     code = jc.ReplicationCode(num_data, num_workers)
     fill, order = surrogate.fill, surrogate.order
@@ -150,7 +154,11 @@ def surrogate_schemes(surrogate: PatchSurrogate, num_data: int, num_workers: int
 
 
 def fill_from_nearest(
-    results: Float[Array, "batch classes"], is_lost: Bool[Array, "batch"], inputs: Float[Array, "batch ..."]
+    results: Float[Array, "batch classes"],
+    is_lost: Bool[Array, "batch"],
+    inputs: Float[Array, "batch ..."],
+    *,
+    group_size: int | None = None,
 ) -> Float[Array, "batch classes"]:
     """Gives every lost input the result of the input nearest to it, by Euclidean distance, that is not lost.
 
@@ -158,9 +166,13 @@ def fill_from_nearest(
         results: Results; those of lost inputs are not read.
         is_lost: Which they are.
         inputs: The inputs.
+        group_size: Look only among so many inputs in a row; None for the whole batch. Where all are lost, they stay so.
     """
-    distances = jnp.where(is_lost, jnp.inf, _squared_distances(inputs))
-    return jnp.where(is_lost[:, None], results[jnp.argmin(distances, axis=1)], results)
+    groups = jnp.arange(len(inputs)) // (group_size or len(inputs))
+    is_candidate = ~is_lost & (groups[:, None] == groups)
+    distances = jnp.where(is_candidate, _squared_distances(inputs), jnp.inf)
+    is_filled = is_lost & is_candidate.any(axis=1)
+    return jnp.where(is_filled[:, None], results[jnp.argmin(distances, axis=1)], results)
 
 
 def fill_by_ridge(

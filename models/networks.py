@@ -33,7 +33,6 @@ _CIFAR_STRIDES = (1, 1, 2, 2, 2)
 NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "lenet5": lambda shape, num_classes, rngs: LeNet5(shape, num_classes, rngs=rngs),
     "convnet": lambda shape, num_classes, rngs: ConvNet(shape[-1], num_classes, rngs=rngs),
-    "resnet14": _network(ResNet, ResNetConfig.resnet14),
     "resnet20": _network(ResNet, ResNetConfig.resnet20),
     "resnet56": _network(ResNet, ResNetConfig.resnet56),
     "repvgg_small": _network(RepVGG, RepVGGConfig.small),
@@ -44,7 +43,7 @@ NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
 }
 # Weights that are part of the repository, each with a card that says how they were made and how good they are.
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet14"}
+DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet20"}
 
 _DIGITS = Recipe(epochs=15)
 _MNIST = Recipe(epochs=12, batch_size=128, label_smoothing=0.05, average=0.995, shift=2)
@@ -61,7 +60,6 @@ _CIFAR10 = Recipe(
 _RECIPES = {
     ("convnet", "mnist"): dataclasses.replace(_MNIST, epochs=8),
     ("resnet20", "cifar10"): dataclasses.replace(_CIFAR10, epochs=24),
-    ("resnet14", "cifar10"): Recipe(epochs=10, batch_size=128, shift=4, mirror=True),
     ("vit_tiny", "cifar10"): Recipe(
         epochs=21,
         batch_size=64,
@@ -77,7 +75,7 @@ _RECIPES = {
 
 
 def recipe(name: str, dataset: str) -> Recipe:
-    """Returns how a network is trained on a data set, unless told otherwise."""
+    """Returns the settings by which a network is trained on a data set."""
     return _RECIPES.get((name, dataset), {"digits": _DIGITS, "mnist": _MNIST, "cifar10": _CIFAR10}[dataset])
 
 
@@ -108,23 +106,6 @@ def weights_path(name: str, dataset: str, folder: Path) -> Path:
     return path if path.exists() else folder.absolute() / path.name
 
 
-def load_teacher(recipe: Recipe, data: Dataset, dataset: str) -> nnx.Module | None:
-    """Loads the network that a recipe names as teacher, from its stored weights; None if it names none.
-
-    Raises:
-        ValueError: If the repository has no weights of it.
-    """
-    if not recipe.teacher:
-        return None
-    path = WEIGHTS / f"{recipe.teacher}-{dataset}-0.safetensors"
-    if recipe.teacher not in NETWORKS or not path.exists():
-        known = sorted(path.name.split("-")[0] for path in WEIGHTS.glob(f"*-{dataset}-0.safetensors"))
-        raise ValueError(f"teacher must be a network with stored weights ({known}), got {recipe.teacher!r}")
-    model = make(recipe.teacher, data, seed=0)
-    serialization.load(model, path)
-    return merge_branches(model) if isinstance(model, RepVGG) else model
-
-
 def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Module:
     """Loads a trained network from the file of its weights; if there is none, trains it and writes the file.
 
@@ -135,7 +116,7 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
         path: The file of the weights.
 
     Returns:
-        The network, in evaluation mode.
+        The network, in evaluation mode; a RepVGG in the form for inference.
 
     Raises:
         ValueError: If the weights are those of another network.
@@ -145,11 +126,31 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
         serialization.load(model, path)
         print(f"Weights of {name} from {path.name}.", flush=True)
     else:
-        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
         settings = recipe(name, dataset)
-        fit(model, data, settings, teacher=load_teacher(settings, data, dataset))
+        teacher = load_teacher(settings, data, dataset, path.parent)
+        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
+        fit(model, data, settings, teacher=teacher)
         serialization.save(model, path)
-    return model
+    return merge_branches(model) if isinstance(model, RepVGG) else model
+
+
+def load_teacher(recipe: Recipe, data: Dataset, dataset: str, folder: Path) -> nnx.Module | None:
+    """Loads the network that a recipe names as teacher, or trains it; None if it names none.
+
+    Args:
+        recipe: The recipe.
+        data: The images and labels to train on.
+        dataset: Their name.
+        folder: Where the teacher's weights are, or are to be written, if the repository has none.
+
+    Raises:
+        ValueError: If there is no such network.
+    """
+    if not recipe.teacher:
+        return None
+    if recipe.teacher not in NETWORKS:
+        raise ValueError(f"teacher must be one of {', '.join(NETWORKS)}, got {recipe.teacher!r}")
+    return load_or_train(recipe.teacher, data, dataset, weights_path(recipe.teacher, dataset, folder))
 
 
 def digits() -> nnx.Module:

@@ -15,6 +15,7 @@ _STYLES = {
     "uncoded": ("#7f7f7f", "x", ":"),
     "replication": ("#000000", "s", "--"),
     "nearest": ("#7f7f7f", "D", "--"),
+    "nearest_of_request": ("#56B4E9", "d", "--"),
     "bacc": ("#CC79A7", "v", "-"),
     "bacc_fixed": ("#CC79A7", "1", ":"),
     "letcc": ("#E69F00", "^", "-"),
@@ -23,6 +24,7 @@ _STYLES = {
     "repeated": ("#009E73", "P", "-"),
     "tuned": ("#D55E00", "*", "-"),
 }
+COLORS = {name: color for name, (color, _, _) in _STYLES.items()}
 _SERVING_STYLES = {
     "uncoded": _STYLES["uncoded"],
     "replication": _STYLES["replication"],
@@ -78,7 +80,7 @@ def draw_metric(axes: Axes, comparison: Comparison, metric: str) -> None:
     """
     mean, half_width = comparison.interval(metric)
     for i, scheme in enumerate(comparison.schemes):
-        color, marker, line = _STYLES[scheme.name]
+        color, marker, line = _STYLES.get(scheme.name, ("#999999", ".", ":"))
         style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
         axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
         low, high = mean[i] - half_width[i], mean[i] + half_width[i]

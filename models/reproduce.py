@@ -10,6 +10,8 @@ from .experiments import coding, rate_results
 from .experiments.classifier_results import Classifiers
 from .experiments.results import Result, write
 
+NAMES = (*(f"E{i}" for i in range(1, 10)), "theorems")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs experiments, and writes their figures, plots and findings.
@@ -18,36 +20,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
 
     Raises:
-        SystemExit: With code 2 if an argument is invalid.
+        SystemExit: With code 2 if an argument is invalid, or a file of images is damaged.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     experiments = _experiments(options.quick, options.seed)
-    names = list(experiments) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
-    for name in names:
+    for name in NAMES if "all" in options.experiment else dict.fromkeys(options.experiment):
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
-        result = experiments[name]()
         command = f"python -m models.reproduce {name}{' --quick' if options.quick else ''} --seed {options.seed}"
-        print(write(result, options.out, command, time.perf_counter() - start), end="\n\n", flush=True)
+        try:
+            findings = write(experiments[name](), options.out, command)
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"{name}: {error}")
+        print(f"{findings}\n\n{name} took {time.perf_counter() - start:.0f} s.\n", flush=True)
     print(f"In {options.out}/: README.md has all findings and plots, the .csv files all figures.")
 
 
 def _experiments(is_quick: bool, seed: int) -> dict[str, Callable[[], Result]]:
     """Makes the functions that run the experiments, by name; those on classifiers share what they measure."""
     classifiers = Classifiers(is_quick, seed)
+    functions = (
+        lambda: rate_results.e1(is_quick, seed),
+        classifiers.e2,
+        classifiers.e3,
+        classifiers.e4,
+        lambda: coding.e5(is_quick, seed),
+        lambda: rate_results.e6(is_quick, seed),
+        classifiers.e7,
+        classifiers.e8,
+        lambda: _pictures(classifiers),
+        lambda: rate_results.theorems(is_quick, seed),
+    )
+    return dict(zip(NAMES, functions, strict=True))
+
+
+def _pictures(classifiers: Classifiers) -> Result:
     dataset = classifiers.cases[0].dataset
-    return {
-        "E1": lambda: rate_results.e1(is_quick, seed),
-        "E2": classifiers.e2,
-        "E3": classifiers.e3,
-        "E4": classifiers.e4,
-        "E5": lambda: coding.e5(is_quick, seed),
-        "E6": lambda: rate_results.e6(is_quick, seed),
-        "E7": classifiers.e7,
-        "E8": classifiers.e8,
-        "E9": lambda: coding.e9(datasets.load(dataset).x_test, dataset),
-        "theorems": lambda: rate_results.theorems(is_quick, seed),
-    }
+    return coding.e9(classifiers.load_data(dataset).x_test, dataset)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         f"Networks are trained on MNIST and CIFAR-10, whose folder {datasets.VARIABLE} names; without it, one on "
         "scikit-learn's digits stands in.",
     )
-    names = [*_experiments(True, 0), "all"]
+    names = [*NAMES, "all"]
     parser.add_argument("experiment", nargs="+", choices=names, metavar="experiment", help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="few and small sizes, in minutes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of batches and stragglers (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/reproduce"), help="folder to write to (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: %(default)s)")
     return parser
 
 

@@ -21,7 +21,6 @@ class ResNetConfig:
         projects: Where a block changes sizes, whether its input passes through a 1 x 1 convolution with batch
             normalisation (option B of the paper), instead of being subsampled and padded with zeros (option A, the
             paper's for CIFAR-10).
-        stem_stride: Step of the first convolution, in pixels: 1 in the paper.
     """
 
     blocks: tuple[int, ...]
@@ -29,12 +28,6 @@ class ResNetConfig:
     num_channels: int = 3
     num_classes: int = 10
     projects: bool = False
-    stem_stride: int = 1
-
-    @classmethod
-    def resnet14(cls, **kwargs) -> "ResNetConfig":
-        """Makes one that halves images at once, for short training: 696,618 parameters, 24 million multiplications."""
-        return cls((2, 2, 2), (32, 64, 128), projects=True, stem_stride=2, **kwargs)
 
     @classmethod
     def resnet20(cls, **kwargs) -> "ResNetConfig":
@@ -60,7 +53,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.stem = ConvBatchNorm(config.num_channels, config.widths[0], stride=config.stem_stride, rngs=rngs)
+        self.stem = ConvBatchNorm(config.num_channels, config.widths[0], rngs=rngs)
         self.stages = make_stages(
             lambda inputs, outputs, stride: ResidualBlock(inputs, outputs, stride, config.projects, rngs=rngs),
             config.widths[0],

@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet14 for cifar10, else lenet5")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet20 for cifar10, else lenet5")
     parser.add_argument(
         "--delays", choices=sorted(_TAILS), default="pareto", help="law of the delays (default: %(default)s)"
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, PyTree
 
 _PATCH = 6
 _STRIDE = 2
@@ -20,38 +20,40 @@ class PatchSurrogate:
 
     Attributes:
         kernel: Whitened patches, as a convolution's kernel (6, 6, channels, filters).
-        threshold: What responses must exceed to count, (filters,).
+        centre: Medians of the responses, (filters,).
+        threshold: How far from the centre a response must be to count, (filters,).
         weights: Of the features, (features, classes).
         offset: Added to the logits, (classes,).
-        cost: Multiplications for an image, relative to the classifier's.
+        cost: Multiplications for an image, relative to the classifier's operations, counted in pairs.
 
     References:
         Coates, Lee, Ng (2011). An analysis of single-layer networks in unsupervised feature learning. AISTATS.
     """
 
     kernel: Float[Array, "rows columns channels filters"]
+    centre: Float[Array, "filters"]
     threshold: Float[Array, "filters"]
     weights: Float[Array, "features classes"]
     offset: Float[Array, "classes"]
     cost: float
 
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
+    def __call__(self, images: Float[ArrayLike, "batch height width channels"]) -> Float[Array, "batch classes"]:
         """Predicts the logits of a batch."""
-        return _features(images, self.kernel, self.threshold) @ self.weights + self.offset
+        return _features(images, self.kernel, self.centre, self.threshold) @ self.weights + self.offset
 
     def fill(self, results, is_lost, images):
         """Gives every lost input its predicted logits; a `comparison.Fill`."""
         return jnp.where(is_lost[:, None], self(images), results)
 
-    def order(self, images, num_data: int) -> Int[np.ndarray, "batch"]:
+    def order(self, inputs: PyTree, num_data: int) -> Int[Array, "batch"]:
         """Orders each group of K by the margin of its predicted classes, the least certain first.
 
         `jc.ReplicationCode` gives the first inputs of a group one copy more where K does not divide N.
         """
-        top = jnp.sort(self(images), axis=1)
-        margin = np.asarray(top[:, -1] - top[:, -2])
+        top = jnp.sort(self(inputs), axis=1)
+        margin = top[:, -1] - top[:, -2]
         starts = range(0, len(margin), num_data)
-        return np.concatenate([start + np.argsort(margin[start : start + num_data]) for start in starts])
+        return jnp.concatenate([start + jnp.argsort(margin[start : start + num_data]) for start in starts])
 
 
 def distil(
@@ -81,16 +83,17 @@ def distil(
     allowed = cost * _multiplications(apply, images)
     per_filter = positions * _PATCH**2 * channels + 2 * _POOLS**2 * logits.shape[1]
     num_filters = max(1, int(allowed / per_filter))
-    kernel, threshold = _draw_filters(images, num_filters, np.random.default_rng(seed))
+    filters = _draw_filters(images, num_filters, np.random.default_rng(seed))
     compute = jax.jit(_features)
-    features = np.concatenate([np.asarray(compute(part, kernel, threshold)) for part in _parts(images)])
+    features = np.concatenate([np.asarray(compute(part, *filters)) for part in _parts(images)])
     mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
     fit = linear_model.RidgeCV(_RIDGES).fit(((features - mean) / scale).astype(np.float64), logits)
     weights = (fit.coef_ / scale).T
-    arrays = (
-        jnp.asarray(array, jnp.float32) for array in (kernel, threshold, weights, fit.intercept_ - mean @ weights)
+    kernel, centre, threshold, weights, offset = (
+        jnp.asarray(array, jnp.float32) for array in (*filters, weights, fit.intercept_ - mean @ weights)
     )
-    return PatchSurrogate(*arrays, num_filters * per_filter * cost / allowed)
+    share = num_filters * per_filter * cost / allowed
+    return PatchSurrogate(kernel, centre, threshold, weights, offset, share)
 
 
 def _parts(images):
@@ -98,13 +101,13 @@ def _parts(images):
 
 
 def _multiplications(apply, images) -> float:
-    """Counts the multiplications that the classifier takes for an image."""
+    """Counts half the floating-point operations that the classifier takes for an image."""
     analysis = apply.lower(images[:1]).cost_analysis()
     return analysis["flops"] / 2
 
 
 def _draw_filters(images, num_filters: int, rng):
-    """Draws patches of images, whitens them, and finds the threshold that half of their responses exceed in size."""
+    """Draws patches of images, whitens them, and finds the median of responses to them and of distances from it."""
     channels = images.shape[-1]
     patches = _draw_patches(images, 10_000, rng)
     mean = patches.mean(axis=0)
@@ -115,7 +118,8 @@ def _draw_filters(images, num_filters: int, rng):
     filters /= np.linalg.norm(filters, axis=1, keepdims=True) + 1e-6
     kernel = (filters @ whitening).T.reshape(_PATCH, _PATCH, channels, num_filters)
     responses = patches @ (filters @ whitening).T
-    return kernel, np.median(abs(responses - np.median(responses, axis=0)), axis=0)
+    centre = np.median(responses, axis=0)
+    return kernel, centre, np.median(abs(responses - centre), axis=0)
 
 
 def _draw_patches(images, count: int, rng):
@@ -125,8 +129,9 @@ def _draw_patches(images, count: int, rng):
     return np.stack(patches).reshape(count, -1).astype(np.float64)
 
 
-def _features(images, kernel, threshold):
-    """Computes what responses to patches exceed the threshold by, on either side, in means over 3 x 3 regions."""
+def _features(images, kernel, centre, threshold):
+    """Computes how much farther than the threshold responses are from their centre, on either side, in 3 x 3 means."""
+    images = jnp.asarray(images)
     responses = jax.lax.conv_general_dilated(
         images,
         jnp.asarray(kernel, images.dtype),
@@ -134,7 +139,8 @@ def _features(images, kernel, threshold):
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    threshold = jnp.asarray(threshold, images.dtype)
+    centre, threshold = (jnp.asarray(array, images.dtype) for array in (centre, threshold))
+    responses = responses - centre
     both = jnp.concatenate([jax.nn.relu(responses - threshold), jax.nn.relu(-responses - threshold)], axis=-1)
     rows, columns = (np.linspace(0, size, _POOLS + 1).astype(int) for size in both.shape[1:3])
     pools = [

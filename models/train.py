@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.resume:
             shutil.rmtree(checkpoint, ignore_errors=True)
         print(f"{args.model} on {len(data.x_train):,} images of {args.dataset}: {recipe}", flush=True)
-        teacher = networks.load_teacher(recipe, data, args.dataset)
+        teacher = networks.load_teacher(recipe, data, args.dataset, args.out)
         losses = fit(model, data, recipe, teacher=teacher, seed=args.seed, checkpoint=checkpoint)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))

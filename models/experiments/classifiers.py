@@ -1,8 +1,9 @@
 """Measures codes on trained classifiers as arXiv 2406.00300 does: E2 to E4, E7 and E8.
 
 Codes decode class probabilities (softmax), at the paper's nodes. Every scheme sees the same images and stragglers. The
-published loss, `E[(1/K) sum_k ||f(x_k) - fhat(x_k)||]`, is called the mean norm here; beside it stands the root mean
-square. Beyond the paper: plain replication, replication filled from the nearest answered image, and the tuned code.
+published RMSE is `E[(1/K) sum_k ||f(x_k) - fhat(x_k)||]`, the mean error norm; beside it stands the root mean square.
+Beyond the paper: replication, whose lost inputs count as equal probabilities, replication filled from the nearest
+answered image, of the request or of the batch, and the tuned code, which orders the batch.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ class Setting:
 class FixedSignBerrut(interpolants.AbstractInterpolant):
     """Interpolates as `jc.interpolants.Berrut`, but with the signs of all knots, not those of knots that have data.
 
-    Where data are missing, two neighbours have the same sign and the curve has a pole between them.
+    Where an odd number of neighbours is missing, the two next to them have the same sign and the curve has a pole
+    between them.
 
     References:
         arXiv 2009.08327, section III, read to the letter.
@@ -124,12 +126,13 @@ class CodedAnswers:
             results.append(np.asarray(self._mean_norm(*self._answers[encoder], masks, decoder), np.float64))
         return np.stack(results)
 
-    def search(self, num_stragglers: int, *, num_sets: int = 5) -> tuple[float, float]:
+    def search(self, num_stragglers: int, *, num_sets: int = 5, seed: int = 0) -> tuple[float, float]:
         """Searches the best smoothings of encoder and decoder, greedily: one, then the other, until none changes.
 
         Args:
             num_stragglers: S.
             num_sets: Straggler sets drawn for each request.
+            seed: Seed of the stragglers.
 
         Returns:
             The encoder's and the decoder's smoothing, of `SMOOTHINGS`.
@@ -139,7 +142,7 @@ class CodedAnswers:
             previous = best
             for position in (1, 0):
                 pairs = [with_smoothing(best, position, float(value)) for value in SMOOTHINGS]
-                norms = self.mean_norms(pairs, num_stragglers, num_sets=num_sets).mean(axis=1)
+                norms = self.mean_norms(pairs, num_stragglers, num_sets=num_sets, seed=seed).mean(axis=1)
                 best = pairs[int(np.nanargmin(norms))]
             if best == previous:
                 break
@@ -179,21 +182,49 @@ def _programs(graph, num_data: int, num_workers: int):
     return answer, mean_norm
 
 
-def smoothings_against_stragglers(
-    model: nnx.Module, images: Float[np.ndarray, "images height width channels"], setting: Setting
-) -> Float64[np.ndarray, "counts 2"]:
-    """Searches the best smoothings for every number of stragglers, on the same images: E7.
+@dataclasses.dataclass(frozen=True)
+class BestSmoothings:
+    """Holds the best smoothings for several numbers of stragglers.
+
+    Attributes:
+        pairs: The encoder's and the decoder's for each number, found on training images.
+        common: The pair that is best for all numbers together.
+        costs: The mean error norm at the common pair, divided by that at a number's own, minus 1, for straggler sets of
+            test images.
+    """
+
+    pairs: Float64[np.ndarray, "counts 2"]
+    common: tuple[float, float]
+    costs: Float64[np.ndarray, "counts sets"]
+
+
+def best_smoothings(
+    model: nnx.Module, data: Dataset, setting: Setting, *, num_images: int = 400, num_sets: int = 20, seed: int = 0
+) -> BestSmoothings:
+    """Searches the best smoothings for every number of stragglers, and measures what one pair for all costs: E7.
 
     Args:
         model: The classifier.
-        images: Images that are used for nothing else.
+        data: Its data; smoothings are searched on training images, and costs are measured on test images.
         setting: The sizes.
-
-    Returns:
-        The encoder's and the decoder's smoothing for each number of stragglers.
+        num_images: Images of either.
+        num_sets: Straggler sets that costs are measured with.
+        seed: Seed of the stragglers.
     """
-    answers = CodedAnswers(model, images, setting.num_workers, setting.num_data)
-    return np.array([answers.search(count) for count in setting.straggler_counts])
+    size = setting.num_workers, setting.num_data
+    counts = setting.straggler_counts
+    answers = CodedAnswers(model, data.x_train[:num_images], *size)
+    pairs = [answers.search(count, seed=seed) for count in counts]
+    candidates = list(dict.fromkeys(pairs))
+    norms = np.stack([answers.mean_norms(candidates, count, num_sets=5, seed=seed).mean(axis=1) for count in counts])
+    # Errors rise with S: each number of stragglers counts by its own best.
+    common = candidates[int(np.argmin((norms / norms.min(axis=1, keepdims=True)).mean(axis=0)))]
+    held_out = CodedAnswers(model, data.x_test[:num_images], *size)
+    costs = []
+    for count, pair in zip(counts, pairs, strict=True):
+        shared, own = held_out.mean_norms([common, pair], count, num_sets=num_sets, seed=seed)
+        costs.append(shared / own - 1)
+    return BestSmoothings(np.array(pairs), common, np.stack(costs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +232,14 @@ class Sensitivity:
     """Holds how much worse results are at other smoothings than the best.
 
     Attributes:
-        best: The encoder's and the decoder's smoothing that the search found, on other images.
-        increases: The mean norm at each of `SMOOTHINGS`, of the encoder (0) or the decoder (1) alone, divided by that
-            at the best, minus 1.
+        best: The encoder's and the decoder's smoothing that the search found on training images.
+        positive: The best positive smoothing of the encoder, beside the decoder's best, and of the decoder, likewise.
+        increases: The mean error norm at each of `SMOOTHINGS`, of the encoder (0) or the decoder (1) alone, divided by
+            that at the positive one, minus 1; on test images.
     """
 
     best: tuple[float, float]
+    positive: tuple[float, float]
     increases: Float64[np.ndarray, "2 smoothings seeds"]
 
 
@@ -219,6 +252,7 @@ def sensitivity(
     *,
     num_seeds: int = 20,
     batch_size: int = 200,
+    seed: int = 0,
 ) -> Sensitivity:
     """Measures what smoothings other than the best cost: E8.
 
@@ -228,19 +262,28 @@ def sensitivity(
         num_workers: N.
         num_data: K.
         num_stragglers: S.
-        num_seeds: Repetitions, each with other images and stragglers.
-        batch_size: Images of a repetition, and twice as many for the search.
+        num_seeds: Repetitions, each with a batch of test images and stragglers.
+        batch_size: Images of a repetition, at most a quarter of the test images, and twice as many for the search.
+        seed: Seed of batches and stragglers.
     """
     size = num_workers, num_data
-    best = CodedAnswers(model, data.x_train[: 2 * batch_size], *size).search(num_stragglers)
-    pairs = [with_smoothing(best, position, float(value)) for position in (0, 1) for value in SMOOTHINGS]
+    batch_size = max(num_data, min(batch_size, len(data.x_test) // 4))
+    searched = CodedAnswers(model, data.x_train[: 2 * batch_size], *size)
+    best = searched.search(num_stragglers, seed=seed)
+    pairs = [[with_smoothing(best, position, float(value)) for value in SMOOTHINGS] for position in (0, 1)]
+    positive = []
+    for candidates in pairs:
+        norms = searched.mean_norms(candidates[1:], num_stragglers, num_sets=5, seed=seed).mean(axis=1)
+        positive.append(1 + int(norms.argmin()))
     increases = []
-    for seed in range(num_seeds):
-        images = data.x_test[np.random.default_rng((0, seed)).choice(len(data.x_test), batch_size, replace=False)]
+    for i in range(num_seeds):
+        images = data.x_test[np.random.default_rng((seed, i)).choice(len(data.x_test), batch_size, replace=False)]
         answers = CodedAnswers(model, images, *size)
-        norms = answers.mean_norms([best, *pairs], num_stragglers, num_sets=5, seed=seed).mean(axis=1)
-        increases.append(norms[1:] / norms[0] - 1)
-    return Sensitivity(best, np.stack(increases, axis=-1).reshape(2, len(SMOOTHINGS), num_seeds))
+        norms = answers.mean_norms([*pairs[0], *pairs[1]], num_stragglers, num_sets=5, seed=seed + i).mean(axis=1)
+        norms = norms.reshape(2, -1)
+        increases.append(norms / norms[[0, 1], positive][:, None] - 1)
+    encoder, decoder = SMOOTHINGS[positive].tolist()
+    return Sensitivity(best, (encoder, decoder), np.stack(increases, axis=-1))
 
 
 def against_stragglers(
@@ -261,14 +304,15 @@ def against_stragglers(
         data: Its data.
         setting: The sizes.
         num_seeds: Repetitions, each with a batch of test images.
-        batch_size: Images in a batch, rounded down to a multiple of K.
+        batch_size: Images in a batch, at most a quarter of the test images, rounded down to a multiple of K.
         seed: Seed of batches and stragglers.
     """
     num_workers, num_data = setting.num_workers, setting.num_data
     size = {"num_data": num_data, "num_workers": num_workers}
     middle = setting.straggler_counts[len(setting.straggler_counts) // 2]
+    batch_size = max(num_data, min(batch_size, len(data.x_test) // 4))
     sample = data.x_train[: max(batch_size, 2 * num_data)]
-    encoder, decoder = CodedAnswers(model, sample, num_workers, num_data).search(middle)
+    encoder, decoder = CodedAnswers(model, sample, num_workers, num_data).search(middle, seed=seed)
     tuned = jc.tune(model, sample, num_data, num_workers, jc.stragglers.Uniform(middle), progress=False)
     letcc = jc.SplineCode.chebyshev(**size, encoder_smoothing=encoder, decoder_smoothing=decoder)
     fixed = jc.InterpolatingCode(jc.nodes.chebyshev(**size), interpolants.Berrut(), FixedSignBerrut())
@@ -277,7 +321,7 @@ def against_stragglers(
         Scheme("bacc", "BACC", jc.BerrutCode.chebyshev(**size), "softmax"),
         Scheme("bacc_fixed", "BACC, signs of all workers", fixed, "softmax"),
         Scheme("replication", "replication", jc.ReplicationCode(**size), "softmax"),
-        filled_schemes(**size)[0],
+        *filled_schemes(**size)[:2],
         tuned_scheme(tuned),
     )
     return compare(
@@ -294,19 +338,40 @@ def against_stragglers(
     )
 
 
-def gains(comparison: Comparison, metric: str, scheme: str = "letcc", beside: str = "bacc") -> tuple[float, float]:
-    """Computes a scheme's relative difference from another, meant over numbers of stragglers, in per cent: E2.
+def gains(comparison: Comparison, metric: str, scheme: str = "letcc", baseline: str = "bacc") -> tuple[float, float]:
+    """Computes a scheme's relative difference from another, averaged over numbers of stragglers, in per cent: E2.
 
     Args:
         comparison: What `against_stragglers` returned.
         metric: A name in `comparison.METRICS`.
         scheme: The scheme's name.
-        beside: The other's name.
+        baseline: The other's name.
 
     Returns:
         The mean over repetitions and half the width of its 95 % interval.
     """
-    names = [scheme.name for scheme in comparison.schemes]
-    values, others = (comparison.values[metric][names.index(name)].astype(np.float64) for name in (scheme, beside))
+    values, others = (_values(comparison, metric, name) for name in (scheme, baseline))
     mean, half_width = mean_and_half_width(100 * (values / others - 1).mean(axis=0))
     return float(mean), float(half_width)
+
+
+def differences(comparison: Comparison, metric: str, scheme: str, baseline: str) -> tuple[int, int]:
+    """Counts for how many numbers of stragglers a scheme's metric is lower and higher than another's, beyond chance.
+
+    Args:
+        comparison: What `against_stragglers` returned.
+        metric: A name in `comparison.METRICS`.
+        scheme: The scheme's name.
+        baseline: The other's name.
+
+    Returns:
+        How many 95 % intervals of the paired difference are below zero, and how many above.
+    """
+    values, others = (_values(comparison, metric, name) for name in (scheme, baseline))
+    mean, half_width = mean_and_half_width(values - others)
+    return int(np.sum(mean + half_width < 0)), int(np.sum(mean - half_width > 0))
+
+
+def _values(comparison: Comparison, metric: str, name: str) -> Float64[np.ndarray, "counts seeds"]:
+    names = [scheme.name for scheme in comparison.schemes]
+    return comparison.values[metric][names.index(name)].astype(np.float64)

@@ -15,7 +15,7 @@ class Curve:
     """Holds the errors of one scheme on one function.
 
     Attributes:
-        statement: Which statement they belong to, a key of `report.STATEMENTS`.
+        statement: Which statement they belong to, a key of `rate_results.STATEMENTS`.
         function: What workers compute.
         scheme: The code, with the attack where there is one.
         x: The number of workers or of stragglers, shape (points,).

@@ -100,7 +100,7 @@ def noise(
 
 
 @_in_float64
-def liars(
+def adversaries(
     trials: int = 400,
     seed: int = 0,
     exponent: float = 0.5,
@@ -128,18 +128,18 @@ def liars(
         adjacent = jnp.broadcast_to(_adjacent(NUM_DATA, count, size), (trials, count))
         keys = jax.random.split(jax.random.fold_in(key, 1), 2)
         rank = jnp.argsort(jax.random.uniform(keys[0], (trials, count)), axis=1)
-        lies = jax.random.uniform(keys[1], (trials, count), minval=-bound, maxval=bound)
+        false = jax.random.uniform(keys[1], (trials, count), minval=-bound, maxval=bound)
         spline, berrut = (_errors_of(name, NUM_DATA, count) for name in ("LeTCC", "BACC"))
         for attack, replaced, answers in (
             ("adjacent", adjacent, jnp.full((trials, count), bound)),
-            ("scattered", rank < size, lies),
+            ("scattered", rank < size, false),
         ):
             args = x, jnp.ones(count, bool), jnp.where(replaced, answers, 0), replaced
             best, unsmoothed = _smoothed(lambda lam, spline=spline, args=args: spline(*args, smoothing=lam))
             samples[f"LeTCC, {attack}"].append(best)
             samples[f"LeTCC, unsmoothed, {attack}"].append(unsmoothed)
             samples[f"BACC, {attack}"].append(berrut(*args)[1::2])
-    return summarise(f"liars {exponent}", samples, counts, 6 / 5 * (exponent - 1), seed)
+    return summarise(f"adversaries {exponent}", samples, counts, 6 / 5 * (exponent - 1), seed)
 
 
 @_in_float64

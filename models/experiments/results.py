@@ -38,8 +38,8 @@ class Result:
         name: Its short name, such as `E3`, also of its files.
         title: What it measures.
         findings: What was published and what was measured.
-        columns: Names of the figures.
-        rows: The figures.
+        columns: Names of the values.
+        rows: The values, to be written as CSV.
         figure: The plot.
         text: Markdown to put under the table of findings.
     """
@@ -53,32 +53,37 @@ class Result:
     text: str = ""
 
 
-def write(result: Result, folder: Path, command: str, seconds: float) -> str:
+def write(result: Result, folder: Path, command: str) -> str:
     """Writes a result's figures as CSV, its plot as PNG and its findings as Markdown, and collects those of all.
 
     Args:
         result: The result.
         folder: Where to; made if need be. Its `README.md` is made anew from the results that are there.
         command: The command that repeats it.
-        seconds: How long it took.
 
     Returns:
         The findings, as Markdown.
+
+    Raises:
+        ValueError: If the folder has a `README.md` of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    collection = folder / "README.md"
+    if collection.exists() and not collection.read_text().startswith(_HEADING):
+        raise ValueError(f"{collection} is of something else; name another folder")
     with (folder / f"{result.name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(result.columns)
         writer.writerows([_digits(value) for value in row] for row in result.rows)
     save(result.figure, folder / f"{result.name}.png")
-    made = f"`{command}`, {datetime.date.today().isoformat()}, {seconds:.0f} s, {_machine()}"
+    made = f"`{command}`, {datetime.date.today().isoformat()}, {_machine()}"
     parts = [f"## {result.name}. {result.title}", made, _table(result.findings)]
     parts += [result.text.strip()] if result.text else []
     findings = "\n\n".join(parts)
     plot = f"Figures: [{result.name}.csv]({result.name}.csv).\n\n![{result.name}]({result.name}.png)"
     (folder / f"{result.name}.md").write_text(f"{findings}\n\n{plot}\n")
-    sections = [path.read_text() for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
-    (folder / "README.md").write_text("\n".join([_HEADING, *sections]))
+    texts = [path.read_text() for path in sorted(folder.glob("*.md")) if path != collection]
+    collection.write_text("\n".join([_HEADING, *(text for text in texts if text.startswith("## "))]))
     return findings
 
 

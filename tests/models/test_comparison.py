@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 from scipy import stats
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.neighbors import KNeighborsRegressor
 
-from models.comparison import METRICS, compare, mean_and_half_width, standard_schemes, write_csv
+from models.comparison import (
+    METRICS,
+    compare,
+    fill_by_ridge,
+    fill_from_nearest,
+    mean_and_half_width,
+    standard_schemes,
+    write_csv,
+)
 from models.datasets import load
 
 COUNTS = (0, 3, 6)
@@ -132,3 +142,45 @@ def test_the_file_holds_every_figure(comparison, tmp_path):
     values = comparison.values["rmse"][_index(comparison, "bacc"), 1]
     assert float(row["mean"]) == pytest.approx(values.mean(), abs=1e-5)
     assert float(row["low"]) < float(row["mean"]) < float(row["high"])
+
+
+def _batch():
+    rng = np.random.default_rng(0)
+    inputs, results = rng.normal(size=(40, 3, 2)).astype(np.float32), rng.normal(size=(40, 4)).astype(np.float32)
+    is_lost = rng.random(40) < 0.3
+    return np.where(is_lost[:, None], np.nan, results).astype(np.float32), is_lost, inputs
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_filling_from_the_nearest_is_scikit_learns(group_size):
+    results, is_lost, inputs = _batch()
+    filled = fill_from_nearest(*map(jnp.asarray, (results, is_lost, inputs)), group_size=group_size)
+    expected = results.copy()
+    for start in range(0, 40, group_size or 40):
+        group = slice(start, start + (group_size or 40))
+        known = ~is_lost[group]
+        flat = inputs[group].reshape(known.size, -1)
+        model = KNeighborsRegressor(1).fit(flat[known], results[group][known])
+        expected[group][~known] = model.predict(flat[~known])
+    np.testing.assert_allclose(filled, expected, rtol=1e-6)
+
+
+def test_groups_of_which_all_are_lost_stay_so():
+    results, is_lost, inputs = _batch()
+    is_lost[8:16] = True
+    results[8:16] = np.nan
+    filled = np.asarray(fill_from_nearest(*map(jnp.asarray, (results, is_lost, inputs)), group_size=8))
+    assert np.isnan(filled[8:16]).all()
+    assert np.isfinite(np.delete(filled, range(8, 16), axis=0)).all()
+
+
+def test_filling_by_ridge_is_scikit_learns():
+    results, is_lost, inputs = _batch()
+    flat = inputs.reshape(40, -1)
+    squares = np.sum((flat[:, None] - flat) ** 2, axis=-1)
+    model = KernelRidge(alpha=0.01, kernel="rbf", gamma=1 / (2 * 0.5**2 * np.median(squares)))
+    mean = results[~is_lost].mean(axis=0)
+    model.fit(flat[~is_lost], results[~is_lost] - mean)
+    expected = np.where(is_lost[:, None], mean + model.predict(flat), results)
+    filled = fill_by_ridge(*map(jnp.asarray, (results, is_lost, inputs)))
+    np.testing.assert_allclose(filled, expected, rtol=1e-3, atol=1e-3)

@@ -63,7 +63,7 @@ def test_noise_is_averaged_out_by_smoothing_only():
 @pytest.mark.long
 @pytest.mark.parametrize("exponent", [0.3, 0.5])
 def test_adversaries_are_outvoted_by_smoothing_only(exponent):
-    curves = rates.liars(exponent=exponent)
+    curves = rates.adversaries(exponent=exponent)
     for function in FUNCTIONS:
         # This attack nearly attains the bound: the slope is not above it beyond chance.
         assert not exceeds(select(curves, "LeTCC, adjacent", function))
@@ -94,7 +94,7 @@ def test_findings_have_slopes_beside_bounds(monkeypatch):
 
     for name, statement in (("stragglers", "stragglers"), ("noise", "noise"), ("probability", "probability")):
         monkeypatch.setattr(rates, name, lambda statement=statement, **_: measure(statement))
-    monkeypatch.setattr(rates, "liars", lambda exponent, **_: measure(f"liars {exponent}"))
+    monkeypatch.setattr(rates, "adversaries", lambda exponent, **_: measure(f"adversaries {exponent}"))
     result = rate_results.theorems(is_quick=False, seed=0)
     assert len(result.findings) == 5
     assert result.findings[1].published == "S^(8/5) N^(-3/5): -3.00"

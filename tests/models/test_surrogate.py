@@ -18,7 +18,6 @@ def distilled():
 def test_the_surrogate_predicts_the_classes_of_the_network(distilled):
     model, data, surrogate = distilled
     assert jc.metrics.agreement(surrogate(data.x_test), model(data.x_test)) > 0.85
-    # Ten filters fewer, and a tenth of the cost.
     cheap = distil(model, data.x_train[:100], cost=0.1)
     assert 0 < cheap.cost <= 0.1
     assert cheap.kernel.shape[-1] < surrogate.kernel.shape[-1] / 8
@@ -44,7 +43,8 @@ def test_lost_inputs_have_predicted_logits(distilled):
 
 
 def test_copies_go_to_the_least_certain(distilled):
-    model, data, surrogate = distilled
+    model, data, _ = distilled
+    surrogate = distil(model, data.x_train[:100], cost=0.1)
     size = {"num_data": 8, "num_workers": 12}
     schemes = (*surrogate_schemes(surrogate, **size), *filled_schemes(**size))
     comparison = compare(
@@ -55,11 +55,14 @@ def test_copies_go_to_the_least_certain(distilled):
         (0, 6),
         **size,
         batch_size=200,
-        num_seeds=2,
-        num_sets=3,
+        num_seeds=4,
+        num_sets=10,
         progress=False,
     )
     agreement = comparison.values["agreement"].mean(axis=-1)
     np.testing.assert_array_equal(agreement[:, 0], 1)
     assert agreement[1, 1] > agreement[0, 1]
-    np.testing.assert_array_equal(comparison.values["lost"][0] > 0, comparison.values["lost"][2] > 0)
+    # What is lost depends on the code and the masks alone; the order of inputs changes nothing.
+    lost = comparison.values["lost"]
+    assert np.all(lost[:, 1] > 0)
+    np.testing.assert_allclose(lost[0], lost[2], rtol=1e-6)
