@@ -6,7 +6,7 @@ import os
 import pytest
 
 from models import datasets, networks, serialization
-from models.training import accuracy, fit
+from models.training import Recipe, accuracy, fit
 
 CARDS = sorted(networks.WEIGHTS.glob("*.json"))
 
@@ -38,6 +38,8 @@ def test_weights_score_what_their_card_says(path):
     assert path.stem == f"{card['network']}-{card['dataset']}-{card['seed']}"
     assert card["command"].startswith(f"python -m models.train {card['network']} --dataset {card['dataset']}")
     assert (len(data.x_train), len(data.x_test)) == (card["training_images"], card["test_images"])
+    if len(card["command"].split()) == 6:
+        assert networks.recipe(card["network"], card["dataset"]) == Recipe(**card["recipe"])
 
 
 def test_a_network_without_weights_is_trained_once(tmp_path, capsys, monkeypatch):
