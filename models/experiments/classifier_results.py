@@ -102,8 +102,8 @@ _BASELINES = {
 }
 _NOTE = """\
 LeTCC, BACC, replication and its filling from the request read the K inputs of a request; filling from the batch and the
-tuned code, which orders it, read {batch}. An input that replication loses counts as equal probabilities. Smoothings and
-the tuned code are chosen on training images, for the middle number of stragglers."""
+tuned code, which orders it, read {batch}. An input that replication loses counts as equal probabilities. LeTCC's
+smoothings are chosen on training images for all S together, the tuned code for the middle one."""
 
 
 class Classifiers:
@@ -333,7 +333,8 @@ def _set_limits(axes: Axes, comparison: Comparison, metric: str) -> None:
     """Sets the y axis to the range of all schemes but BACC with the signs of all workers, whose poles leave it."""
     mean, _ = comparison.interval(metric)
     others = mean[[scheme.name != "bacc_fixed" for scheme in comparison.schemes]]
-    margin = 0.06 * (others.max() - others.min())
+    others = others[np.isfinite(others)]
+    margin = 0.06 * np.ptp(others)
     axes.set_ylim(max(0.0, others.min() - margin), others.max() + margin)
 
 

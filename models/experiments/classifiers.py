@@ -148,6 +148,24 @@ class CodedAnswers:
                 break
         return best
 
+    def search_all(
+        self, counts: Sequence[int], *, seed: int = 0
+    ) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+        """Searches the best smoothings for every number of stragglers, and a pair for all of them.
+
+        Args:
+            counts: The numbers S of stragglers.
+            seed: Seed of the stragglers.
+
+        Returns:
+            The pair for each number, and that of them whose mean norms are lowest in relation to each number's own.
+        """
+        pairs = [self.search(count, seed=seed) for count in counts]
+        candidates = list(dict.fromkeys(pairs))
+        norms = [self.mean_norms(candidates, count, num_sets=5, seed=seed).mean(axis=1) for count in counts]
+        excess = np.mean([row / row.min() for row in norms], axis=0)
+        return pairs, candidates[int(excess.argmin())]
+
 
 def with_smoothing(pair: tuple[float, float], position: int, value: float) -> tuple[float, float]:
     """Replaces the encoder's (position 0) or the decoder's (1) smoothing in a pair."""
@@ -213,12 +231,7 @@ def best_smoothings(
     """
     size = setting.num_workers, setting.num_data
     counts = setting.straggler_counts
-    answers = CodedAnswers(model, data.x_train[:num_images], *size)
-    pairs = [answers.search(count, seed=seed) for count in counts]
-    candidates = list(dict.fromkeys(pairs))
-    norms = np.stack([answers.mean_norms(candidates, count, num_sets=5, seed=seed).mean(axis=1) for count in counts])
-    # Errors rise with S: each number of stragglers counts by its own best.
-    common = candidates[int(np.argmin((norms / norms.min(axis=1, keepdims=True)).mean(axis=0)))]
+    pairs, common = CodedAnswers(model, data.x_train[:num_images], *size).search_all(counts, seed=seed)
     held_out = CodedAnswers(model, data.x_test[:num_images], *size)
     costs = []
     for count, pair in zip(counts, pairs, strict=True):
@@ -297,7 +310,8 @@ def against_stragglers(
 ) -> Comparison:
     """Measures every scheme against the number of stragglers: E3 and E4.
 
-    LeTCC's smoothings and the tuned code are chosen on training images, for the middle number of stragglers.
+    LeTCC's smoothings and the tuned code are chosen on training images: the smoothings for all numbers of stragglers
+    together, the tuned code for the middle one.
 
     Args:
         model: The classifier.
@@ -312,9 +326,9 @@ def against_stragglers(
     middle = setting.straggler_counts[len(setting.straggler_counts) // 2]
     batch_size = max(num_data, min(batch_size, len(data.x_test) // 4))
     sample = data.x_train[: max(batch_size, 2 * num_data)]
-    encoder, decoder = CodedAnswers(model, sample, num_workers, num_data).search(middle, seed=seed)
+    _, smoothings = CodedAnswers(model, sample, num_workers, num_data).search_all(setting.straggler_counts, seed=seed)
     tuned = jc.tune(model, sample, num_data, num_workers, jc.stragglers.Uniform(middle), progress=False)
-    letcc = jc.SplineCode.chebyshev(**size, encoder_smoothing=encoder, decoder_smoothing=decoder)
+    letcc = jc.SplineCode.chebyshev(**size, encoder_smoothing=smoothings[0], decoder_smoothing=smoothings[1])
     fixed = jc.InterpolatingCode(jc.nodes.chebyshev(**size), interpolants.Berrut(), FixedSignBerrut())
     schemes = (
         Scheme("letcc", "LeTCC", letcc, "softmax"),

@@ -99,7 +99,7 @@ def test_schemes_are_measured_on_test_images_only(network):
     assert [scheme.name for scheme in measured.schemes][:3] == ["letcc", "bacc", "bacc_fixed"]
     letcc = measured.schemes[0].code
     answers = CodedAnswers(model, data.x_train[:16], 12, 8)
-    assert (letcc.encoder.smoothing, letcc.decoder.smoothing) == answers.search(4)
+    assert (letcc.encoder.smoothing, letcc.decoder.smoothing) == answers.search_all((1, 4))[1]
     bacc = Scheme("bacc", "BACC", jc.BerrutCode.chebyshev(8, 12), "softmax")
     alone = compare(
         model, changed.x_test, changed.y_test, (bacc,), (1, 4), num_data=8, num_workers=12, batch_size=16, num_seeds=2
