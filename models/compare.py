@@ -190,18 +190,18 @@ def _schemes(num_data: int, num_workers: int, tune) -> tuple[Scheme, ...]:
 
 def _tables(comparisons: dict[Setting, Comparison], args: argparse.Namespace) -> str:
     schemes = next(iter(comparisons.values())).schemes
-    header = f"{'':30}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in comparisons)
+    header = f"{'':32}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in comparisons)
     parts = []
     for metric, title in _TITLES.items():
         intervals = [comparison.interval(metric) for comparison in comparisons.values()]
         lines = [f"{title}\n{header}"]
         for i, scheme in enumerate(schemes):
             cells = (_cell(mean[i, 0], half_width[i, 0]) for mean, half_width in intervals)
-            lines.append(f"{_label(scheme):30}" + "".join(f"{cell:>16}" for cell in cells))
+            lines.append(f"{_label(scheme):32}" + "".join(f"{cell:>16}" for cell in cells))
         parts.append("\n".join(lines))
     shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in comparisons.values())
     parts.append(
-        f"Classes lost by the tuned code, as a share of those lost by replication\n{header}\n{'tuned':30}{shares}"
+        f"Classes lost by the tuned code, as a share of those lost by replication\n{header}\n{'tuned':32}{shares}"
     )
     parts.append(_FOOTNOTE.format(**vars(args)))
     return "\n\n".join(parts)

@@ -128,7 +128,7 @@ def filled_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
     fill_in_request = partial(fill_from_nearest, group_size=num_data)
     return (
         Scheme("nearest", "replication + nearest image", code, "logits", fill=fill_from_nearest),
-        Scheme("nearest_of_request", "the same within the request", code, "logits", fill=fill_in_request),
+        Scheme("nearest_of_request", "replication + nearest of request", code, "logits", fill=fill_in_request),
         Scheme("ridge", "replication + kernel ridge", code, "logits", fill=fill_by_ridge),
     )
 
@@ -149,7 +149,7 @@ def surrogate_schemes(surrogate: PatchSurrogate, num_data: int, num_workers: int
     fill, order = surrogate.fill, surrogate.order
     return (
         Scheme("surrogate", "replication + surrogate", code, "logits", fill=fill),
-        Scheme("allocated", "the same, copies allocated", code, "logits", order, fill),
+        Scheme("allocated", "replication + surrogate, placed", code, "logits", order, fill),
     )
 
 
