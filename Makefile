@@ -30,7 +30,7 @@ test-optimised: $(VENV)/.test
 # Tests that `make test` leaves out because they take long: recorded figures with many trials, five hundred requests
 # while workers are killed.
 long: $(VENV)/.test
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m long $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
