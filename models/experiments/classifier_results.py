@@ -345,7 +345,7 @@ def _exponents(smoothings):
 
 def _mark_smoothings(axis: Axis) -> None:
     exponents = _exponents(SMOOTHINGS)
-    axis.set_ticks(exponents, ["none", *(f"$10^{{{exponent:.0f}}}$" for exponent in exponents[1:])], fontsize=8)
+    axis.set_ticks(exponents, ["none", *(f"$10^{{{exponent:.0f}}}$" for exponent in exponents[1:])], fontsize=7)
 
 
 def _smoothing(value: float) -> str:
