@@ -262,7 +262,7 @@ class Classifiers:
         width = min(2, len(panels))
         plot = Figure(figsize=(6.5 * width, 4 * -(-len(panels) // width) + 0.9), layout="constrained")
         grid = plot.subplots(-(-len(panels) // width), width, squeeze=False)
-        for axes, (case, setting) in zip(grid.flat, panels, strict=False):
+        for (case, setting), axes in zip(panels, grid.flat, strict=False):
             comparison = self._compare(case, setting)
             draw_metric(axes, comparison, metric)
             _set_limits(axes, comparison, metric)

@@ -188,7 +188,7 @@ def _plot(curves: Sequence[Curve]) -> Figure:
     rows = -(-len(statements) // columns)
     figure = Figure(figsize=(5 * columns + 1, 4.2 * rows + 0.9), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, statement in zip(grid, statements, strict=False):
+    for statement, axes in zip(statements, grid, strict=False):
         heading, bound, label = STATEMENTS[statement]
         chosen = [curve for curve in curves if curve.statement == statement]
         if statement.startswith("adversaries"):

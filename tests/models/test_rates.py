@@ -97,6 +97,7 @@ def test_findings_have_slopes_beside_bounds(monkeypatch):
     monkeypatch.setattr(rates, "adversaries", lambda exponent, **_: measure(f"adversaries {exponent}"))
     result = rate_results.theorems(is_quick=False, seed=0)
     assert len(result.findings) == 5
+    assert len(result.figure.axes) == 5
     assert result.findings[1].published == "S^(8/5) N^(-3/5): -3.00"
     assert result.findings[1].ours == "-3.20 (-3.50 to -3.10); BACC -3.20 (-3.50 to -3.10)"
     assert "-3.20 (-3.50 to -3.10) | 7, 0" in result.text
