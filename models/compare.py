@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 import jaxcode as jc
 
@@ -247,6 +248,7 @@ def _plot(comparisons: dict[Setting, Comparison], title: str, path: Path) -> Non
             axes.errorbar(max(1 - mean[i, 0], 1e-4), i, xerr=half_width[i, 0], color=color, marker="o", capsize=3)
         axes.axvline(_lost_classes(comparison, "replication").mean(), color="#000000", linestyle="--", linewidth=0.8)
         axes.set(title=f"N, K, S = {', '.join(map(str, setting))}", xlabel="1 - agreement", xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     schemes = next(iter(comparisons.values())).schemes
