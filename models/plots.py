@@ -83,10 +83,10 @@ def draw_metric(axes: Axes, comparison: Comparison, metric: str) -> None:
         color, marker, line = _STYLES.get(scheme.name, ("#999999", ".", ":"))
         style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.6}
         axes.plot(comparison.straggler_counts, mean[i], label=scheme.label, **style)
-        # A band that reaches zero would hide the others.
-        width = np.where(half_width[i] < abs(mean[i]), half_width[i], np.nan)
-        low, high = mean[i] - width, mean[i] + width
-        axes.fill_between(comparison.straggler_counts, low, high, color=color, alpha=0.2, linewidth=0)
+        # Bands as wide as their curve is high would hide all others.
+        if np.all(half_width[i] <= abs(mean[i])):
+            low, high = mean[i] - half_width[i], mean[i] + half_width[i]
+            axes.fill_between(comparison.straggler_counts, low, high, color=color, alpha=0.2, linewidth=0)
     tidy(axes)
 
 
