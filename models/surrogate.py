@@ -80,9 +80,11 @@ def distil(
     logits = np.concatenate([np.asarray(apply(part)) for part in _parts(images)])
     height, width, channels = images.shape[1:]
     positions = ((height - _PATCH) // _STRIDE + 1) * ((width - _PATCH) // _STRIDE + 1)
-    allowed = cost * _multiplications(apply, images)
+    analysis = apply.lower(images[:1]).cost_analysis()
+    assert analysis is not None
+    multiplications = analysis["flops"] / 2
     per_filter = positions * _PATCH**2 * channels + 2 * _POOLS**2 * logits.shape[1]
-    num_filters = max(1, int(allowed / per_filter))
+    num_filters = max(1, int(cost * multiplications / per_filter))
     filters = _draw_filters(images, num_filters, np.random.default_rng(seed))
     compute = jax.jit(_features)
     features = np.concatenate([np.asarray(compute(part, *filters)) for part in _parts(images)])
@@ -92,18 +94,11 @@ def distil(
     kernel, centre, threshold, weights, offset = (
         jnp.asarray(array, jnp.float32) for array in (*filters, weights, fit.intercept_ - mean @ weights)
     )
-    share = num_filters * per_filter * cost / allowed
-    return PatchSurrogate(kernel, centre, threshold, weights, offset, share)
+    return PatchSurrogate(kernel, centre, threshold, weights, offset, num_filters * per_filter / multiplications)
 
 
 def _parts(images):
     return (images[start : start + 500] for start in range(0, len(images), 500))
-
-
-def _multiplications(apply, images) -> float:
-    """Counts half the floating-point operations that the classifier takes for an image."""
-    analysis = apply.lower(images[:1]).cost_analysis()
-    return analysis["flops"] / 2
 
 
 def _draw_filters(images, num_filters: int, rng):
@@ -116,10 +111,10 @@ def _draw_filters(images, num_filters: int, rng):
     whitening = (axes / np.sqrt(variances + 0.01 * variances.max())) @ axes.T
     filters = (_draw_patches(images, num_filters, rng) - mean) @ whitening
     filters /= np.linalg.norm(filters, axis=1, keepdims=True) + 1e-6
-    kernel = (filters @ whitening).T.reshape(_PATCH, _PATCH, channels, num_filters)
-    responses = patches @ (filters @ whitening).T
+    kernel = (filters @ whitening).T
+    responses = patches @ kernel
     centre = np.median(responses, axis=0)
-    return kernel, centre, np.median(abs(responses - centre), axis=0)
+    return kernel.reshape(_PATCH, _PATCH, channels, num_filters), centre, np.median(abs(responses - centre), axis=0)
 
 
 def _draw_patches(images, count: int, rng):

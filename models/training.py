@@ -103,8 +103,8 @@ def fit(
         Mean loss in nats of each epoch, (epochs,) float32.
 
     Raises:
-        ValueError: If the batch is larger than the data, the checkpoint is of another run, or the recipe's teacher is
-            not given or another than it names.
+        ValueError: If the batch is larger than the data, the checkpoint is of another run, or a teacher is named
+            and not given, or given and not named.
         ImportError: If `checkpoint` is given and orbax is not installed.
     """
     num_images = len(dataset.x_train)
@@ -182,8 +182,7 @@ def _step(graphs, optimizer, recipe, num_steps, num_classes, dtype, state, teach
     if recipe.mixup:
         x, targets = _mix(keys[1], x, targets, recipe.mixup)
     if teacher_graph is not None:
-        teacher = nnx.merge(teacher_graph, jax.tree.map(lambda leaf: leaf, teacher_state))
-        targets = (targets + jax.nn.softmax(teacher(x))) / 2
+        targets = (targets + jax.nn.softmax(nnx.merge(teacher_graph, teacher_state)(x))) / 2
 
     def loss(params):
         # Rebuilt, because Flax lets a variable change only under the transformation that made it.

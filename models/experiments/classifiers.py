@@ -280,7 +280,7 @@ def sensitivity(
         seed: Seed of batches and stragglers.
     """
     size = num_workers, num_data
-    batch_size = max(num_data, min(batch_size, len(data.x_test) // 4))
+    batch_size = _limit(batch_size, num_data, data)
     searched = CodedAnswers(model, data.x_train[: 2 * batch_size], *size)
     best = searched.search(num_stragglers, seed=seed)
     pairs = [[with_smoothing(best, position, float(value)) for value in SMOOTHINGS] for position in (0, 1)]
@@ -324,7 +324,7 @@ def against_stragglers(
     num_workers, num_data = setting.num_workers, setting.num_data
     size = {"num_data": num_data, "num_workers": num_workers}
     middle = setting.straggler_counts[len(setting.straggler_counts) // 2]
-    batch_size = max(num_data, min(batch_size, len(data.x_test) // 4))
+    batch_size = _limit(batch_size, num_data, data)
     sample = data.x_train[: max(batch_size, 2 * num_data)]
     _, smoothings = CodedAnswers(model, sample, num_workers, num_data).search_all(setting.straggler_counts, seed=seed)
     tuned = jc.tune(model, sample, num_data, num_workers, jc.stragglers.Uniform(middle), progress=False)
@@ -350,6 +350,11 @@ def against_stragglers(
         num_seeds=num_seeds,
         seed=seed,
     )
+
+
+def _limit(batch_size: int, num_data: int, data: Dataset) -> int:
+    """Limits a batch to a quarter of the test images, so that repetitions have different ones, but not below K."""
+    return max(num_data, min(batch_size, len(data.x_test) // 4))
 
 
 def gains(comparison: Comparison, metric: str, scheme: str = "letcc", baseline: str = "bacc") -> tuple[float, float]:

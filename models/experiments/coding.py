@@ -1,4 +1,4 @@
-"""Measures what LeTCC and BACC do apart from the model: E5, time, and E9, pictures of coded inputs."""
+"""Measures encoding and decoding without a model: E5, their time, and E9, pictures of coded inputs."""
 
 import time
 
