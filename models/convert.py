@@ -12,6 +12,7 @@ vision transformer  timm's (`blocks.0.attn.qkv.weight`) and Hugging Face's (`vit
 import argparse
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ _TIMM: _Renames = {
     r"^class_token": "cls_token",
     r"^position_embedding": "pos_embed",
     r"^patch_embedding": "patch_embed.proj",
-    r"\.attention\.(query|key|value)": ".attn.qkv",
+    r"\.attention\.qkv": ".attn.qkv",
     r"\.attention\.out": ".attn.proj",
     r"\.dense": ".mlp.fc",
 }
@@ -71,7 +72,7 @@ _HUGGING_FACE: _Renames = {
     r"^position_embedding": "vit.embeddings.position_embeddings",
     r"^patch_embedding": "vit.embeddings.patch_embeddings.projection",
     r"^blocks": "vit.encoder.layer",
-    r"\.attention\.(query|key|value)": r".attention.attention.\1",
+    r"\.attention\.qkv": ".attention.attention.qkv",
     r"\.attention\.out": ".attention.output.dense",
     r"\.dense1": ".intermediate.dense",
     r"\.dense2": ".output.dense",
@@ -98,7 +99,8 @@ def load_checkpoint(
             or of a dictionary with it under "state_dict", "model_state_dict", "model" or "net".
         num_heads: Attention heads of a vision transformer; a 64th of its width unless given.
         strides: Step in pixels of a RepVGG's stem, then of each stage's first block: 2 unless given, as published for
-            images of 224 x 224; (1, 1, 2, 2, 2) for most networks for images of 32 x 32.
+            images of 224 x 224, with a warning where no branch confirms it; (1, 1, 2, 2, 2) for most networks for
+            images of 32 x 32.
 
     Returns:
         A `ResNet`, `RepVGG` or `ViT`, whose attribute `config` holds the sizes.
@@ -107,7 +109,8 @@ def load_checkpoint(
         OSError: If the file cannot be read.
         ImportError: If the file is PyTorch's, and PyTorch is not installed.
         ValueError: If the file is damaged, holds other Python objects than tensors, is of an unknown architecture, or
-            has names or shapes that the architecture has not; or if `num_heads` or `strides` do not fit the network.
+            has names or shapes that the architecture does not have; or if `num_heads` or `strides` do not fit the
+            network.
 
     References:
         He, Zhang, Ren, Sun (2016). Deep residual learning for image recognition. arXiv 1512.03385.
@@ -266,6 +269,12 @@ def _repvgg(arrays, strides):
     blocks = _num_blocks(arrays, r"stage(\d+)\.(\d+)\.")
     firsts = ["stage0", *(f"stage{stage + 1}.0" for stage in range(len(blocks)))]
     shapes = [_shape(arrays, f"{first}.{kernel}", 4) for first in firsts]
+    if strides is None and (is_merged or shapes[1][0] != shapes[1][1]):
+        warnings.warn(
+            f"strides are not given, and nothing in the checkpoint tells them: assuming {(2,) * len(firsts)}, those of "
+            "networks for images of 224 x 224; most for 32 x 32 need strides=(1, 1, 2, 2, 2)",
+            stacklevel=4,
+        )
     strides = (2,) * len(firsts) if strides is None else tuple(strides)
     if len(strides) != len(firsts) or min(strides) < 1:
         raise ValueError(f"strides must be {len(firsts)} positive integers, of stem and stages, got {strides}")
@@ -320,7 +329,7 @@ def _vit(arrays, num_heads, is_timm):
 
 
 def _num_blocks(arrays, pattern: str) -> tuple[int, ...]:
-    """Counts the blocks of each stage. Of indices with gaps, those that lack are found to be missing afterwards."""
+    """Counts the blocks of each stage. Where indices have gaps, `_fill` reports the missing blocks."""
     blocks = {match.groups() for match in map(re.compile(pattern).match, arrays) if match}
     stages = [stage for stage, _ in blocks]
     return tuple(stages.count(stage) for stage in sorted(set(stages), key=lambda stage: (len(stage), stage)))
@@ -339,8 +348,8 @@ def _fill(model: Network, arrays: dict[str, np.ndarray], renames: _Renames) -> N
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     tree = nnx.to_pure_dict(state)
     leaves = {serialization.path_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    names = {path: _rename(path, renames) for path in leaves}
-    shapes = {names[path]: _torch_shape(names[path], path, shape) for path, shape in leaves.items()}
+    names = {path: _names(path, renames) for path in leaves}
+    shapes = {name: _torch_shape(shape, len(names[path])) for path, shape in leaves.items() for name in names[path]}
     problems = {
         "missing": sorted(shapes.keys() - arrays.keys()),
         "left over": sorted(arrays.keys() - shapes.keys()),
@@ -355,28 +364,28 @@ def _fill(model: Network, arrays: dict[str, np.ndarray], renames: _Renames) -> N
         raise ValueError(f"does not fit {model.config}; {'; '.join(parts)}")
 
     def weights(key, leaf):
-        path = serialization.path_name(key)
-        array = arrays[names[path]]
-        if ".qkv." in names[path]:
-            array = np.split(array, 3)[("query", "key", "value").index(path.split(".")[-2])]
-        if path.endswith("kernel"):
-            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        return jnp.asarray(array.reshape(leaf.shape))
+        array = np.concatenate([arrays[name] for name in names[serialization.path_name(key)]])
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        return jnp.asarray(array.T if array.ndim == 2 else array)
 
     nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(weights, tree))
     nnx.update(model, state)
 
 
-def _torch_shape(name: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Converts the shape of an array of our modules to that of PyTorch's."""
-    if ".attention." in path:
-        # Heads are an axis of their own in ours, and the module's width, (heads, features), one axis in PyTorch's.
-        width = shape[-1] if ".out." in path else math.prod(shape[-2:])
-        shape = (width, width) if path.endswith("kernel") else (width,)
-        return (3 * width, *shape[1:]) if ".qkv." in name else shape
-    if path.endswith("kernel"):
-        return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-    return shape
+def _torch_shape(shape: tuple[int, ...], num_parts: int) -> tuple[int, ...]:
+    """Converts the shape of an array of our modules to that of PyTorch's, or of each of its parts."""
+    if len(shape) in (2, 4):
+        shape = (shape[-1], shape[-2], *shape[:-2])
+    return (shape[0] // num_parts, *shape[1:])
+
+
+def _names(path: str, renames: _Renames) -> list[str]:
+    """Lists the checkpoint's arrays that are concatenated into one of ours: three for Hugging Face's attention."""
+    name = _rename(path, renames)
+    if ".attention.attention.qkv." not in name:
+        return [name]
+    return [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
 
 
 def _rename(path: str, renames: _Renames) -> str:

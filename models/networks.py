@@ -19,7 +19,7 @@ ImageShape = tuple[int, int, int]
 
 
 def _network(module, make_config, *, is_sized: bool = False, **options) -> Callable[..., nnx.Module]:
-    """Makes what builds a network for images and classes; its config has the images' size where it is sized."""
+    """Returns a function that builds a network from the images' shape, the number of classes and random streams."""
 
     def build(shape, num_classes, rngs):
         size = {"image_size": shape[0]} if is_sized else {}
@@ -60,16 +60,16 @@ _CIFAR10 = Recipe(
 _RECIPES = {
     ("convnet", "mnist"): dataclasses.replace(_MNIST, epochs=8),
     ("resnet20", "cifar10"): dataclasses.replace(_CIFAR10, epochs=24),
+    ("repvgg_small", "cifar10"): dataclasses.replace(_CIFAR10, optimizer="muon", teacher="resnet20"),
     ("vit_tiny", "cifar10"): Recipe(
-        epochs=21,
-        batch_size=64,
-        learning_rate=1e-3,
+        epochs=26,
+        optimizer="muon",
+        learning_rate=2e-3,
         weight_decay=0.1,
-        warmup_epochs=2,
         average=0.999,
         shift=4,
         mirror=True,
-        teacher="repvgg_small",
+        teacher="resnet20",
     ),
 }
 

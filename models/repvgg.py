@@ -31,9 +31,17 @@ class RepVGGConfig:
     num_classes: int = 1000
     is_merged: bool = False
 
+    def __post_init__(self):
+        sizes = (len(self.blocks) + 1, len(self.widths), len(self.strides))
+        if len(set(sizes)) != 1:
+            raise ValueError(
+                f"widths and strides must have an entry for the stem and for each of the {len(self.blocks)} stages of "
+                f"blocks, got {self.widths} and {self.strides}"
+            )
+
     @classmethod
     def small(cls, *, num_classes: int = 10, **kwargs) -> "RepVGGConfig":
-        """Makes one for images of 32 x 32 that a CPU trains in an hour or two: 24 million multiplications an image."""
+        """Makes one for images of 32 x 32 that a CPU trains in hours: 24 million multiplications an image."""
         return cls((2, 3, 3, 1), (32, 32, 64, 128, 256), (2, 1, 2, 2, 1), num_classes=num_classes, **kwargs)
 
     @classmethod
@@ -147,14 +155,13 @@ class BranchedBlock(nnx.Module):
     def __init__(self, in_features: int, out_features: int, stride: int, *, rngs: nnx.Rngs):
         self.dense = ConvBatchNorm(in_features, out_features, 3, stride, rngs=rngs)
         self.pointwise = ConvBatchNorm(in_features, out_features, 1, stride, rngs=rngs)
-        self.stride = stride
         keeps_sizes = stride == 1 and in_features == out_features
         self.identity = nnx.BatchNorm(out_features, momentum=0.9, epsilon=1e-5, rngs=rngs) if keeps_sizes else None
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         """Computes the block's features."""
         y = self.dense(x) + self.pointwise(x)
-        return nnx.relu(y if self.identity is None else y + self.identity(x))
+        return nnx.relu(y if self.identity is None else y + self.identity(x).astype(x.dtype))
 
 
 class MergedBlock(nnx.Module):

@@ -29,6 +29,14 @@ class ResNetConfig:
     num_classes: int = 10
     projects: bool = False
 
+    def __post_init__(self):
+        if len(self.widths) != len(self.blocks):
+            raise ValueError(
+                f"widths must have an entry for each of the {len(self.blocks)} stages of blocks, got {self.widths}"
+            )
+        if not self.projects and list(self.widths) != sorted(self.widths):
+            raise ValueError(f"widths must not decrease unless projects=True, got {self.widths}")
+
     @classmethod
     def resnet20(cls, **kwargs) -> "ResNetConfig":
         """ResNet-20: 269,722 parameters, 41 million multiplications an image of 32 x 32 x 3."""

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 
@@ -29,19 +31,31 @@ def load(model: nnx.Module, path: Path) -> None:
         path: The file.
 
     Raises:
-        ValueError: If the file's names or shapes are not the module's.
+        ValueError: If the file is damaged, or its names or shapes are not the module's.
     """
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     tree = nnx.to_pure_dict(state)
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error})") from error
     expected = {path_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     shapes = {name: array.shape for name, array in stored.items()}
     if shapes != expected:
-        different = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        problems = {
+            "missing": sorted(expected.keys() - shapes.keys()),
+            "left over": sorted(shapes.keys() - expected.keys()),
+            "of another shape": sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n]),
+        }
+        parts = [f"{problem}: {', '.join(names[:5])}" for problem, names in problems.items() if names]
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {', '.join(different[:5])} differ; train it anew"
+            f"{path} does not fit {type(model).__name__}; {'; '.join(parts)}; load the network that it was saved from"
         )
-    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(lambda key, _: stored[path_name(key)], tree))
+
+    def weights(key, _):
+        return jnp.asarray(stored[path_name(key)])
+
+    nnx.replace_by_pure_dict(state, jax.tree_util.tree_map_with_path(weights, tree))
     nnx.update(model, state)
     model.eval()
 

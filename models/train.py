@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 import jax
 
 from . import datasets, networks, serialization
-from .training import Recipe, accuracy, fit
+from .training import OPTIMIZERS, Recipe, accuracy, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,10 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = networks.make(args.model, data, seed=args.seed)
         path = args.out / f"{args.model}-{args.dataset}-{args.seed}.safetensors"
         checkpoint = path.with_suffix(".checkpoints")
-        if not args.resume:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        if importlib.util.find_spec("orbax") is None:
+            if args.resume:
+                raise ImportError("argument --resume: needs orbax: pip install 'jaxcode[train]'")
+            print("No checkpoints are written: orbax is not installed (pip install 'jaxcode[train]').", flush=True)
+            checkpoint = None
         print(f"{args.model} on {len(data.x_train):,} images of {args.dataset}: {recipe}", flush=True)
         teacher = networks.load_teacher(recipe, data, args.dataset, args.out)
+        if checkpoint is not None and not args.resume:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         losses = fit(model, data, recipe, teacher=teacher, seed=args.seed, checkpoint=checkpoint)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
@@ -57,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": args.seed,
         "recipe": dataclasses.asdict(recipe),
         "final_loss": round(float(losses[-1]), 4),
-        "command": " ".join(["python -m models.train", *_without_folders(sys.argv[1:] if argv is None else argv)]),
+        "command": "python -m models.train " + shlex.join(_without_folders(sys.argv[1:] if argv is None else argv)),
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "date": datetime.date.today().isoformat(),
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     print(f"Accuracy {card['accuracy']:.2%} on {len(data.x_test):,} test images. Weights and card: {path}, .json")
 
 
@@ -79,6 +87,12 @@ def _without_folders(words: Sequence[str]) -> list[str]:
     return kept
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.train",
@@ -87,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", choices=sorted(networks.NETWORKS))
     parser.add_argument("--dataset", choices=datasets.NAMES, required=True)
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of weights, order and augmentation (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/weights"), help="folder to write to (default: %(default)s)"
     )
@@ -98,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(name, action=argparse.BooleanOptionalAction)
         elif field.type is int:
             parser.add_argument(name, type=int, metavar="n")
+        elif field.name == "optimizer":
+            parser.add_argument(name, choices=OPTIMIZERS)
         elif field.type is str:
             parser.add_argument(name, metavar="network")
         else:

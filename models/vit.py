@@ -1,5 +1,6 @@
 """Defines the vision transformer (Dosovitskiy et al. 2021) as `flax.nnx` module."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ class ViTConfig:
         num_channels: Channels of the images.
         num_classes: Number of logits.
         epsilon: Added to variances by layer normalisation: 1e-6 in timm's weights, 1e-12 in Hugging Face's.
+        has_class_token: Whether logits are computed from a class token, as in the published weights; otherwise from the
+            mean of the patches' tokens (Beyer et al. 2022, arXiv 2205.01580).
     """
 
     image_size: int
@@ -32,8 +35,12 @@ class ViTConfig:
     num_channels: int = 3
     num_classes: int = 1000
     epsilon: float = 1e-6
+    has_class_token: bool = True
 
     def __post_init__(self):
+        for name in ("image_size", "patch_size", "width", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
@@ -48,8 +55,9 @@ class ViTConfig:
 
     @classmethod
     def tiny(cls, *, image_size: int = 32, patch_size: int = 4, num_classes: int = 10, **kwargs) -> "ViTConfig":
-        """Makes one for images of 32 x 32 that a CPU trains in two hours or three."""
-        return cls(image_size, patch_size, 96, 6, 3, 192, num_classes=num_classes, **kwargs)
+        """Makes one for small images, with a mean of tokens in place of a class token, that a CPU trains in hours."""
+        sizes = (image_size, patch_size, 96, 6, 3, 192)
+        return cls(*sizes, num_classes=num_classes, has_class_token=False, **kwargs)
 
     @classmethod
     def small16(cls, *, image_size: int = 224, **kwargs) -> "ViTConfig":
@@ -63,7 +71,7 @@ class ViTConfig:
 
 
 class ViT(nnx.Module):
-    """Classifies images by a transformer over their patches and a class token.
+    """Classifies images by a transformer over their patches and, if configured, a class token.
 
     Args:
         config: The sizes.
@@ -78,30 +86,45 @@ class ViT(nnx.Module):
         self.config = config
         patch = (config.patch_size, config.patch_size)
         self.patch_embedding = nnx.Conv(config.num_channels, config.width, patch, patch, padding="VALID", rngs=rngs)
-        self.class_token = nnx.Param(jnp.zeros((1, 1, config.width)))
-        initial = nnx.initializers.normal(0.02)
-        self.position_embedding = nnx.Param(initial(rngs.params(), (1, config.num_patches + 1, config.width)))
+        self.class_token = nnx.Param(jnp.zeros((1, 1, config.width))) if config.has_class_token else None
+        num_tokens = config.num_patches + config.has_class_token
+        self.position_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, num_tokens, config.width)))
         self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        """Computes logits of a batch of images of the configured size."""
+        """Computes logits of a batch of images of the configured size.
+
+        Raises:
+            ValueError: If the images have another size.
+        """
+        size = self.config.image_size
+        if x.shape[1:3] != (size, size):
+            raise ValueError(f"x must be images of {size} x {size}, got shape {x.shape}; resize them")
         x = self.patch_embedding(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([token, x], axis=1) + self.position_embedding[...]
+        if self.class_token is not None:
+            token = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[-1]))
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + self.position_embedding[...]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]))
+        x = self.norm(x)
+        return self.head(x.mean(axis=1) if self.class_token is None else x[:, 0])
 
 
 class TransformerBlock(nnx.Module):
-    """Applies self-attention, then an MLP, each to the normalised tokens and added to them."""
+    """Applies self-attention, then an MLP, each to the normalised tokens and added to them.
+
+    Args:
+        config: The sizes.
+        rngs: Flax's random streams, for the initial weights.
+    """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(config.num_heads, config.width, decode=False, rngs=rngs)
+        self.attention = SelfAttention(config.width, config.num_heads, rngs=rngs)
         self.norm2 = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
         self.dense1 = nnx.Linear(config.width, config.mlp_width, rngs=rngs)
         self.dense2 = nnx.Linear(config.mlp_width, config.width, rngs=rngs)
@@ -109,4 +132,34 @@ class TransformerBlock(nnx.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Computes the block's tokens."""
         x = x + self.attention(self.norm1(x))
-        return x + self.dense2(nnx.gelu(self.dense1(self.norm2(x)), approximate=False))
+        # Tokens of all images as one matrix: on CPUs, gradients of products of arrays with three axes take longer.
+        flat = self.norm2(x).reshape(-1, x.shape[-1])
+        flat = self.dense2(nnx.gelu(self.dense1(flat), approximate=False))
+        return x + flat.reshape(x.shape)
+
+
+class SelfAttention(nnx.Module):
+    """Applies multi-head self-attention.
+
+    One product makes queries, keys and values, from one kernel, as in timm's weights. `nnx.MultiHeadAttention` has
+    three kernels, and takes longer to train on CPUs.
+
+    Args:
+        width: Features of a token.
+        num_heads: Attention heads, a divisor of `width`.
+        rngs: Flax's random streams, for the initial weights.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        """Computes, for every token, the projected mean of the values of all, weighted by attention."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x.reshape(-1, width)).reshape(batch, tokens, 3, self.num_heads, -1)
+        query, key, value = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+        mixed = (nnx.softmax(scores) @ value).swapaxes(1, 2)
+        return self.out(mixed.reshape(-1, width)).reshape(x.shape)

@@ -29,7 +29,7 @@ NETWORKS = {
     "resnet, kuangliu": (lambda nets: nets.ResNet((1,) * 4, (4, 8, 8, 16), 9, "linear", "shortcut"), 16, {}),
     "resnet, 11 blocks": (lambda nets: nets.ResNet((11, 1, 1), (4, 8, 16)), 8, {}),
     "repvgg": (lambda nets: nets.RepVGG(*SMALL_VGG), 32, {}),
-    "repvgg, merged": (lambda nets: nets.RepVGG(*SMALL_VGG, deploy=True), 32, {}),
+    "repvgg, merged": (lambda nets: nets.RepVGG(*SMALL_VGG, deploy=True), 32, {"strides": (2,) * 5}),
     "repvgg, cifar": (lambda nets: nets.RepVGG(*SMALL_VGG, CIFAR_STRIDES), 16, {"strides": CIFAR_STRIDES}),
     "vit, timm": (lambda nets: nets.TimmViT(*VIT), 16, {"num_heads": 3}),
     "vit, timm, heads of 64": (lambda nets: nets.TimmViT(8, 4, 128, 1, 2, 64), 8, {}),
@@ -205,10 +205,18 @@ def test_arrays_are_transposed(load):
     assert isinstance(model, ViT)
     assert (model.config.image_size, model.config.patch_size, model.config.mlp_width) == (8, 4, 32)
     attention = model.blocks[0].attention
-    for part, kernel in enumerate((attention.query.kernel, attention.key.kernel, attention.value.kernel)):
-        rows = arrays["blocks.0.attn.qkv.weight"][24 * part : 24 * part + 24]
-        np.testing.assert_array_equal(kernel[...][:, 1], rows[8:16].T)
-    np.testing.assert_array_equal(attention.out.kernel[...][2], arrays["blocks.0.attn.proj.weight"][:, 16:].T)
+    np.testing.assert_array_equal(attention.qkv.kernel[...], arrays["blocks.0.attn.qkv.weight"].T)
+    np.testing.assert_array_equal(attention.out.kernel[...], arrays["blocks.0.attn.proj.weight"].T)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_strides_that_nothing_confirms_are_warned_of(is_merged, load, recwarn):
+    arrays = _repvgg_arrays(is_merged=is_merged)
+    load(arrays)
+    messages = [str(warning.message) for warning in recwarn]
+    assert any("strides are not given" in message for message in messages) == is_merged
+    load(arrays, strides=(2, 2, 2))
+    assert len(recwarn) == len(messages)
 
 
 def test_the_module_is_in_evaluation_mode(load):

@@ -1,4 +1,5 @@
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ SMALL = {
         RepVGGConfig((1, 2), (4, 4, 8), (1, 1, 2), num_classes=10, is_merged=True), rngs=rngs
     ),
     "vit": lambda rngs: ViT(ViTConfig(8, 4, 16, 2, 2, 32, num_classes=10), rngs=rngs),
+    "vit, mean of tokens": lambda rngs: ViT(
+        ViTConfig(8, 4, 16, 2, 2, 32, num_classes=10, has_class_token=False), rngs=rngs
+    ),
 }
 
 
@@ -47,6 +51,33 @@ def test_a_coded_network_gives_its_answers(network):
     np.testing.assert_allclose(predict(images(), np.arange(6) > 0), logits, atol=1e-4)
 
 
+def test_jacobians_are_the_same_in_both_modes(network):
+    predict = jc.coded(network, jc.SplineCode.repeated(2, 4))
+    x = images(2)
+
+    def scale(factor):
+        return predict(factor * x).sum(axis=0)
+
+    np.testing.assert_allclose(jax.jacfwd(scale)(1.0), jax.jacrev(scale)(1.0), rtol=1e-3, atol=1e-4)
+
+
+def test_convolutions_and_products_have_the_precision_of_parameters(network):
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    jaxpr = jax.make_jaxpr(lambda x: nnx.merge(graph, params, rest)(x))(images().astype(jnp.bfloat16))
+    products = list(_equations(jaxpr.jaxpr, ("conv_general_dilated", "dot_general")))
+    assert len(products) >= 3
+    assert {variable.aval.dtype for equation in products for variable in equation.invars} == {jnp.dtype("bfloat16")}
+
+
+def _equations(jaxpr, names):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in names:
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner, names)
+
+
 def test_images_of_a_batch_are_independent_in_evaluation(network):
     x = images(4)
     np.testing.assert_allclose(network(x)[:1], network(x[:1]), atol=1e-5)
@@ -60,8 +91,11 @@ def test_saved_weights_are_loaded_bit_for_bit(network, tmp_path):
     serialization.load(other, path)
     logits = [jax.jit(lambda x, model=model: model(x))(images()) for model in (network, other)]
     np.testing.assert_array_equal(*logits)
-    with pytest.raises(ValueError, match="does not fit LeNet5: "):
+    with pytest.raises(ValueError, match=r"does not fit LeNet5; missing: conv1\.bias"):
         serialization.load(LeNet5(rngs=nnx.Rngs(0)), path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+        serialization.load(other, path)
 
 
 def _count(make):
@@ -96,11 +130,27 @@ def test_networks_are_made_by_name(name, dataset):
     assert networks.recipe(name, dataset).epochs > 1
 
 
-def test_a_patch_must_divide_the_image():
-    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size, got 32 and 5"):
-        ViTConfig.tiny(patch_size=5)
-    with pytest.raises(ValueError, match="num_heads must divide width, got 5 and 16"):
-        ViTConfig(8, 4, 16, 2, 5, 32)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ViTConfig.tiny(patch_size=5), "image_size must be a multiple of patch_size, got 32 and 5"),
+        (lambda: ViTConfig(8, 4, 16, 2, 5, 32), "num_heads must divide width, got 5 and 16"),
+        (lambda: ViTConfig(8, 4, 16, 2, 0, 32), "num_heads must be at least 1, got 0"),
+        (lambda: ResNetConfig((3, 3)), r"widths must have an entry for each of the 2 stages.*got \(16, 32, 64\)"),
+        (lambda: ResNetConfig((1, 1), (8, 4)), r"widths must not decrease unless projects=True, got \(8, 4\)"),
+        (lambda: RepVGGConfig((1, 1), (4, 4), (1, 2, 2)), "widths and strides must have an entry for the stem and"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_transformer_refuses_images_of_another_size():
+    model = SMALL["vit"](nnx.Rngs(0))
+    for side in (4, 10, 16):
+        with pytest.raises(ValueError, match=rf"images of 8 x 8, got shape \(3, {side}, {side}, 3\)"):
+            model(images(side=side))
 
 
 @pytest.mark.parametrize(
@@ -108,13 +158,43 @@ def test_a_patch_must_divide_the_image():
 )
 def test_the_faster_gradient_is_xlas(size, stride, padding):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(5, 8, 6, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(8, 8, 6, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 3, 4)), jnp.float32)
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
     arguments = ((stride, stride), [(padding, padding)] * 2)
     results = []
     for convolve in (convolution, jax.lax.conv_general_dilated):
-        value, pullback = jax.vjp(lambda *args, f=convolve: f(*args, *arguments, **numbers), x, kernel)
-        results.append((value, *pullback(jnp.cos(value))))
+
+        def apply(*args, f=convolve):
+            return f(*args, *arguments, **numbers)
+
+        value, pullback = jax.vjp(apply, x, kernel)
+        _, tangent = jax.jvp(apply, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))
+        one_by_one = jax.vmap(lambda x, f=apply: jax.grad(lambda kernel: jnp.sum(f(x[None], kernel) ** 2))(kernel))
+        results.append((value, *pullback(jnp.cos(value)), tangent, one_by_one(x)))
     for ours, expected in zip(*results, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_group_count": 2},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 2)},
+        {"dimension_numbers": ("NHWC", "HWOI", "NHWC")},
+        {"preferred_element_type": jnp.float64},
+    ],
+)
+def test_other_options_of_convolutions_are_xlas(options):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 2 if "feature_group_count" in options else 4, 4)), jnp.float32)
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+    with jax.enable_x64(True):
+        found, expected = (
+            convolve(x, kernel, (1, 1), [(1, 1)] * 2, **options)
+            for convolve in (convolution, jax.lax.conv_general_dilated)
+        )
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == expected.dtype

@@ -78,6 +78,7 @@ def test_accuracy_counts_every_image_once(digits):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2000}, "1397"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon, got 'sgd'"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite"),
         ({"average": 1.0}, r"average must be in \[0, 1\)"),
     ],
@@ -111,6 +112,30 @@ def test_mixed_images_and_targets_have_the_same_share():
     np.testing.assert_allclose(mixed[:, :, 0, 0], targets, atol=1e-7)
     np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
     assert len(np.unique(np.round(np.asarray(targets), 5))) > 2
+
+
+class _Hidden(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 8, (3, 3), rngs=rngs)
+        self.dense = nnx.Linear(20, 30, rngs=rngs)
+        self.last = nnx.Linear(30, 10, rngs=rngs)
+
+
+def test_muon_takes_orthogonal_steps_of_adams_size():
+    params = nnx.state(_Hidden(nnx.Rngs(0)), nnx.Param)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+    recipe = Recipe(1, optimizer="muon", learning_rate=0.1, warmup_epochs=0)
+    optimizer = training._optimizer(recipe, 100, num_classes=10)
+    steps, _ = optimizer.update(grads, optimizer.init(params), params)
+    steps = nnx.to_pure_dict(steps)
+    for kernel in (steps["conv"]["kernel"].reshape(36, 8), steps["dense"]["kernel"]):
+        # Newton and Schulz's polynomial of this optimizer takes singular values to between 0.7 and 1.2 or so.
+        size = 0.1 * 0.2 * np.sqrt(max(kernel.shape))
+        singular = np.linalg.svd(kernel, compute_uv=False)
+        assert np.all((0.6 * size < singular) & (singular < 1.3 * size))
+    for step in (steps["last"]["kernel"], steps["dense"]["bias"]):
+        np.testing.assert_allclose(np.abs(step), 0.1, rtol=1e-3)
 
 
 class _Linear(nnx.Module):
@@ -150,7 +175,17 @@ def test_the_teacher_is_the_one_that_the_recipe_names(digits, tmp_path):
     assert networks.load_teacher(Recipe(1), digits, "digits", tmp_path) is None
 
 
-_RECIPE = Recipe(3, batch_size=64, label_smoothing=0.1, mixup=0.2, average=0.9, shift=1, mirror=True, weight_decay=0.1)
+_RECIPE = Recipe(
+    3,
+    batch_size=64,
+    optimizer="muon",
+    weight_decay=0.1,
+    label_smoothing=0.1,
+    mixup=0.2,
+    average=0.9,
+    shift=1,
+    mirror=True,
+)
 
 
 class _Interrupted(Exception):
@@ -211,9 +246,24 @@ def test_the_command_writes_weights_and_a_card(tmp_path, capsys, digits):
     assert "Accuracy" in capsys.readouterr().out
 
 
+def test_without_orbax_there_are_no_checkpoints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    main(["lenet5", "--dataset", "digits", "--epochs", "1", "--out", str(tmp_path)])
+    assert "No checkpoints are written: orbax is not installed" in capsys.readouterr().out
+    assert (tmp_path / "lenet5-digits-0.safetensors").exists()
+    with pytest.raises(SystemExit):
+        main(["lenet5", "--dataset", "digits", "--epochs", "1", "--out", str(tmp_path), "--resume"])
+    assert "argument --resume: needs orbax" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--epochs", "0"], "epochs must be at least 1"), (["--batch-size", "5000"], "1397 training images")],
+    [
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch-size", "5000"], "1397 training images"),
+        (["--seed", "-1"], "argument --seed: must be a whole number, 0 or more, got '-1'"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+    ],
 )
 def test_bad_arguments_of_the_command_exit_with_two(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
