@@ -27,7 +27,7 @@ class Recipe:
         epochs: Passes over the training images, at least 1.
         batch_size: Images in a step, at most the number of training images.
         optimizer: `"adamw"`; or `"muon"`, which makes the steps of all kernels but the last layer's nearly orthogonal
-            matrices, and leaves the other parameters to Adam. It needs fewer epochs.
+            matrices, and leaves the other parameters to Adam, with Nesterov's momentum. It needs fewer epochs.
         learning_rate: The highest step size. Muon's steps are scaled to the root mean square of Adam's.
         weight_decay: Decay of kernels for a step size of 1; other parameters, and those that `"muon"` leaves to Adam,
             do not decay.
