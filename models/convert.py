@@ -349,19 +349,14 @@ def _fill(model: Network, arrays: dict[str, np.ndarray], renames: _Renames) -> N
     tree = nnx.to_pure_dict(state)
     leaves = {serialization.path_name(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     names = {path: _names(path, renames) for path in leaves}
-    shapes = {name: _torch_shape(shape, len(names[path])) for path, shape in leaves.items() for name in names[path]}
-    problems = {
-        "missing": sorted(shapes.keys() - arrays.keys()),
-        "left over": sorted(arrays.keys() - shapes.keys()),
-        "wrong": [
-            f"{name} is {arrays[name].dtype}{arrays[name].shape}, must be float32{shape}"
-            for name, shape in sorted(shapes.items())
-            if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != np.float32)
-        ],
+    expected = {
+        name: f"float32{_torch_shape(shape, len(names[path]))}"
+        for path, shape in leaves.items()
+        for name in names[path]
     }
-    if any(problems.values()):
-        parts = [f"{problem}: {_list(lines)}" for problem, lines in problems.items() if lines]
-        raise ValueError(f"does not fit {model.config}; {'; '.join(parts)}")
+    found = {name: f"{array.dtype}{array.shape}" for name, array in arrays.items()}
+    if problems := serialization.compare_names(found, expected):
+        raise ValueError(f"does not fit {model.config}; {problems}")
 
     def weights(key, leaf):
         array = np.concatenate([arrays[name] for name in names[serialization.path_name(key)]])
@@ -392,10 +387,6 @@ def _rename(path: str, renames: _Renames) -> str:
     for pattern, replacement in renames.items():
         path = re.sub(pattern, replacement, path)
     return path
-
-
-def _list(lines: list[str]) -> str:
-    return ", ".join(lines[:10]) + (f" and {len(lines) - 10} more ({len(lines)} in all)" if len(lines) > 10 else "")
 
 
 if __name__ == "__main__":

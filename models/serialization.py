@@ -39,17 +39,10 @@ def load(model: nnx.Module, path: Path) -> None:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file ({error})") from error
-    expected = {path_name(key): np.shape(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    shapes = {name: array.shape for name, array in stored.items()}
-    if shapes != expected:
-        problems = {
-            "missing": sorted(expected.keys() - shapes.keys()),
-            "left over": sorted(shapes.keys() - expected.keys()),
-            "of another shape": sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n]),
-        }
-        parts = [f"{problem}: {', '.join(names[:5])}" for problem, names in problems.items() if names]
+    expected = {path_name(key): str(np.shape(leaf)) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    if problems := compare_names({name: str(array.shape) for name, array in stored.items()}, expected):
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}; {'; '.join(parts)}; load the network that it was saved from"
+            f"{path} does not fit {type(model).__name__}; {problems}; load the network that it was saved from"
         )
 
     def weights(key, _):
@@ -60,6 +53,28 @@ def load(model: nnx.Module, path: Path) -> None:
     model.eval()
 
 
+def compare_names(found: dict[str, str], expected: dict[str, str]) -> str:
+    """Lists the arrays of a file that are missing, left over, or not described as expected.
+
+    Args:
+        found: By name of the array, its description: its shape, for instance.
+        expected: The descriptions that it must have.
+
+    Returns:
+        The lists, each with at most ten names; empty if all arrays are as expected.
+    """
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "left over": sorted(found.keys() - expected.keys()),
+        "wrong": [
+            f"{name} is {found[name]}, must be {expected[name]}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    return "; ".join(f"{problem}: {_list(lines)}" for problem, lines in problems.items() if lines)
+
+
 def num_parameters(model: nnx.Module) -> int:
     """Counts the trained numbers of an nnx module."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -68,3 +83,7 @@ def num_parameters(model: nnx.Module) -> int:
 def path_name(key) -> str:
     """Names a leaf by its path in a tree, such as `conv1.kernel`."""
     return jax.tree_util.keystr(key, simple=True, separator=".")
+
+
+def _list(lines: list[str]) -> str:
+    return ", ".join(lines[:10]) + (f" and {len(lines) - 10} more ({len(lines)} in all)" if len(lines) > 10 else "")

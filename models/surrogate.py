@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Float32, Int, PyTree
 
+from .training import compute_logits
+
 _PATCH = 6
 _STRIDE = 2
 _POOLS = 3
@@ -75,19 +77,19 @@ def distil(
     """
     from sklearn import linear_model
 
-    graph, state = nnx.split(model)
-    apply = jax.jit(lambda x: nnx.merge(graph, state)(x))
-    logits = np.concatenate([np.asarray(apply(part)) for part in _parts(images)])
+    logits = compute_logits(model, images)
     height, width, channels = images.shape[1:]
     positions = ((height - _PATCH) // _STRIDE + 1) * ((width - _PATCH) // _STRIDE + 1)
-    analysis = apply.lower(images[:1]).cost_analysis()
+    graph, state = nnx.split(model)
+    analysis = jax.jit(lambda x: nnx.merge(graph, state)(x)).lower(images[:1]).cost_analysis()
     assert analysis is not None
     multiplications = analysis["flops"] / 2
     per_filter = positions * _PATCH**2 * channels + 2 * _POOLS**2 * logits.shape[1]
     num_filters = max(1, int(cost * multiplications / per_filter))
     filters = _draw_filters(images, num_filters, np.random.default_rng(seed))
     compute = jax.jit(_features)
-    features = np.concatenate([np.asarray(compute(part, *filters)) for part in _parts(images)])
+    parts = (images[start : start + 500] for start in range(0, len(images), 500))
+    features = np.concatenate([np.asarray(compute(part, *filters)) for part in parts])
     mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
     fit = linear_model.RidgeCV(_RIDGES).fit(((features - mean) / scale).astype(np.float64), logits)
     weights = (fit.coef_ / scale).T
@@ -95,10 +97,6 @@ def distil(
         jnp.asarray(array, jnp.float32) for array in (*filters, weights, fit.intercept_ - mean @ weights)
     )
     return PatchSurrogate(kernel, centre, threshold, weights, offset, num_filters * per_filter / multiplications)
-
-
-def _parts(images):
-    return (images[start : start + 500] for start in range(0, len(images), 500))
 
 
 def _draw_filters(images, num_filters: int, rng):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from .datasets import Dataset
+from .serialization import num_parameters
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -131,7 +132,7 @@ def fit(
     num_classes = len(dataset.class_names)
     targets = optax.smooth_labels(jax.nn.one_hot(dataset.y_train, num_classes), recipe.label_smoothing)
     if teacher is not None:
-        targets = (targets + jax.nn.softmax(_logits(teacher, dataset.x_train))) / 2
+        targets = (targets + jax.nn.softmax(compute_logits(teacher, dataset.x_train))) / 2
     targets = np.asarray(targets)
 
     model.train()
@@ -145,7 +146,7 @@ def fit(
     if checkpoint is not None:
         checkpoints = _Checkpoints(
             checkpoint,
-            f"{type(model).__name__} of {sum(leaf.size for leaf in jax.tree.leaves(params))} parameters, "
+            f"{type(model).__name__} of {num_parameters(model)} parameters, "
             f"{num_images} images of shape {dataset.x_train.shape[1:]}, {jnp.dtype(dtype).name}, seed {seed}, {recipe}",
         )
         first_epoch, state = checkpoints.restore(state)
@@ -339,11 +340,21 @@ def _from_data(data, leaf):
     return data
 
 
+def compute_logits(
+    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"]
+) -> Float32[np.ndarray, "images classes"]:
+    """Computes a classifier's logits of any number of images, 500 at a time."""
+    graph, state = nnx.split(model)
+    apply = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    parts = [apply(state, x[start : start + 500]) for start in range(0, len(x), 500)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
 def predicted_classes(
     model: nnx.Module, x: Float32[np.ndarray, "images height width channels"]
 ) -> Int[np.ndarray, "images"]:
     """Computes the class with the highest logit, for every image."""
-    return np.argmax(_logits(model, x), axis=-1)
+    return np.argmax(compute_logits(model, x), axis=-1)
 
 
 def accuracy(
@@ -351,10 +362,3 @@ def accuracy(
 ) -> float:
     """Computes the share of images whose highest logit is that of their class, in [0, 1]."""
     return float(np.mean(predicted_classes(model, x) == y))
-
-
-def _logits(model, x, batch_size=500):
-    graph, state = nnx.split(model)
-    apply = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
-    parts = [apply(state, x[start : start + batch_size]) for start in range(0, len(x), batch_size)]
-    return np.concatenate([np.asarray(part) for part in parts])
