@@ -6,15 +6,16 @@ model on one of them, and the K results are decoded from the answers that came.
 Every public name is reachable from here; what only a module with a leading underscore holds is private, except for
 `coded`, `Coded` and `pytree`, which are imported below. By purpose:
 
-* `codes`, `nodes`, `ordering`: which coded inputs there are.
+* `codes`, `nodes`, `ordering`, `allocation`: which coded inputs there are.
 * `placement`, `pools`: where workers run; `stragglers` models their latencies.
 * `serving`, `stop`: when answers are enough.
-* `interpolants`, `linops`, `outputs`, `robust`: how answers become results.
+* `interpolants`, `linops`, `outputs`, `robust`: how answers become results; `surrogates`: guesses before they come.
 * `tuning`: which code suits a model; `metrics` measures it.
 * `saga`: training.
 * `checks`: argument checks, for codes and interpolants of one's own.
 """
 
+from . import allocation as allocation
 from . import checks as checks
 from . import interpolants as interpolants
 from . import linops as linops
@@ -29,6 +30,7 @@ from . import saga as saga
 from . import serving as serving
 from . import stop as stop
 from . import stragglers as stragglers
+from . import surrogates as surrogates
 from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded
@@ -46,4 +48,6 @@ from .codes import SplineCode as SplineCode
 from .codes import UncodedCode as UncodedCode
 from .serving import CodedServer as CodedServer
 from .serving import Prediction as Prediction
+from .surrogates import Surrogate as Surrogate
+from .surrogates import surrogate as surrogate
 from .tuning import tune as tune

@@ -1,9 +1,10 @@
-"""Moves arguments to the device, with explicit transfers, before they are computed with."""
+"""Prepares arguments: moves them to the device with explicit transfers, and pads batches."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
@@ -45,3 +46,10 @@ def as_float(value: ArrayLike | Sequence[float]) -> Array:
 def as_int(value: ArrayLike) -> Array:
     """Converts an integer to JAX's default integer dtype, with an explicit transfer."""
     return value.astype(int) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.int64))
+
+
+def pad(leaf: Array | np.ndarray, size: int) -> Array | np.ndarray:
+    """Pads a batch to a size with copies of its last input; a NumPy array stays one."""
+    num_copies = size - leaf.shape[0]
+    xp = np if isinstance(leaf, np.ndarray) else jnp
+    return xp.concatenate([leaf, xp.repeat(leaf[-1:], num_copies, axis=0)]) if num_copies else leaf

@@ -15,14 +15,29 @@ from jaxtyping import Array, Bool, PyTree
 from ._float64 import x64_is_on
 from ._pytree import pytree
 from ._sharding import call_with_auto_axes
+from .allocation import PriorPlanner, make_planner
 from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
 from .functions import Params, PureFunction, as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
-from .pipeline import Planner, StaticCode, decode, describe_code, encode, find_decoder, group, make_plans, ungroup
+from .pipeline import (
+    Planner,
+    StaticCode,
+    decode,
+    describe_code,
+    encode,
+    find_decoder,
+    group,
+    group_with_prior,
+    make_plans,
+    ungroup,
+)
 from .placement import AbstractPlacement, vmap
 from .robust import Defence, Detection
+from .stragglers import AbstractStragglers
+from .surrogates import Surrogate
+from .surrogates.calibration import SQUARED_ERROR
 
 
 def coded(
@@ -33,6 +48,9 @@ def coded(
     output: OutputSpace = as_returned,
     defence: Defence | None = None,
     planner: Planner | None = None,
+    prior: Surrogate | None = None,
+    stragglers: AbstractStragglers | None = None,
+    loss: str = SQUARED_ERROR,
     placement: AbstractPlacement | None = None,
 ) -> "Coded":
     r"""Wraps a model so that its results are decoded from the workers that returned.
@@ -60,7 +78,14 @@ def coded(
         defence: Detects wrong answers: `jaxcode.robust.leave_one_out` flags faulty workers by their answers to the
             whole batch, and these are treated as if they had not returned. If None, all workers are trusted.
         planner: Plans each group: a function, traced, from (code, group of inputs) to the `Plan` with which the group
-            is encoded and decoded. None for codes that need none.
+            is encoded and decoded. None for codes that need none, and where there is a prior.
+        prior: Guesses f's answers, such as `jaxcode.surrogate(f, inputs)`. What is decoded is the difference between
+            answers and guesses; a result that cannot be recovered is its guess, approximate, instead of NaN.
+        stragglers: Which workers are late, such as `jaxcode.stragglers.Uniform(5)`; needs a prior and a code that
+            assigns inputs to workers. Every input then still has a worker of its own, and the other workers compute
+            copies of those inputs whose guesses are worst. A batch of several groups is cut so that each has its share
+            of bad guesses, if no order is given.
+        loss: What a bad guess costs, for `stragglers`: "squared_error", or for a classifier "disagreement".
         placement: On which devices workers compute: `jaxcode.placement.shard_map(mesh)` spreads them over a mesh. If
             None, `jaxcode.placement.vmap()`: all as one batch on one device.
 
@@ -68,10 +93,11 @@ def coded(
         A function `predict(x, returned=None)`; see `Coded`.
 
     Raises:
-        ValueError: If f or code is none of these.
+        ValueError: If f or code is none of these, prior is no surrogate or cannot estimate the loss, or stragglers is
+            given without a prior or for a code whose workers serve all inputs, or prior is given beside a planner.
 
     References:
-        arXiv 2406.00300, section 3.
+        arXiv 2406.00300, section 3; `jaxcode.allocation` for copies.
 
     >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode
@@ -84,9 +110,17 @@ def coded(
     if not isinstance(code, AbstractCode):
         raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
     fn, params = as_pure_function(f)
+    if prior is None and stragglers is not None:
+        raise ValueError(
+            f"stragglers is {stragglers!r} without a prior; expected both or neither: the prior tells whose loss costs "
+            "most"
+        )
+    if prior is not None and planner is not None:
+        raise ValueError(f"prior is given beside planner, {planner!r}; expected one of them")
+    prior_planner = None if prior is None else make_planner(code, prior, stragglers, loss)
     static_code, traced_code = (StaticCode(code), None) if is_static(code) else (None, code)
     setting = Setting(fn, static_code, order, output, defence, planner, vmap() if placement is None else placement)
-    return Coded(params, traced_code, setting)
+    return Coded(params, traced_code, prior_planner, setting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,17 +168,20 @@ _DEFAULTS = {"output": as_returned, "placement": vmap()}
 class Coded:
     """Computes a model's results from the workers that returned; made by `coded`.
 
-    A pytree whose leaves are the model's parameters, and the code's nodes and smoothing where they are traced: it can
-    be passed to jitted functions, donated, mapped over with `jax.tree.map` and pickled with cloudpickle.
+    A pytree whose leaves are the model's parameters, those of its prior, and the code's nodes and smoothing where they
+    are traced: it can be passed to jitted functions, donated, mapped over with `jax.tree.map` and pickled with
+    cloudpickle.
 
     Attributes:
         params: The model's parameters.
         traced_code: The code if it is not static, else None.
+        prior_planner: Guesses answers and assigns inputs to workers; None without a prior.
         setting: The static part: the model's function and the options of `coded`.
     """
 
     params: Params
     traced_code: AbstractCode | None
+    prior_planner: PriorPlanner | None
     setting: Setting
 
     @property
@@ -161,6 +198,8 @@ class Coded:
             value = getattr(setting, name)
             if value is not None and value != _DEFAULTS.get(name):
                 parts.append(f"{name}={_name_of(value)}")
+        if self.prior_planner is not None:
+            parts.append(f"prior={self.prior_planner.prior}")
         return f"Coded({', '.join(parts)})"
 
     def __call__(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> PyTree[Array]:
@@ -199,6 +238,10 @@ class Coded:
         """
         return self._compute(x, returned)
 
+    @property
+    def _is_planned(self):
+        return self.setting.planner is not None or self.prior_planner is not None
+
     def _compute(self, x, returned):
         setting = self.setting
         num_workers = self.code.num_workers
@@ -210,11 +253,11 @@ class Coded:
         mask = static_value(returned)
         if mask is None:
             decoder, mask = None, returned
-        elif setting.static_code is None or setting.defence is not None or setting.planner is not None:
+        elif setting.static_code is None or setting.defence is not None or self._is_planned:
             decoder, mask = None, jax.device_put(mask)
         else:
             decoder, mask = find_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
-        return _run(setting, self.params, self.traced_code, x, decoder, mask)
+        return _run(setting, self.params, self.traced_code, self.prior_planner, x, decoder, mask)
 
 
 @functools.cache
@@ -227,7 +270,7 @@ def _name_of(option):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(setting, params, traced_code, x, decoder, returned):
+def _run(setting, params, traced_code, prior_planner, x, decoder, returned):
     def specs(batch):
         # Results are sharded along the batch as the inputs are; the detection is on every device.
         return PartitionSpec(*jax.tree.leaves(batch)[0][:1]), PartitionSpec()
@@ -235,14 +278,18 @@ def _run(setting, params, traced_code, x, decoder, returned):
     def run(x, *arguments):
         return _run_with_auto_axes(setting, x, *arguments)
 
-    return call_with_auto_axes(run, x, params, traced_code, decoder, returned, specs=specs)
+    return call_with_auto_axes(run, x, params, traced_code, prior_planner, decoder, returned, specs=specs)
 
 
-def _run_with_auto_axes(setting, x, params, traced_code, decoder, returned):
+def _run_with_auto_axes(setting, x, params, traced_code, prior_planner, decoder, returned):
     code = traced_code if setting.static_code is None else setting.static_code.code
     placement = setting.placement
-    grouped, grouping = group(placement.place(x), code.num_data, setting.order)
-    plans = make_plans(code, setting.planner, grouped)
+    x = placement.place(x)
+    if prior_planner is None:
+        grouped, grouping = group(x, code.num_data, setting.order)
+        plans = make_plans(code, setting.planner, grouped)
+    else:
+        grouped, grouping, plans = group_with_prior(code, prior_planner, x, setting.order)
     coded_inputs = encode(code, None, grouped, plans, one_pass=placement.is_distributed)
     answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._arrays import pad
 from ._pytree import pytree
+from .allocation import PriorPlanner, spread
 from .checks import batch_size
-from .codes import AbstractCode, Plan
+from .codes import AbstractCode, Plan, Prior
 from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
 from .linops.abstract import allow_transfers, prepare_eagerly
@@ -108,6 +110,38 @@ def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Arra
     return jax.vmap(functools.partial(planner, code), in_axes=1)(grouped)
 
 
+def group_with_prior(
+    code: AbstractCode, planner: PriorPlanner, x: PyTree[Array], order: Ordering | None
+) -> tuple[PyTree[Array], Grouping, Plan]:
+    """Guesses the answers to a batch, groups it and plans every group.
+
+    Args:
+        code: The code.
+        planner: Has the prior.
+        x: The batch, leaves (B, ...).
+        order: As for `group`; if None, and the planner assigns inputs to workers, groups get equal shares of the risk.
+
+    Returns:
+        Leaves (K, groups, ...); the grouping; one plan whose leaves have the groups as leading axis.
+
+    Raises:
+        ValueError: As for `group`.
+    """
+    predictions, risk = planner.predict(x)
+
+    def order_batch(tree, num_data):
+        x, _, risk = tree
+        return spread(risk, num_data) if order is None else order(x, num_data)
+
+    in_own_order = order is None and planner.lost is None
+    grouped, grouping = group((x, predictions, risk), code.num_data, None if in_own_order else order_batch)
+    grouped_x, predictions, risk = grouped
+    # Copies of the last input, which complete its group, are not worth a worker.
+    position = np.arange(grouping.num_data)[:, None] + grouping.num_data * np.arange(grouping.num_groups)
+    risk = jnp.where(position < grouping.size, risk, jnp.zeros((), risk.dtype))
+    return grouped_x, grouping, jax.vmap(functools.partial(planner.plan, code), in_axes=1)(grouped_x, predictions, risk)
+
+
 def encode(
     code: AbstractCode,
     encoder: AbstractLinop | None,
@@ -176,7 +210,14 @@ def decode(
         )
     else:
         assert returned is not None
-        results = jax.vmap(code.decode, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
+
+        def decode_group(answers, plan):
+            if plan.prior is not None:
+                prior = Prior(output.transform(plan.prior.workers), output.transform(plan.prior.data))
+                plan = dataclasses.replace(plan, prior=prior)
+            return code.decode(answers, returned, plan)
+
+        results = jax.vmap(decode_group, in_axes=(1, 0), out_axes=1)(answers, plans)
     chex.assert_tree_shape_prefix(results, (code.num_data,))
     return output.inverse_transform(results)
 
@@ -212,13 +253,6 @@ def flatten_groups(tree: PyTree[Array | np.ndarray]) -> PyTree[Array | np.ndarra
 def unflatten_groups(tree: PyTree[Array | np.ndarray], num_members: int) -> PyTree[Array | np.ndarray]:
     """Reshapes a model's batch, leaves (N groups, ...), to leaves (N, groups, ...)."""
     return jax.tree.map(lambda leaf: leaf.reshape(num_members, -1, *leaf.shape[1:]), tree)
-
-
-def pad(leaf: Array | np.ndarray, size: int) -> Array | np.ndarray:
-    """Pads a batch to a size with copies of its last input; a NumPy array stays one."""
-    num_copies = size - leaf.shape[0]
-    xp = np if isinstance(leaf, np.ndarray) else jnp
-    return xp.concatenate([leaf, xp.repeat(leaf[-1:], num_copies, axis=0)]) if num_copies else leaf
 
 
 @final

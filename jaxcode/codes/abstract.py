@@ -192,15 +192,19 @@ class AbstractCode(abc.ABC):
         linop = self.decoder_linop(returned, plan)
         if plan is None or plan.prior is None:
             return apply_to_tree("y", linop, y, self.num_workers)
-        residuals = jax.tree.map(lambda answer, mean: answer - mean, y, plan.prior.workers)
-        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
+        workers, data = plan.prior.workers, plan.prior.data
+        # Where results are copies of answers, the difference would only add errors of rounding.
+        if linop.mixes:
+            y = jax.tree.map(jnp.subtract, y, workers)
+        decoded = apply_to_tree("y", linop, y, self.num_workers)
         recovered = jnp.asarray(self.recovered(returned, plan))
 
-        def add_mean(residual, mean):
-            is_recovered = recovered.reshape(self.num_data, *[1] * (residual.ndim - 1))
-            return jnp.where(is_recovered, residual, jnp.zeros((), residual.dtype)) + mean
+        def fill(result, mean):
+            is_recovered = recovered.reshape(self.num_data, *[1] * (result.ndim - 1))
+            mean = jnp.asarray(mean, result.dtype)
+            return jnp.where(is_recovered, result + mean if linop.mixes else result, mean)
 
-        return jax.tree.map(add_mean, decoded, plan.prior.data)
+        return jax.tree.map(fill, decoded, data)
 
 
 def _replicate_rows(specs):

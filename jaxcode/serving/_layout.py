@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
+from .._arrays import pad
 from ..checks import batch_size, finite_inputs
 from ..linops.abstract import undefined_value
-from ..pipeline import pad
 
 
 @final

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import nodes, ordering, outputs
+from .._batched_model import BatchedModel
 from ..checks import batch_size, check_count
 from ..codes import AbstractCode, ReplicationCode, SplineCode
 from ..functions import NO_DERIVATIVES, as_pure_function
@@ -18,7 +19,7 @@ from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..pipeline import group
 from ..stragglers import AbstractStragglers
-from .answers import AnswerCache, BatchedModel
+from .answers import AnswerCache
 from .evaluation import Evaluator, standard_error
 from .losses import Loss, disagreement, squared_error
 from .report import Candidate, Tuned

@@ -1,0 +1,305 @@
+"""Distils a surrogate from a model's answers to unlabelled inputs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import jax
+import numpy as np
+from flax import linen, nnx
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PyTree
+from tqdm import tqdm
+
+from .._batched_model import BatchedModel
+from ..checks import batch_size, check_positive
+from ..functions import as_pure_function
+from . import students
+from .augmentation import augment
+from .calibration import calibrate_disagreement, calibrate_squared_error
+from .features import ModuleFeatures, draw_fourier, draw_patches, flatten_inputs
+from .ridge import fit_ridge
+from .surrogate import Layout, LinearPredictor, ModulePredictor, Predictor, Surrogate
+from .training import train
+
+Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
+
+_MODEL_BATCH = 128
+# Length scales of Fourier features that are tried, in units of the median distance of two inputs.
+_LENGTHS = (0.25, 0.5, 1.0, 2.0)
+_MAX_FEATURES = 2000
+# With fewer inputs a network learns less than ridge regression does.
+_LEAST_FOR_STUDENT = 500
+_HELD_OUT_SHARE = 0.1
+_HELD_OUT_LIMITS = 200, 2000
+# Multiplications that a network's training may take: about a minute and a half of two cores.
+_TRAINING_MULTIPLICATIONS = 2e12
+_MAX_EPOCHS = 60
+_LEAST_STEPS = 500
+# Changed copies of images that the model answers, at most, and at most so many for each image.
+_MAX_COPIES = 24_000
+_COPIES_PER_IMAGE = 7
+
+
+def surrogate(
+    f: Model,
+    inputs: PyTree[ArrayLike],
+    *,
+    model: nnx.Module | None = None,
+    features: Model | None = None,
+    cost: float = 0.1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Surrogate:
+    r"""Distils a cheap model of a model from its answers to unlabelled inputs.
+
+    The surrogate is the decoder's prior: `jaxcode.coded(f, code, prior=surrogate)` returns its guess for an input that
+    is lost. It knows how good each guess is, by which redundant workers are given to the inputs that need them.
+
+    What it is depends on the inputs. Images (one leaf of shape (B, height, width, channels)) get a small convolutional
+    network, trained also on mirrored and shifted copies if f answers them alike, and f itself answers the copies. Fewer
+    than 500 images get ridge regression on responses to random patches. Sequences of tokens (one leaf of integers
+    (B, length)) get embeddings, a convolution over neighbours and means and maxima over the sequence. For all else, the
+    numbers of an input are one vector, and the best of ridge regression on random Fourier features of several length
+    scales and a perceptron is kept. Networks are trained for about a minute and a half of two cores at most.
+
+    A tenth of the inputs, at least 200 if there are so many, is held out: on these, candidates are compared and the
+    errors of a network's guesses are calibrated. Ridge regression is calibrated on guesses for inputs left out.
+
+    Args:
+        f: The model, as `jaxcode.coded` takes it, whose answers are floating-point numbers.
+        inputs: Unlabelled inputs as they will come, leaves (B, ...), at least 20; a few thousand are better. Those that
+            f was trained on make the surrogate surer of its guesses than it is on others.
+        model: A network to train instead: an `nnx.Module` from a batch to answers like f's. It is copied.
+        features: Computes features of a batch, in which the answers are then fitted by ridge regression: an early
+            layer of f, for instance. As f: a callable, a module or a pair.
+        cost: Operations for an input that the default kinds may take, relative to f's.
+        seed: Seed of the initial weights, of the inputs held out and of the copies.
+        progress: Whether to show progress bars on standard error.
+
+    Returns:
+        The surrogate: `prior(x)` guesses, `prior.with_risk(x, loss)` also tells what each guess is expected to cost,
+        `prior.cost` is the compiler's count of its operations over that of f's (operations inside a loop count once).
+
+    Raises:
+        ValueError: If inputs are fewer than 20 or their leading axes differ, cost is not positive, f is no model or
+            its answers are not floating-point numbers, or features or model do not return one row for each input.
+
+    References:
+        Hinton, Vinyals and Dean, arXiv 1503.02531, for distillation; `jaxcode.surrogates` for the parts.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.linspace(0.0, 3.0, 200)[:, None]
+    >>> prior = surrogate(lambda x: jnp.sin(x), x, cost=1000.0, progress=False)
+    >>> bool(jnp.max(jnp.abs(prior(x) - jnp.sin(x))) < 0.01)
+    True
+    """
+    if model is not None and features is not None:
+        raise ValueError("model and features are both given; expected one of them")
+    check_positive("cost", cost, "give the share of the model's operations that the surrogate may take, e.g. 0.1")
+    size = batch_size("inputs", inputs)
+    if size < 20:
+        raise ValueError(f"inputs has {size} inputs; expected at least 20, better a few thousand")
+    teacher = _Teacher(f, jax.tree.map(np.asarray, inputs), progress)
+    num_held_out = int(np.clip(_HELD_OUT_SHARE * size, min(_HELD_OUT_LIMITS[0], size // 4), _HELD_OUT_LIMITS[1]))
+    held_out = np.random.default_rng(seed).permutation(size)[:num_held_out]
+    if model is not None:
+        guesses = [_fit_student(teacher, model, held_out, seed, progress)]
+    elif features is not None:
+        guesses = [_fit_linear(teacher, ModuleFeatures(*as_pure_function(features)))]
+    else:
+        guesses = _fit_default(teacher, cost, held_out, seed, progress)
+    best = min(guesses, key=lambda guess: teacher.loss(guess, held_out))
+    targets = teacher.rows[best.rows]
+    squares = np.mean((best.guesses - targets) ** 2, axis=1)
+    return Surrogate(
+        best.predictor,
+        calibrate_disagreement(best.guesses, targets) if teacher.layout.is_class_scores else None,
+        calibrate_squared_error(best.scores, squares),
+        teacher.layout,
+        teacher.relative_cost(best.predictor),
+    )
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fit:
+    """Holds a predictor and what it guesses for inputs that it was not fitted to.
+
+    Attributes:
+        predictor: The predictor.
+        rows: Which of the sample's inputs these are, (n,).
+        guesses: Guesses as rows, (n, numbers).
+        scores: Scores of the guesses, (n,).
+    """
+
+    predictor: Predictor
+    rows: Int[np.ndarray, "rows"]
+    guesses: Float[np.ndarray, "rows numbers"]
+    scores: Float[np.ndarray, "rows"]
+
+
+@final
+class _Teacher:
+    """Holds a model, a sample of its inputs and its answers to them.
+
+    Args:
+        f: The model.
+        inputs: Leaves (B, ...).
+        progress: Whether to show a progress bar on standard error.
+    """
+
+    def __init__(self, f: Model, inputs: PyTree[np.ndarray], progress: bool):
+        self.inputs, self.size = inputs, batch_size("inputs", inputs)
+        self._fn, self._params = as_pure_function(f)
+        self._model = BatchedModel(self._fn, self._params, min(_MODEL_BATCH, self.size))
+        answers = self._answer(inputs, progress)
+        self.layout = Layout.of(answers)
+        self.rows = np.asarray(self.layout.to_rows(answers))
+
+    def rows_of(self, inputs: PyTree[np.ndarray], progress: bool = False) -> Float[np.ndarray, "batch numbers"]:
+        """Computes the answers to more inputs, as rows."""
+        return np.asarray(self.layout.to_rows(self._answer(inputs, progress)))
+
+    def loss(self, fit: _Fit, held_out: Int[np.ndarray, "rows"]) -> float:
+        """Computes a fit's loss on inputs held out: the share of other classes if answers are scores, else its MSE."""
+        chosen = np.isin(fit.rows, held_out)
+        guesses, targets = fit.guesses[chosen], self.rows[fit.rows[chosen]]
+        if self.layout.is_class_scores:
+            return float(np.mean(guesses.argmax(axis=1) != targets.argmax(axis=1)))
+        return float(np.mean((guesses - targets) ** 2))
+
+    @property
+    def operations(self) -> float:
+        """Operations that the model takes for an input."""
+        return _count_operations(self._fn, self._params, self.inputs)
+
+    def relative_cost(self, predictor: Predictor) -> float:
+        """Computes a predictor's operations for an input over the model's."""
+        return _count_operations(lambda predictor, x: predictor(x), predictor, self.inputs) / self.operations
+
+    def _answer(self, inputs, progress):
+        size, step = batch_size("inputs", inputs), 8 * _MODEL_BATCH
+        bar = tqdm(range(0, size, step), desc="asking the model", unit="block", disable=not progress, mininterval=1.0)
+        parts = [self._model(jax.tree.map(lambda leaf, s=start: leaf[s : s + step], inputs)) for start in bar]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _count_operations(fn, params, inputs):
+    """Counts the compiler's floating-point operations for an input; those inside loops count once."""
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((16, *leaf.shape[1:]), leaf.dtype), inputs)
+    analysis = jax.jit(fn).lower(params, batch).cost_analysis()
+    assert analysis is not None
+    return max(float(analysis["flops"]), 1.0) / 16
+
+
+def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
+    """Fits what suits the inputs: ridge regression on random features, and a small network if there are enough."""
+    leaves = jax.tree.leaves(teacher.inputs)
+    is_images = len(leaves) == 1 and leaves[0].ndim == 4
+    is_tokens = len(leaves) == 1 and leaves[0].ndim == 2 and np.issubdtype(leaves[0].dtype, np.integer)
+    fits = []
+    if teacher.size >= _LEAST_FOR_STUDENT or is_tokens:
+        multiplications = min(cost * teacher.operations / 2, _TRAINING_MULTIPLICATIONS / (64 * 3 * _LEAST_STEPS))
+        student = _make_student(teacher, multiplications, is_images, is_tokens, seed)
+        fits.append(_fit_student(teacher, student, held_out, seed, progress, augments=is_images))
+    if is_images and not fits:
+        draws = [lambda count: draw_patches(teacher.inputs, count, seed)]
+    elif is_images or is_tokens:
+        draws = []
+    else:
+        draws = [lambda count, length=length: draw_fourier(teacher.inputs, count, length, seed) for length in _LENGTHS]
+    if draws:
+        count = _affordable(teacher, draws[0], cost)
+        fits += [_fit_linear(teacher, draw(count)) for draw in draws]
+    return fits
+
+
+def _make_student(teacher, multiplications, is_images, is_tokens, seed):
+    num_outputs, rngs = teacher.rows.shape[1], nnx.Rngs(seed)
+    (leaf, *_) = jax.tree.leaves(teacher.inputs)
+    if is_images:
+        width = students.image_width(leaf.shape[1:3], leaf.shape[3], num_outputs, multiplications)
+        return students.ImageStudent(leaf[:1000].astype(np.float32), teacher.rows, width, rngs=rngs)
+    if is_tokens:
+        width = students.token_width(leaf.shape[1], num_outputs, multiplications)
+        return students.TokenStudent(leaf, teacher.rows, min(width, 256), rngs=rngs)
+    num_inputs = flatten_inputs(jax.tree.map(lambda leaf: leaf[:1], teacher.inputs)).shape[1]
+    width = students.vector_width(num_inputs, num_outputs, multiplications)
+    return students.VectorStudent(teacher.inputs, teacher.rows, min(width, 512), rngs=rngs)
+
+
+def _fit_student(teacher, student, held_out, seed, progress, augments=False) -> _Fit:
+    """Trains a network on all inputs but those held out."""
+    learned = np.setdiff1d(np.arange(teacher.size), held_out)
+    inputs, targets = jax.tree.map(lambda leaf: leaf[learned], teacher.inputs), teacher.rows[learned]
+    if augments:
+        images, structure = jax.tree.flatten(inputs)
+
+        def answer(images):
+            return teacher.rows_of(jax.tree.unflatten(structure, [images]), progress)
+
+        num_copies = min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES)
+        images, targets = augment(images[0], targets, answer, num_copies, seed)
+        inputs = jax.tree.unflatten(structure, [images])
+    fn, params = as_pure_function(student)
+    operations = _count_operations(fn, params, teacher.inputs)
+    affordable = _TRAINING_MULTIPLICATIONS / (3 * 64 * operations / 2)
+    num_steps = int(np.clip(affordable, _LEAST_STEPS, max(_LEAST_STEPS, _MAX_EPOCHS * len(targets) / 64)))
+    trained = train(
+        student,
+        inputs,
+        targets,
+        num_steps=num_steps,
+        is_class_scores=teacher.layout.is_class_scores,
+        seed=seed,
+        progress=progress,
+    )
+    fn, params = as_pure_function(trained)
+    sample = np.asarray(flatten_inputs(inputs))
+    mean, scale = sample.mean(axis=0), sample.std(axis=0)
+    # Inputs that do not vary in the sample are not measured by how they vary.
+    scale = np.where(scale > 1e-6 * max(scale.max(), 1e-30), scale, np.inf)
+    predictor = ModulePredictor(fn, params, mean, scale, np.zeros(2 * targets.shape[1] + 2, np.float32))
+    guesses, terms = _run(ModulePredictor.rows_and_terms, predictor, teacher.inputs, held_out)
+    fit = fit_ridge(terms, _log_errors(guesses, teacher.rows[held_out])[:, None])
+    predictor = dataclasses.replace(predictor, error_weights=np.float32(fit.weights[:, 0]))
+    return _Fit(predictor, held_out, guesses, fit.left_out[:, 0] - fit.offset[0])
+
+
+def _fit_linear(teacher, features) -> _Fit:
+    """Fits ridge regression to all inputs; each guess is that of a fit to the others."""
+    everything = np.arange(teacher.size)
+    rows = _run(lambda features, x: features(x), features, teacher.inputs, everything)
+    fit = fit_ridge(rows, teacher.rows)
+    errors = fit_ridge(rows, _log_errors(fit.left_out, teacher.rows)[:, None])
+    weights = np.concatenate([fit.weights, errors.weights], axis=1)
+    offset = np.concatenate([fit.offset, errors.offset])
+    predictor = LinearPredictor(features, weights.astype(np.float32), offset.astype(np.float32))
+    return _Fit(predictor, everything, fit.left_out, errors.left_out[:, 0])
+
+
+def _log_errors(guesses, targets):
+    """Computes logarithms of mean squared errors, not below that of rounding errors."""
+    squares = np.mean((guesses - targets) ** 2, axis=1, dtype=np.float64)
+    return np.log(squares + 1e-12 * max(float(np.var(targets)), 1e-30))
+
+
+def _run(fn, params, inputs, rows):
+    """Runs a pure function on some inputs, 500 at a time."""
+    run = jax.jit(fn)
+    chunks = [rows[start : start + 500] for start in range(0, len(rows), 500)]
+    parts = [jax.device_get(run(params, jax.tree.map(lambda leaf, c=c: leaf[c], inputs))) for c in chunks]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _affordable(teacher, draw, cost) -> int:
+    """Returns how many random features there may be so that a linear predictor of them meets the cost."""
+    costs = []
+    for count in (8, 16):
+        features = draw(count)
+        width = jax.eval_shape(features, jax.tree.map(lambda leaf: leaf[:1], teacher.inputs)).shape[1]
+        weights = np.zeros((width, teacher.rows.shape[1] + 1), np.float32)
+        costs.append(teacher.relative_cost(LinearPredictor(features, weights, weights[0])))
+    slope = (costs[1] - costs[0]) / 8
+    return int(np.clip(8 + (cost - costs[0]) / slope, 1, _MAX_FEATURES))

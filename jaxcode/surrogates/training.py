@@ -1,0 +1,115 @@
+"""Trains networks on a model's answers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Float32, PyTree
+from tqdm import tqdm
+
+from .features import flatten_inputs
+
+_BATCH = 64
+_LEARNING_RATE = 0.02
+_WEIGHT_DECAY = 1e-4
+_WARMUP = 0.1
+# The root mean square of Adam's steps, in learning rates; Muon's steps are scaled to it.
+_CONSISTENT_RMS = 0.2
+
+
+def train(
+    module: nnx.Module,
+    inputs: PyTree[np.ndarray],
+    targets: Float32[np.ndarray, "batch numbers"],
+    *,
+    num_steps: int,
+    is_class_scores: bool,
+    seed: int,
+    progress: bool,
+) -> nnx.Module:
+    """Trains a copy of a network on a model's answers.
+
+    The loss is the squared error in units of the answers' variance and, for class scores, the Kullback-Leibler
+    divergence of the classes' probabilities, which both are least at the model itself. Kernels take Muon's steps, all
+    other parameters Adam's.
+
+    Args:
+        module: From a batch to answers like the model's.
+        inputs: Leaves (B, ...).
+        targets: The model's answers to them, as rows.
+        num_steps: Steps of 64 inputs.
+        is_class_scores: Whether answers are scores of classes.
+        seed: Seed of the inputs' order.
+        progress: Whether to show a progress bar on standard error.
+
+    Returns:
+        The network in evaluation mode.
+
+    References:
+        Hinton, Vinyals and Dean, arXiv 1503.02531, for distillation. Jordan et al., Muon (2024); Liu et al., arXiv
+        2502.16982, for its scale.
+    """
+    module = nnx.clone(module)
+    module.train()
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    schedule = optax.warmup_cosine_decay_schedule(
+        _LEARNING_RATE / 10, _LEARNING_RATE, max(1, int(_WARMUP * num_steps)), num_steps
+    )
+    optimizer = optax.contrib.muon(
+        schedule,
+        weight_decay=_WEIGHT_DECAY,
+        adam_weight_decay=0.0,
+        consistent_rms=_CONSISTENT_RMS,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            functools.partial(_matrix_axes, targets.shape[1]), params
+        ),
+    )
+    scale = np.float32(targets.std() or 1.0)
+    size = len(targets)
+    batch_size = min(_BATCH, size)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, x, y):
+        params, rest, optimizer_state = state
+
+        def loss(params):
+            student = nnx.merge(graph, params, rest, copy=True)
+            guesses = flatten_inputs(student(x))
+            value = jnp.mean(jnp.square((guesses - y) / scale))
+            if is_class_scores:
+                divergence = optax.losses.kl_divergence(jax.nn.log_softmax(guesses), jax.nn.softmax(y))
+                value = _SQUARED_ERROR_WEIGHT * value + jnp.mean(divergence)
+            return value, nnx.split(student, nnx.Param, ...)[2]
+
+        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), rest, optimizer_state), value
+
+    state = jax.tree.map(jnp.array, (params, rest, optimizer.init(params)))
+    rng = np.random.default_rng(seed)
+    order = np.empty(0, int)
+    value = jnp.zeros(())
+    for index in tqdm(range(num_steps), desc="distilling", unit="step", disable=not progress, mininterval=1.0):
+        if len(order) < batch_size:
+            order = rng.permutation(size)
+        rows, order = order[:batch_size], order[batch_size:]
+        state, value = step(state, jax.tree.map(lambda leaf, rows=rows: leaf[rows], inputs), targets[rows])
+        if index % 16 == 15:
+            value.block_until_ready()
+    trained = nnx.merge(graph, *state[:2])
+    trained.eval()
+    return trained
+
+
+_SQUARED_ERROR_WEIGHT = 0.1
+
+
+def _matrix_axes(num_outputs, path, leaf):
+    """Finds the axes of inputs and outputs of kernels; None for the last layer's, and for all other parameters."""
+    names = {getattr(entry, "key", getattr(entry, "name", None)) for entry in path}
+    if "kernel" not in names or leaf.ndim < 2 or (leaf.ndim == 2 and leaf.shape[1] == num_outputs):
+        return None
+    return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
