@@ -15,7 +15,6 @@
 `resnet`         residual networks for CIFAR-10, such as ResNet-20 and ResNet-56
 `repvgg`         RepVGG, from a small one to A2, for training and merged for inference
 `vit`            vision transformers, from a small one to ViT-B/16
-`surrogate`      a cheap model of a classifier, distilled from its answers
 `layers`         the convolution that the networks share
 `networks`       networks by name, with their weights and recipes
 `train`          `python -m models.train`: trains a network and writes its weights with a card

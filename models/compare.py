@@ -22,14 +22,13 @@ from .comparison import (
     compare,
     figures,
     filled_schemes,
+    prior_schemes,
     standard_schemes,
-    surrogate_schemes,
     tuned_scheme,
 )
 from .datasets import Dataset
 from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
 from .plots import save
-from .surrogate import PatchSurrogate, distil
 from .training import accuracy
 
 Setting = tuple[int, int, int]
@@ -45,9 +44,11 @@ _TITLES = {
 _FOOTNOTE = """\
 Columns are N,K,S. Means over {num_batches} batches of {batch_size} test images and {num_sets} random straggler sets
 of each request, with 95 % intervals over batches (Student's t), of one trained network; the same images and sets
-for every scheme. Tuned on one other batch of test images. Published codes decode softmax outputs in the
-order of the batch. A lost input counts as wrong, and in the RMSE as equal probabilities. Orders and the nearest
-images are those of the batch. The surrogate is distilled from the network's answers to up to 3,000 training images."""
+for every scheme. One request at a time: as many images, of which a scheme sees those of one request only. Tuned on
+{batch_size} other test images. Published codes decode softmax outputs in the order of the batch. A lost input counts
+as wrong, and in the RMSE as equal probabilities. Orders and the nearest images are those of the batch or request. The
+surrogate is distilled from the network's answers to up to 3,000 training images; it takes {cost:.1%} of the network's
+operations."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,18 +83,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     score = accuracy(model, data.x_test, data.y_test)
     print(f"{name} on {args.dataset}: accuracy {score:.1%} on {len(data.x_test):,} test images.\n", flush=True)
 
-    comparisons = {}
-    surrogate = distil(model, data.x_train[:_SURROGATE_IMAGES])
+    start_of_prior = time.perf_counter()
+    prior = jc.surrogate(model, data.x_train[:_SURROGATE_IMAGES], cost=args.cost)
+    seconds = time.perf_counter() - start_of_prior
     sample = data.x_test[:1000]
-    score = jc.metrics.agreement(surrogate(sample), model(sample))
-    print(f"Surrogate: agreement {score:.3f} with {name}, {surrogate.cost:.0%} of its multiplications.\n", flush=True)
+    score = jc.metrics.agreement(prior(sample), model(sample))
+    print(
+        f"Surrogate, learned in {seconds:.0f} s: agreement {score:.3f} with {name}, {prior.cost:.1%} of its "
+        "operations.\n",
+        flush=True,
+    )
+    comparisons = {}
     for setting in settings:
-        comparisons[setting] = _compare(model, surrogate, data, setting, args)
-    print(_tables(comparisons, args))
+        for batch_size in (setting[1], args.batch_size):
+            comparisons[setting, batch_size] = _compare(model, prior, data, setting, batch_size, args)
+    single = {setting: comparison for (setting, size), comparison in comparisons.items() if size == setting[1]}
+    together = {setting: comparison for (setting, size), comparison in comparisons.items() if size != setting[1]}
+    print("ONE REQUEST AT A TIME (B = K)\n\n" + _tables(single))
+    print(f"\nBATCHES OF {args.batch_size} IMAGES\n\n" + _tables(together))
+    print("\n" + _FOOTNOTE.format(**vars(args) | {"cost": prior.cost}))
     _write(comparisons, args.out / "figures.csv")
-    _plot(comparisons, f"{name} on {args.dataset}", args.out / "loss.png")
+    _plot(single, together, f"{name} on {args.dataset}", args.out / "loss.png")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: figures.csv, loss.png, and for every size")
-    print("tuned-N-K-S.txt and tuned-N-K-S.png, the candidates of the tuned code.")
+    print("tuned-N-K-S-B.txt and tuned-N-K-S-B.png, the candidates of the tuned code for batches of B.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compares every code, and one tuned for the network, at several (N, K, S).",
     )
 
-    def add_number(name: str, default: int, text: str) -> None:
-        parser.add_argument(name, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
+    def add_number(*names: str, default: int, text: str) -> None:
+        parser.add_argument(*names, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     parser.add_argument(
         "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
@@ -119,10 +131,16 @@ def _parser() -> argparse.ArgumentParser:
         + " ".join(",".join(map(str, setting)) for setting in _SETTINGS)
         + ")",
     )
-    add_number("--batch-size", 400, "test images in a batch")
-    add_number("--num-batches", 5, "batches to average over")
-    add_number("--num-sets", 20, "straggler sets for each request of a batch")
-    add_number("--seed", 0, "seed of batches and stragglers")
+    add_number("--batch-size", "--batch", default=400, text="test images in a batch, beside single requests")
+    add_number("--num-batches", default=5, text="batches to average over")
+    add_number("--num-sets", default=20, text="straggler sets for each request of a batch")
+    add_number("--seed", default=0, text="seed of batches and stragglers")
+    parser.add_argument(
+        "--cost",
+        type=float,
+        default=0.13,
+        help="operations that the surrogate may take, relative to the network's (default: %(default)s)",
+    )
     parser.add_argument(
         "--weights", type=Path, help="safetensors file with the network's weights; written if it does not exist"
     )
@@ -143,16 +161,22 @@ def _setting(text: str) -> Setting:
 
 
 def _compare(
-    model: nnx.Module, surrogate: PatchSurrogate, data: Dataset, setting: Setting, args: argparse.Namespace
+    model: nnx.Module,
+    prior: jc.Surrogate,
+    data: Dataset,
+    setting: Setting,
+    batch_size: int,
+    args: argparse.Namespace,
 ) -> Comparison:
-    """Tunes a code on one batch of test images and compares all schemes on the others."""
+    """Tunes codes on some test images, without and with the surrogate, and compares all schemes on the others."""
     num_workers, num_data, num_stragglers = setting
-    print(f"(N, K, S) = {setting}", flush=True)
+    print(f"(N, K, S) = {setting}, B = {batch_size}", flush=True)
     stragglers = jc.stragglers.Uniform(num_stragglers)
     sample = data.x_test[: args.batch_size]
-    tune = functools.partial(jc.tune, model, sample, num_data, num_workers, stragglers)
-    tuned = tune()
-    path = args.out / ("tuned-" + "-".join(map(str, setting)))
+    options = {"batch_size": batch_size, "loss": "disagreement"}
+    tune = functools.partial(jc.tune, model, sample, num_data, num_workers, stragglers, **options)
+    tuned = tune(prior=prior)
+    path = args.out / ("tuned-" + "-".join(map(str, (*setting, batch_size))))
     path.with_suffix(".txt").write_text(f"{tuned}\n")
     tuned.plot(path.with_suffix(".png"))
     return compare(
@@ -161,14 +185,14 @@ def _compare(
         data.y_test[args.batch_size :],
         (
             *_schemes(num_data, num_workers, tune),
-            *surrogate_schemes(surrogate, num_data, num_workers),
-            tuned_scheme(tuned),
+            *prior_schemes(prior, num_data, num_workers, stragglers),
+            tuned_scheme(tuned, "tuned_with_prior", "tuned, with surrogate"),
         ),
         [num_stragglers],
         num_data=num_data,
         num_workers=num_workers,
-        batch_size=args.batch_size,
-        num_seeds=args.num_batches,
+        batch_size=batch_size,
+        num_seeds=args.num_batches * (args.batch_size // batch_size),
         num_sets=args.num_sets,
         seed=args.seed,
     )
@@ -186,10 +210,11 @@ def _schemes(num_data: int, num_workers: int, tune) -> tuple[Scheme, ...]:
         Scheme("lcc", "Lagrange (LCC)", jc.LagrangeCode.chebyshev(*size), "softmax"),
         Scheme("nercc", "two smoothings tuned (NeRCC)", nested.code, tuned_scheme(nested).output),
         Scheme("systematic", "systematic, logits, ordered", jc.SplineCode.systematic(*size), "logits", order),
+        tuned_scheme(tune()),
     )
 
 
-def _tables(comparisons: dict[Setting, Comparison], args: argparse.Namespace) -> str:
+def _tables(comparisons: dict[Setting, Comparison]) -> str:
     schemes = next(iter(comparisons.values())).schemes
     header = f"{'':32}" + "".join(f"{','.join(map(str, setting)):>16}" for setting in comparisons)
     parts = []
@@ -200,12 +225,11 @@ def _tables(comparisons: dict[Setting, Comparison], args: argparse.Namespace) ->
             cells = (_cell(mean[i, 0], half_width[i, 0]) for mean, half_width in intervals)
             lines.append(f"{_label(scheme):32}" + "".join(f"{cell:>16}" for cell in cells))
         parts.append("\n".join(lines))
-    shares = "".join(f"{_share_of_replication(comparison):>16.0%}" for comparison in comparisons.values())
-    parts.append(
-        f"Classes lost by the tuned code, as a share of those lost by replication\n{header}\n{'tuned':32}{shares}"
-    )
-    parts.append(_FOOTNOTE.format(**vars(args)))
-    return "\n\n".join(parts)
+    lines = ["classes lost, as a share of those lost by replication", header]
+    for i, scheme in enumerate(schemes):
+        shares = (_share_of_replication(comparison, i) for comparison in comparisons.values())
+        lines.append(f"{_label(scheme):32}" + "".join(f"{share:>16.3f}" for share in shares))
+    return "\n\n".join((*parts, "\n".join(lines)))
 
 
 def _cell(mean: float, half_width: float) -> str:
@@ -222,38 +246,43 @@ def _lost_classes(comparison: Comparison, name: str) -> Float[np.ndarray, "batch
     return 1 - comparison.values["agreement"][index, 0]
 
 
-def _share_of_replication(comparison: Comparison) -> float:
-    tuned, replication = (_lost_classes(comparison, name).mean() for name in ("tuned", "replication"))
-    return float(tuned / replication) if replication else float("nan")
+def _share_of_replication(comparison: Comparison, index: int) -> float:
+    lost = 1 - comparison.values["agreement"][index, 0].mean()
+    replication = _lost_classes(comparison, "replication").mean()
+    return float(lost / replication) if replication else float("nan")
 
 
-def _write(comparisons: dict[Setting, Comparison], path: Path) -> None:
+def _write(comparisons: dict[tuple[Setting, int], Comparison], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("num_workers", "num_data", "num_stragglers", "scheme", "metric", "mean", "low", "high"))
-        for (num_workers, num_data, _), comparison in comparisons.items():
+        names = "num_workers", "num_data", "num_stragglers", "batch_size", "scheme", "metric", "mean", "low", "high"
+        writer.writerow(names)
+        for ((num_workers, num_data, _), batch_size), comparison in comparisons.items():
             for scheme, num_stragglers, *rest in figures(comparison):
-                writer.writerow((num_workers, num_data, num_stragglers, scheme, *rest))
+                writer.writerow((num_workers, num_data, num_stragglers, batch_size, scheme, *rest))
 
 
-def _plot(comparisons: dict[Setting, Comparison], title: str, path: Path) -> None:
+def _plot(single: dict[Setting, Comparison], together: dict[Setting, Comparison], title: str, path: Path) -> None:
     """Draws the share of classes that each scheme loses, and that of replication as a line."""
-    figure = Figure(figsize=(3 * len(comparisons) + 2.5, 5), layout="constrained")
+    figure = Figure(figsize=(3 * len(together) + 2.5, 7), layout="constrained")
     figure.suptitle(f"{title}: classes lost to stragglers (mean and 95 % interval over batches)")
-    panels = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
-    for axes, (setting, comparison) in zip(panels, comparisons.items(), strict=True):
-        mean, half_width = comparison.interval("agreement")
-        for i, scheme in enumerate(comparison.schemes):
-            color = "#0072B2" if scheme.name == "tuned" else "#444444"
-            axes.errorbar(max(1 - mean[i, 0], 1e-4), i, xerr=half_width[i, 0], color=color, marker="o", capsize=3)
-        axes.axvline(_lost_classes(comparison, "replication").mean(), color="#000000", linestyle="--", linewidth=0.8)
+    panels = figure.subplots(1, len(together), sharey=True, squeeze=False)[0]
+    for axes, setting in zip(panels, together, strict=True):
+        kinds = (("one request at a time", single, "#D55E00", -0.15), ("batches", together, "#0072B2", 0.15))
+        for label, comparisons, color, offset in kinds:
+            mean, half_width = (values[:, 0] for values in comparisons[setting].interval("agreement"))
+            rows = np.arange(len(mean)) + offset
+            lost = np.maximum(1 - mean, 1e-4)
+            axes.errorbar(lost, rows, xerr=half_width, color=color, marker="o", linestyle="", capsize=3, label=label)
+        axes.axvline(_lost_classes(together[setting], "replication").mean(), color="#000000", linestyle="--")
         axes.set(title=f"N, K, S = {', '.join(map(str, setting))}", xlabel="1 - agreement", xscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    schemes = next(iter(comparisons.values())).schemes
+    schemes = next(iter(together.values())).schemes
     panels[0].set_yticks(range(len(schemes)), [_label(scheme) for scheme in schemes])
     panels[0].invert_yaxis()
+    panels[0].legend(loc="lower left")
     save(figure, path)
 
 

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 import jaxcode as jc
 
-from .surrogate import PatchSurrogate
-
 Fill = Callable[
     [Float[Array, "batch classes"], Bool[Array, "batch"], Float[Array, "batch ..."]], Float[Array, "batch classes"]
 ]
@@ -37,6 +35,8 @@ class Scheme:
         order: Orders the images of a batch before they are grouped into requests; None for their own order.
         fill: Guesses the results of inputs that no worker returned from the results and inputs of the batch; None to
             leave them lost.
+        prior: Guesses the model's answers; None for no prior.
+        stragglers: Which workers are late, where copies are placed by the prior's risks; else None.
     """
 
     name: str
@@ -45,6 +45,8 @@ class Scheme:
     output: Literal["softmax", "logits"]
     order: jc.ordering.Ordering | None = None
     fill: Fill | None = None
+    prior: jc.Surrogate | None = None
+    stragglers: jc.stragglers.AbstractStragglers | None = None
 
 
 @dataclass(frozen=True)
@@ -133,24 +135,30 @@ def filled_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
     )
 
 
-def surrogate_schemes(surrogate: PatchSurrogate, num_data: int, num_workers: int) -> tuple[Scheme, ...]:
-    """Makes replication whose lost inputs have the logits that a surrogate predicts, which needs no other inputs.
+def prior_schemes(
+    prior: jc.Surrogate, num_data: int, num_workers: int, stragglers: jc.stragglers.AbstractStragglers
+) -> tuple[Scheme, ...]:
+    """Makes replication whose lost inputs have the logits that a surrogate guesses, which needs no other inputs.
 
     Args:
-        surrogate: The surrogate.
+        prior: The surrogate.
         num_data: K.
         num_workers: N, at least K.
+        stragglers: Which workers are late.
 
     Returns:
-        Replication, and the same with the copies that are left over where K does not divide N for the inputs of which
-        the surrogate is least certain.
+        Replication, and the same with copies for the inputs of which the surrogate is least sure.
     """
     code = jc.ReplicationCode(num_data, num_workers)
-    fill, order = surrogate.fill, surrogate.order
     return (
-        Scheme("surrogate", "replication + surrogate", code, "logits", fill=fill),
-        Scheme("allocated", "replication + surrogate, placed", code, "logits", order, fill),
+        Scheme("surrogate", "replication + surrogate", code, "logits", prior=prior),
+        Scheme("placed", "replication + surrogate, placed", code, "logits", _by_risk(prior), None, prior, stragglers),
     )
+
+
+def _by_risk(prior):
+    """Returns the order in which `jaxcode.coded` groups a batch whose copies are placed by risk."""
+    return lambda x, num_data: jc.allocation.spread(prior.with_risk(x, "disagreement")[1], num_data)
 
 
 def fill_from_nearest(
@@ -210,10 +218,10 @@ def _squared_distances(inputs):
     return jnp.maximum(squares[:, None] + squares - 2 * products, 0)
 
 
-def tuned_scheme(tuned: jc.tuning.Tuned) -> Scheme:
+def tuned_scheme(tuned: jc.tuning.Tuned, name: str = "tuned", label: str = "tuned") -> Scheme:
     """Makes the scheme that tuning chose, for a model that returns logits."""
-    output = "softmax" if tuned.output is jc.outputs.probabilities else "logits"
-    return Scheme("tuned", "tuned", tuned.code, output, tuned.order)
+    order = tuned.order if tuned.stragglers is None else _by_risk(tuned.prior)
+    return Scheme(name, label, tuned.code, "logits", order, None, tuned.prior, tuned.stragglers)
 
 
 def compare(
@@ -262,7 +270,10 @@ def compare(
         return nnx.merge(graph, state)(images)
 
     # Batches are ordered outside of the compiled programs, so that schemes that differ in the order alone share one.
-    programs = {(s.code, s.output, s.fill): jax.jit(partial(_measure, s, apply_model, num_data)) for s in schemes}
+    def key(s: Scheme):
+        return s.code, s.output, s.fill, s.prior, s.stragglers
+
+    programs = {key(s): jax.jit(partial(_measure, s, apply_model, num_data)) for s in schemes}
     compiled_model = jax.jit(apply_model)
     sample = jax.jit(partial(sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
     counts = jnp.asarray(straggler_counts)
@@ -279,7 +290,7 @@ def compare(
             for j, scheme in enumerate(schemes):
                 index = permutations[scheme.order] if scheme.order else np.arange(len(indices))
                 batch = images[index], labels[index], targets[index]
-                metrics = programs[scheme.code, scheme.output, scheme.fill](state, *batch, masks)
+                metrics = programs[key(scheme)](state, *batch, masks)
                 for metric in METRICS:
                     values[metric][j, :, i] = np.mean(metrics[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
@@ -330,16 +341,21 @@ def _measure(
 ) -> dict[str, Float[Array, "masks"]]:
     """Measures one scheme on one batch, for each mask."""
     requests = images.shape[0] // num_data
-    grouped = images.reshape(requests, num_data, *images.shape[1:]).swapaxes(0, 1)
-    coded = scheme.code.encode(grouped)
+    grouped = images.reshape(requests, num_data, *images.shape[1:])
+    plans = None
+    if scheme.prior is not None:
+        planner = jc.allocation.make_planner(scheme.code, scheme.prior, scheme.stragglers, "disagreement")
+        guesses, risk = (leaf.reshape(requests, num_data, *leaf.shape[1:]) for leaf in planner.predict(images))
+        plans = jax.vmap(partial(planner.plan, scheme.code))(grouped, guesses, risk)
+    coded = jax.vmap(scheme.code.encode, out_axes=1)(grouped, plans)
     num_workers = coded.shape[0]
     logits = apply_model(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
     answers = logits if scheme.output == "logits" else jax.nn.softmax(logits)
 
     def measure_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
-        decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0))(answers, returned[:, :num_workers])
-        decoded = decoded.reshape(targets.shape)
-        is_lost = jnp.isnan(decoded).any(axis=-1)
+        returned = returned[:, :num_workers]
+        decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0, 0))(answers, returned, plans).reshape(targets.shape)
+        is_lost = jnp.logical_not(jax.vmap(scheme.code.recovered)(returned, plans)).reshape(-1)
         if scheme.fill is not None:
             decoded = scheme.fill(decoded, is_lost, images)
         probabilities = jax.nn.softmax(decoded) if scheme.output == "logits" else decoded

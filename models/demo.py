@@ -126,7 +126,16 @@ def _tune(model: nnx.Module, data: Dataset, args: argparse.Namespace) -> jc.tuni
     )
     start = time.perf_counter()
     sample = data.x_train[: args.batch_size]
-    tuned = jc.tune(model, sample, args.num_data, args.num_workers, jc.stragglers.Uniform(args.num_stragglers))
+    stragglers = jc.stragglers.Uniform(args.num_stragglers)
+    tuned = jc.tune(
+        model,
+        sample,
+        args.num_data,
+        args.num_workers,
+        stragglers,
+        batch_size=args.batch_size,
+        loss="disagreement",
+    )
     tuned.plot(args.out / "tuned.png")
     best = tuned.candidates[0]
     print(
@@ -150,7 +159,8 @@ def _predict_once(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args
     print(
         f"3. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
         f"       late = jc.stragglers.Uniform({args.num_stragglers})\n"
-        f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late)\n"
+        f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late,\n"
+        f'                       batch_size={args.batch_size}, loss="disagreement")\n'
         "       predict = tuned.coded(model)\n"
         "       logits = predict(images, returned)\n\n"
         f"   Accuracy on {len(images)} images: {coded_accuracy:.1%}; {full_accuracy:.1%} when every worker replies.\n",

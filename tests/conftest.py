@@ -4,14 +4,14 @@ import importlib.metadata
 import os
 import pathlib
 
-# Most of the tests' time is the compiler's. At jaxlib 0.10's lowest optimisation level it takes a quarter less, and with
-# the older of its two ways to emit loops less than half. `make test-optimised` runs the tests of numbers at the default
-# level, which users have. Newer jaxlibs are tested at the default level: the levels below take as long (0.12), but for
-# the lowest, at which vmapped rational interpolants come out wrong.
-_IS_OLD = [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]
-if _IS_OLD and not os.environ.get("JAXCODE_TEST_OPTIMISED"):
-    _FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+# Most of the tests' time is the compiler's. At jaxlib 0.10's lowest optimisation level it takes a quarter less, and
+# with the older of its two ways to emit loops less than half. `make test-optimised` runs the tests of numbers at the
+# default level, which users have. Newer jaxlibs are tested at the default level: the levels below take as long (0.12),
+# but for the lowest, at which vmapped rational interpolants come out wrong.
+if not os.environ.get("JAXCODE_TEST_OPTIMISED"):
+    _IS_OLD = [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]
+    _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"] if _IS_OLD else []
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 from jaxtyping import install_import_hook
 

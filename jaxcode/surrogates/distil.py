@@ -1,6 +1,7 @@
 """Distils a surrogate from a model's answers to unlabelled inputs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -18,9 +19,9 @@ from . import students
 from .augmentation import augment
 from .calibration import calibrate_disagreement, calibrate_squared_error
 from .features import ModuleFeatures, draw_fourier, draw_patches, flatten_inputs
+from .predictors import Layout, LinearPredictor, ModulePredictor, Predictor, Surrogate
 from .ridge import fit_ridge
-from .surrogate import Layout, LinearPredictor, ModulePredictor, Predictor, Surrogate
-from .training import train
+from .training import BATCH, train
 
 Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
 
@@ -36,6 +37,10 @@ _HELD_OUT_LIMITS = 200, 2000
 _TRAINING_MULTIPLICATIONS = 2e12
 _MAX_EPOCHS = 60
 _LEAST_STEPS = 500
+_MAX_STEPS = 4000
+_MAX_WIDTH = 512
+# Inputs from which the mean and the scale of images are taken.
+_NUM_SAMPLE = 1000
 # Changed copies of images that the model answers, at most, and at most so many for each image.
 _MAX_COPIES = 24_000
 _COPIES_PER_IMAGE = 7
@@ -104,17 +109,16 @@ def surrogate(
     num_held_out = int(np.clip(_HELD_OUT_SHARE * size, min(_HELD_OUT_LIMITS[0], size // 4), _HELD_OUT_LIMITS[1]))
     held_out = np.random.default_rng(seed).permutation(size)[:num_held_out]
     if model is not None:
-        guesses = [_fit_student(teacher, model, held_out, seed, progress)]
+        fits = [_fit_student(teacher, model, held_out, seed, progress)]
     elif features is not None:
-        guesses = [_fit_linear(teacher, ModuleFeatures(*as_pure_function(features)))]
+        fits = [_fit_linear(teacher, ModuleFeatures(*as_pure_function(features)), held_out)]
     else:
-        guesses = _fit_default(teacher, cost, held_out, seed, progress)
-    best = min(guesses, key=lambda guess: teacher.loss(guess, held_out))
-    targets = teacher.rows[best.rows]
-    squares = np.mean((best.guesses - targets) ** 2, axis=1)
+        fits = _fit_default(teacher, cost, held_out, seed, progress)
+    best = min(fits, key=lambda fit: fit.loss)
+    squares = np.mean((best.guesses - best.targets) ** 2, axis=1)
     return Surrogate(
         best.predictor,
-        calibrate_disagreement(best.guesses, targets) if teacher.layout.is_class_scores else None,
+        calibrate_disagreement(best.guesses, best.targets) if teacher.layout.is_class_scores else None,
         calibrate_squared_error(best.scores, squares),
         teacher.layout,
         teacher.relative_cost(best.predictor),
@@ -128,14 +132,17 @@ class _Fit:
 
     Attributes:
         predictor: The predictor.
-        rows: Which of the sample's inputs these are, (n,).
+        loss: Of its guesses for the inputs held out: the share of other classes if answers are class scores, else the
+            mean squared error.
         guesses: Guesses as rows, (n, numbers).
+        targets: The model's answers to the same inputs, (n, numbers).
         scores: Scores of the guesses, (n,).
     """
 
     predictor: Predictor
-    rows: Int[np.ndarray, "rows"]
+    loss: float
     guesses: Float[np.ndarray, "rows numbers"]
+    targets: Float[np.ndarray, "rows numbers"]
     scores: Float[np.ndarray, "rows"]
 
 
@@ -157,17 +164,25 @@ class _Teacher:
         self.layout = Layout.of(answers)
         self.rows = np.asarray(self.layout.to_rows(answers))
 
-    def rows_of(self, inputs: PyTree[np.ndarray], progress: bool = False) -> Float[np.ndarray, "batch numbers"]:
-        """Computes the answers to more inputs, as rows."""
-        return np.asarray(self.layout.to_rows(self._answer(inputs, progress)))
-
-    def loss(self, fit: _Fit, held_out: Int[np.ndarray, "rows"]) -> float:
-        """Computes a fit's loss on inputs held out: the share of other classes if answers are scores, else its MSE."""
-        chosen = np.isin(fit.rows, held_out)
-        guesses, targets = fit.guesses[chosen], self.rows[fit.rows[chosen]]
+    def loss(self, guesses: Float[np.ndarray, "rows numbers"], targets: Float[np.ndarray, "rows numbers"]) -> float:
+        """Computes the share of guesses of another class if answers are class scores, else the mean squared error."""
         if self.layout.is_class_scores:
             return float(np.mean(guesses.argmax(axis=1) != targets.argmax(axis=1)))
         return float(np.mean((guesses - targets) ** 2))
+
+    def augmented(
+        self, chosen: Int[np.ndarray, "rows"], num_copies: int, seed: int, progress: bool
+    ) -> tuple[PyTree[np.ndarray], Float[np.ndarray, "more numbers"]]:
+        """Adds copies of chosen images; returns the inputs and the answers to them, as rows."""
+        inputs = jax.tree.map(lambda leaf: leaf[chosen], self.inputs)
+        images, structure = jax.tree.flatten(inputs)
+
+        def answer(images):
+            answers = self._answer(jax.tree.unflatten(structure, [images]), progress)
+            return np.asarray(self.layout.to_rows(answers))
+
+        images, targets = augment(images[0], self.rows[chosen], answer, num_copies, seed)
+        return jax.tree.unflatten(structure, [images]), targets
 
     @property
     def operations(self) -> float:
@@ -190,7 +205,7 @@ def _count_operations(fn, params, inputs):
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((16, *leaf.shape[1:]), leaf.dtype), inputs)
     analysis = jax.jit(fn).lower(params, batch).cost_analysis()
     assert analysis is not None
-    return max(float(analysis["flops"]), 1.0) / 16
+    return max(analysis.get("flops", 0.0) + analysis.get("transcendentals", 0.0), 1.0) / 16
 
 
 def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
@@ -200,8 +215,7 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
     is_tokens = len(leaves) == 1 and leaves[0].ndim == 2 and np.issubdtype(leaves[0].dtype, np.integer)
     fits = []
     if teacher.size >= _LEAST_FOR_STUDENT or is_tokens:
-        multiplications = min(cost * teacher.operations / 2, _TRAINING_MULTIPLICATIONS / (64 * 3 * _LEAST_STEPS))
-        student = _make_student(teacher, multiplications, is_images, is_tokens, seed)
+        student = _make_student(teacher, cost, is_images, is_tokens, seed)
         fits.append(_fit_student(teacher, student, held_out, seed, progress, augments=is_images))
     if is_images and not fits:
         draws = [lambda count: draw_patches(teacher.inputs, count, seed)]
@@ -211,41 +225,52 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
         draws = [lambda count, length=length: draw_fourier(teacher.inputs, count, length, seed) for length in _LENGTHS]
     if draws:
         count = _affordable(teacher, draws[0], cost)
-        fits += [_fit_linear(teacher, draw(count)) for draw in draws]
+        fits += [_fit_linear(teacher, draw(count), held_out) for draw in draws]
     return fits
 
 
-def _make_student(teacher, multiplications, is_images, is_tokens, seed):
-    num_outputs, rngs = teacher.rows.shape[1], nnx.Rngs(seed)
+def _make_student(teacher, cost, is_images, is_tokens, seed):
+    """Makes the widest network that meets the cost and can be trained on enough inputs."""
+    multiplications = min(cost * teacher.operations / 2, _TRAINING_MULTIPLICATIONS / (3 * BATCH * _LEAST_STEPS))
+    num_outputs = teacher.rows.shape[1]
     (leaf, *_) = jax.tree.leaves(teacher.inputs)
     if is_images:
         width = students.image_width(leaf.shape[1:3], leaf.shape[3], num_outputs, multiplications)
-        return students.ImageStudent(leaf[:1000].astype(np.float32), teacher.rows, width, rngs=rngs)
-    if is_tokens:
+        student, sample = students.ImageStudent, leaf[:_NUM_SAMPLE].astype(np.float32)
+    elif is_tokens:
         width = students.token_width(leaf.shape[1], num_outputs, multiplications)
-        return students.TokenStudent(leaf, teacher.rows, min(width, 256), rngs=rngs)
-    num_inputs = flatten_inputs(jax.tree.map(lambda leaf: leaf[:1], teacher.inputs)).shape[1]
-    width = students.vector_width(num_inputs, num_outputs, multiplications)
-    return students.VectorStudent(teacher.inputs, teacher.rows, min(width, 512), rngs=rngs)
+        student, sample = students.TokenStudent, leaf
+    else:
+        sample = np.asarray(flatten_inputs(teacher.inputs))
+        width = students.vector_width(sample.shape[1], num_outputs, multiplications)
+        student = students.VectorStudent
+    width = min(width, _MAX_WIDTH)
+    # The compiler counts more than multiplications.
+    while True:
+        network = student(sample, teacher.rows, width, rngs=nnx.Rngs(seed))
+        network.eval()
+        relative = _count_operations(*as_pure_function(network), teacher.inputs) / teacher.operations
+        if relative <= cost or width == 1:
+            return network
+        width = max(1, min(width - 1, int(width * math.sqrt(cost / relative))))
 
 
 def _fit_student(teacher, student, held_out, seed, progress, augments=False) -> _Fit:
     """Trains a network on all inputs but those held out."""
     learned = np.setdiff1d(np.arange(teacher.size), held_out)
-    inputs, targets = jax.tree.map(lambda leaf: leaf[learned], teacher.inputs), teacher.rows[learned]
     if augments:
-        images, structure = jax.tree.flatten(inputs)
-
-        def answer(images):
-            return teacher.rows_of(jax.tree.unflatten(structure, [images]), progress)
-
-        num_copies = min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES)
-        images, targets = augment(images[0], targets, answer, num_copies, seed)
-        inputs = jax.tree.unflatten(structure, [images])
+        inputs, targets = teacher.augmented(learned, min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES), seed, progress)
+        num_copies = min(_COPIES_PER_IMAGE * len(held_out), max(0, _HELD_OUT_LIMITS[1] - len(held_out)))
+        # Copies of images held out make their calibration less noisy.
+        others, other_targets = teacher.augmented(held_out, num_copies, seed + 1, progress)
+    else:
+        inputs, others = (jax.tree.map(lambda leaf, r=rows: leaf[r], teacher.inputs) for rows in (learned, held_out))
+        targets, other_targets = teacher.rows[learned], teacher.rows[held_out]
     fn, params = as_pure_function(student)
     operations = _count_operations(fn, params, teacher.inputs)
-    affordable = _TRAINING_MULTIPLICATIONS / (3 * 64 * operations / 2)
-    num_steps = int(np.clip(affordable, _LEAST_STEPS, max(_LEAST_STEPS, _MAX_EPOCHS * len(targets) / 64)))
+    affordable = _TRAINING_MULTIPLICATIONS / (3 * BATCH * operations / 2)
+    most = min(affordable, _MAX_STEPS, _MAX_EPOCHS * len(targets) / BATCH)
+    num_steps = int(max(_LEAST_STEPS, most))
     trained = train(
         student,
         inputs,
@@ -261,22 +286,23 @@ def _fit_student(teacher, student, held_out, seed, progress, augments=False) -> 
     # Inputs that do not vary in the sample are not measured by how they vary.
     scale = np.where(scale > 1e-6 * max(scale.max(), 1e-30), scale, np.inf)
     predictor = ModulePredictor(fn, params, mean, scale, np.zeros(2 * targets.shape[1] + 2, np.float32))
-    guesses, terms = _run(ModulePredictor.rows_and_terms, predictor, teacher.inputs, held_out)
-    fit = fit_ridge(terms, _log_errors(guesses, teacher.rows[held_out])[:, None])
+    guesses, terms = _run(ModulePredictor.rows_and_terms, predictor, others)
+    fit = fit_ridge(terms, _log_errors(guesses, other_targets)[:, None])
     predictor = dataclasses.replace(predictor, error_weights=np.float32(fit.weights[:, 0]))
-    return _Fit(predictor, held_out, guesses, fit.left_out[:, 0] - fit.offset[0])
+    loss = teacher.loss(guesses[: len(held_out)], other_targets[: len(held_out)])
+    return _Fit(predictor, loss, guesses, other_targets, fit.left_out[:, 0] - fit.offset[0])
 
 
-def _fit_linear(teacher, features) -> _Fit:
+def _fit_linear(teacher, features, held_out) -> _Fit:
     """Fits ridge regression to all inputs; each guess is that of a fit to the others."""
-    everything = np.arange(teacher.size)
-    rows = _run(lambda features, x: features(x), features, teacher.inputs, everything)
+    rows = _run(lambda features, x: features(x), features, teacher.inputs)
     fit = fit_ridge(rows, teacher.rows)
     errors = fit_ridge(rows, _log_errors(fit.left_out, teacher.rows)[:, None])
     weights = np.concatenate([fit.weights, errors.weights], axis=1)
     offset = np.concatenate([fit.offset, errors.offset])
     predictor = LinearPredictor(features, weights.astype(np.float32), offset.astype(np.float32))
-    return _Fit(predictor, everything, fit.left_out, errors.left_out[:, 0])
+    loss = teacher.loss(fit.left_out[held_out], teacher.rows[held_out])
+    return _Fit(predictor, loss, fit.left_out, teacher.rows, errors.left_out[:, 0])
 
 
 def _log_errors(guesses, targets):
@@ -285,11 +311,11 @@ def _log_errors(guesses, targets):
     return np.log(squares + 1e-12 * max(float(np.var(targets)), 1e-30))
 
 
-def _run(fn, params, inputs, rows):
-    """Runs a pure function on some inputs, 500 at a time."""
+def _run(fn, params, inputs):
+    """Runs a pure function on inputs, 500 at a time."""
     run = jax.jit(fn)
-    chunks = [rows[start : start + 500] for start in range(0, len(rows), 500)]
-    parts = [jax.device_get(run(params, jax.tree.map(lambda leaf, c=c: leaf[c], inputs))) for c in chunks]
+    starts = range(0, batch_size("inputs", inputs), 500)
+    parts = [jax.device_get(run(params, jax.tree.map(lambda leaf, s=s: leaf[s : s + 500], inputs))) for s in starts]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 

@@ -132,7 +132,7 @@ class VectorStudent(nnx.Module):
     """A perceptron with two hidden layers.
 
     Args:
-        inputs: A sample, leaves (B, ...), whose numbers are concatenated.
+        rows: The numbers of a sample's inputs, (B, input numbers).
         targets: The answers to it as rows, (B, numbers).
         width: Of the hidden layers.
         rngs: Flax's random streams, for the initial weights.
@@ -140,13 +140,12 @@ class VectorStudent(nnx.Module):
 
     def __init__(
         self,
-        inputs: PyTree[np.ndarray],
+        rows: Float32[np.ndarray, "batch inputs"],
         targets: Float32[np.ndarray, "batch numbers"],
         width: int,
         *,
         rngs: nnx.Rngs,
     ):
-        rows = np.asarray(flatten_inputs(inputs))
         self.inputs, self.outputs = Standardise(rows), Standardise(targets)
         widths = (rows.shape[1], *[width] * _NUM_HIDDEN)
         self.layers = nnx.List(nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths))

@@ -12,12 +12,15 @@ from tqdm import tqdm
 
 from .features import flatten_inputs
 
-_BATCH = 64
+# Inputs in a step.
+BATCH = 64
 _LEARNING_RATE = 0.02
 _WEIGHT_DECAY = 1e-4
 _WARMUP = 0.1
 # The root mean square of Adam's steps, in learning rates; Muon's steps are scaled to it.
 _CONSISTENT_RMS = 0.2
+# Of the squared error, beside the divergence of classes.
+_SQUARED_ERROR_WEIGHT = 0.1
 
 
 def train(
@@ -69,7 +72,7 @@ def train(
     )
     scale = np.float32(targets.std() or 1.0)
     size = len(targets)
-    batch_size = min(_BATCH, size)
+    batch_size = min(BATCH, size)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, x, y):
@@ -102,9 +105,6 @@ def train(
     trained = nnx.merge(graph, *state[:2])
     trained.eval()
     return trained
-
-
-_SQUARED_ERROR_WEIGHT = 0.1
 
 
 def _matrix_axes(num_outputs, path, leaf):

@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, Plan, Prior, ReplicationCode
 from ..linops import Dense, DoubleSingle
-from ..outputs import OutputSpace
+from ..outputs import OutputSpace, as_returned
 from ..pipeline import decode
 from .losses import Loss, disagreement, squared_error
 from .smoothing import smoothing_of, with_smoothing
@@ -54,13 +54,20 @@ class Measurement:
 
         Both must have been measured under the same straggler sets, on as many groups.
         """
+        if not np.isfinite(other.rank[0]) or not np.isfinite(self.rank[0]):
+            return self.rank[0] < other.rank[0]
         gain = other.losses - self.losses
         return bool(gain.mean() > standard_error(gain))
 
 
 def standard_error(values: Float[np.ndarray, "masks groups"]) -> float:
-    """Estimates the standard error of the mean over straggler sets and groups, every set crossed with every group."""
+    """Estimates the standard error of the mean over straggler sets and groups, every set crossed with every group.
+
+    NaN where values are infinite.
+    """
     masks, groups = values.shape
+    if not np.isfinite(values).all():
+        return np.nan
     return float(np.sqrt(values.mean(axis=0).var(ddof=1) / groups + values.mean(axis=1).var(ddof=1) / masks))
 
 
@@ -70,14 +77,12 @@ class Evaluator:
 
     Args:
         masks: Which workers return in each straggler set, bool (masks, N).
-        targets: The model's answers to the whole sample, leaves (B, ...), whose mean stands in for lost results.
         loss: The loss of one group.
         num_groups: The largest number of groups that a code is measured on.
     """
 
-    def __init__(self, masks: Bool[Array, "masks workers"], targets: PyTree[np.ndarray], loss: Loss, num_groups: int):
+    def __init__(self, masks: Bool[Array, "masks workers"], loss: Loss, num_groups: int):
         self.masks, self._loss, self._num_groups = masks, loss, num_groups
-        self._mean = jax.tree.map(lambda leaf: np.mean(leaf, axis=0, dtype=np.float64).astype(leaf.dtype), targets)
 
     def measure(
         self,
@@ -85,6 +90,7 @@ class Evaluator:
         outputs: Sequence[OutputSpace],
         answers: PyTree[np.ndarray],
         targets: PyTree[np.ndarray],
+        guesses: Prior | None = None,
     ) -> list[Measurement]:
         """Measures a code in several output spaces.
 
@@ -93,6 +99,7 @@ class Evaluator:
             outputs: The spaces.
             answers: Its workers' answers to some groups, leaves (N, groups, ...).
             targets: The model's own answers to their inputs, leaves (K, groups, ...).
+            guesses: A surrogate's guesses of both; None to decode without a prior.
 
         Returns:
             A measurement for each space.
@@ -100,16 +107,43 @@ class Evaluator:
         num_groups = jax.tree.leaves(answers)[0].shape[1]
         with jax.enable_x64(True):
             decoders, recovered = jax.device_get(_prepare(code, self.masks))
-        answers, targets = self._pad_groups(answers, targets)
+        answers, targets, guesses = self._pad_groups(answers, targets, guesses)
         measurements = []
         for output in outputs:
-            values = _measure(code, decoders, recovered, answers, targets, self._mean, self._loss, output)
-            losses, squares = (np.asarray(value, np.float64)[:, :num_groups] for value in values)
-            measurements.append(Measurement(code, output, losses, float(np.sqrt(np.mean(squares)))))
+            values = _measure(code, decoders, recovered, answers, targets, guesses, self._loss, output)
+            measurements.append(_measurement(code, output, values, num_groups))
         return measurements
 
+    def measure_copies(
+        self,
+        code: ReplicationCode,
+        assignments: Int[np.ndarray, "groups workers"],
+        targets: PyTree[np.ndarray],
+        guesses: PyTree[np.ndarray],
+    ) -> Measurement:
+        """Measures replication whose copies are placed anew in each group, with a prior.
+
+        Args:
+            code: The code.
+            assignments: Which input each worker computes.
+            targets: As for `measure`.
+            guesses: A surrogate's guesses of them, leaves (K, groups, ...).
+
+        Returns:
+            The measurement, in the space of what the model returns.
+        """
+        num_groups = len(assignments)
+        targets, guesses, assignments = self._pad_groups(targets, guesses, assignments.T)
+        values = _measure_copies(code, self.masks, assignments.T, targets, guesses, self._loss)
+        return _measurement(code, as_returned, values, num_groups)
+
     def squared_error_slopes(
-        self, code: AbstractCode, output: OutputSpace, answers: PyTree[np.ndarray], targets: PyTree[np.ndarray]
+        self,
+        code: AbstractCode,
+        output: OutputSpace,
+        answers: PyTree[np.ndarray],
+        targets: PyTree[np.ndarray],
+        guesses: Prior | None = None,
     ) -> tuple[float, float, PyTree[np.ndarray]]:
         """Differentiates the mean squared error.
 
@@ -118,6 +152,7 @@ class Evaluator:
             output: As for `measure`, with one space.
             answers: As for `measure`.
             targets: As for `measure`.
+            guesses: As for `measure`.
 
         Returns:
             The mean squared error; its derivative with respect to the logarithm of the decoder's smoothing; and its
@@ -127,15 +162,16 @@ class Evaluator:
         with jax.enable_x64(True):
             smoothing = np.float64(smoothing_of(code, "decoder"))
             decoders, slopes, recovered = jax.device_get(_prepare_with_slopes(code, smoothing, self.masks))
-        answers, targets = self._pad_groups(answers, targets)
+        answers, targets, guesses = self._pad_groups(answers, targets, guesses)
+        is_measured = np.arange(self._num_groups) < num_groups
         square, (matrix_slopes, answer_slopes) = _square_and_slopes(
-            code, decoders, recovered, answers, targets, self._mean, output, np.arange(self._num_groups) < num_groups
+            code, decoders, recovered, answers, targets, guesses, output, is_measured
         )
         smoothing_slope = np.sum(np.float64(matrix_slopes) * slopes)
         answer_slopes = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :num_groups], answer_slopes)
         return float(square), float(smoothing_slope), answer_slopes
 
-    def _pad_groups(self, *trees: PyTree[np.ndarray]) -> tuple[PyTree[np.ndarray], ...]:
+    def _pad_groups(self, *trees: PyTree[Any]) -> tuple[PyTree[Any], ...]:
         """Pads groups to the same number for all measurements, which are then compiled once."""
 
         def pad_groups(leaf):
@@ -170,40 +206,74 @@ def _dense(matrix):
     return Dense(DoubleSingle(matrix, None))
 
 
+def _measurement(code, output, values, num_groups):
+    """Makes a measurement of losses and squared errors, (masks, padded groups); what is lost is infinitely far off."""
+    values = (np.asarray(value, np.float64)[:, :num_groups] for value in values)
+    losses, squares = (np.where(np.isnan(value), np.inf, value) for value in values)
+    return Measurement(code, output, losses, float(np.sqrt(np.mean(squares))))
+
+
 @functools.partial(jax.jit, static_argnums=6)
-def _square_and_slopes(code, matrices, recovered, answers, targets, mean, output, is_measured):
+def _square_and_slopes(code, matrices, recovered, answers, targets, guesses, output, is_measured):
     def square(matrices, answers):
-        _, squares = _measure(code, _dense(matrices), recovered, answers, targets, mean, squared_error, output)
+        _, squares = _measure(code, _dense(matrices), recovered, answers, targets, guesses, squared_error, output)
         return jnp.mean(squares, where=is_measured)
 
     return jax.value_and_grad(square, (0, 1))(matrices, answers)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
-def _measure(code, decoders, recovered, answers, targets, mean, loss, output):
+def _measure(code, decoders, recovered, answers, targets, guesses, loss, output):
     """Computes losses and squared errors, each (masks, groups)."""
+    answers = output.transform(answers)
+    if guesses is not None:
+        guesses = Prior(output.transform(guesses.workers), output.transform(guesses.data))
 
     def measure(decoder_and_recovered):
         decoder, recovered = decoder_and_recovered
-        results = decode(code, decoder, answers, output)
+        if guesses is None:
+            results = decode(code, decoder, answers, as_returned)
+            return _losses(output.inverse_transform(results), recovered, targets, loss)
+        residuals = jax.tree.map(jnp.subtract, answers, guesses.workers) if decoder.mixes else answers
+        decoded = decode(code, decoder, residuals, as_returned)
 
-        def fill_lost(result, mean):
-            is_lost = ~recovered.reshape(-1, *[1] * (result.ndim - 1))
-            if jnp.issubdtype(result.dtype, jnp.inexact):
-                is_lost = is_lost | jnp.isnan(result)
-            return jnp.where(is_lost, jnp.broadcast_to(mean, result.shape), result)
+        def fill(result, guess):
+            is_recovered = recovered.reshape(-1, *[1] * (result.ndim - 1))
+            return jnp.where(is_recovered, result + guess if decoder.mixes else result, guess)
 
-        def mark_lost(scores):
-            # Integers have no NaN: they are replaced by floating scores of the same class, which have.
-            if not jnp.issubdtype(scores.dtype, jnp.inexact):
-                scores = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
-            return jnp.where(recovered.reshape(-1, *[1] * (scores.ndim - 1)), scores, jnp.nan)
-
-        filled = jax.tree.map(fill_lost, results, mean)
-        # Disagreement is given NaN for a lost input, which agrees with no class.
-        marked_or_filled = jax.tree.map(mark_lost, results) if loss is disagreement else filled
-        losses = jax.vmap(loss, in_axes=1)(marked_or_filled, targets)
-        return losses, jax.vmap(squared_error, in_axes=1)(filled, targets)
+        results = output.inverse_transform(jax.tree.map(fill, decoded, guesses.data))
+        return _losses(results, jnp.ones_like(recovered), targets, loss)
 
     # Derivatives recompute the results of each set instead of storing them.
     return jax.lax.map(jax.checkpoint(measure), (decoders, recovered), batch_size=_MASKS_IN_A_BATCH)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _measure_copies(code, masks, assignments, targets, guesses, loss):
+    """Computes losses and squared errors, each (masks, groups)."""
+
+    def measure(returned):
+        recovered = jax.vmap(lambda assignment: code.recovered(returned, Plan(assignment=assignment)))(assignments)
+
+        def fill(target, guess):
+            is_recovered = recovered.T.reshape(*target.shape[:2], *[1] * (target.ndim - 2))
+            return jnp.where(is_recovered, target, guess)
+
+        results = jax.tree.map(fill, targets, guesses)
+        return _losses(results, jnp.ones(code.num_data, bool), targets, loss)
+
+    return jax.lax.map(measure, masks, batch_size=_MASKS_IN_A_BATCH)
+
+
+def _losses(results, recovered, targets, loss):
+    """Computes the loss and the squared error of each group, (groups,), from results, leaves (K, groups, ...)."""
+
+    def mark_lost(result):
+        # Integers have no NaN: they are replaced by floating-point numbers, for scores those of the same class.
+        if not jnp.issubdtype(result.dtype, jnp.inexact):
+            is_scores = loss is disagreement
+            result = jax.nn.one_hot(jnp.argmax(result, -1), result.shape[-1]) if is_scores else result.astype(float)
+        return jnp.where(recovered.reshape(-1, *[1] * (result.ndim - 1)), result, jnp.nan)
+
+    marked = jax.tree.map(mark_lost, results)
+    return jax.vmap(loss, in_axes=1)(marked, targets), jax.vmap(squared_error, in_axes=1)(marked, targets)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Real
 
 from .. import metrics
+from ..surrogates.calibration import DISAGREEMENT, SQUARED_ERROR
 
-__all__ = ["Loss", "disagreement", "squared_error"]
+__all__ = ["LOSSES", "Loss", "disagreement", "squared_error"]
 
 # From the results of a group and the model's own answers to its inputs, leaves (K, ...), to a number.
 Loss = Callable[[PyTree[Array], PyTree[Array]], Float[Array, ""]]
@@ -51,6 +52,9 @@ def squared_error(results: PyTree[Array], targets: PyTree[Array]) -> Float[Array
         return (jnp.sum(error**2) / result.shape[0]).astype(jnp.result_type(float))
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_error, results, targets)))
+
+
+LOSSES: dict[str, Loss] = {SQUARED_ERROR: squared_error, DISAGREEMENT: disagreement}
 
 
 def _widen(leaf):

@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 from flax import linen, nnx
 
 from .._coded import Coded, coded
 from ..codes import AbstractCode
 from ..ordering import Ordering
 from ..outputs import OutputSpace
+from ..stragglers import AbstractStragglers
+from ..surrogates import Surrogate
 from .smoothing import smoothing_of
 
 __all__ = ["Candidate", "Tuned"]
@@ -24,22 +27,27 @@ class Candidate:
     Attributes:
         layout: Name of the layout.
         order: Name of the order in which a batch is grouped.
+        prior: Whether there is a prior, and whether copies are placed by its risks; empty without one.
         code: The code.
         output: In which space answers are decoded.
-        loss: Mean loss over straggler sets and groups of inputs.
-        half_width: Half the width of the loss's 95 % confidence interval, over both.
-        rmse: Root mean squared error norm of the results, in the unit of the model's answers; the result of a lost
-            input is taken to be the sample's mean answer.
+        loss: Mean loss over straggler sets and groups of inputs; infinite if inputs were lost, where the loss is not
+            disagreement.
+        half_width: Half the width of the loss's 95 % confidence interval, over both; NaN if it is infinite.
+        rmse: Root mean squared error norm of the results, in the unit of the model's answers; infinite if inputs were
+            lost.
+        work: Of all workers for one group, in runs of the model on one input; the prior's included.
         num_groups: How many groups of inputs it was measured on; fewer than all if it was dropped early.
     """
 
     layout: str
     order: str
+    prior: str
     code: AbstractCode
     output: OutputSpace
     loss: float
     half_width: float
     rmse: float
+    work: float
     num_groups: int
 
 
@@ -52,6 +60,9 @@ class Tuned:
         code: The code.
         order: The order in which batches are grouped; None for their own.
         output: In which space answers are decoded.
+        prior: The prior; None if none is of use.
+        stragglers: Which workers are late, if copies are placed by the prior's risks; else None.
+        loss: The loss by which copies are placed.
         candidates: All that were measured: the chosen one first, then those measured on more groups, by their loss.
         num_evaluations: How many inputs, coded or not, the model was run on.
     """
@@ -59,6 +70,9 @@ class Tuned:
     code: AbstractCode
     order: Ordering | None
     output: OutputSpace
+    prior: Surrogate | None
+    stragglers: AbstractStragglers | None
+    loss: str
     candidates: tuple[Candidate, ...]
     num_evaluations: int
 
@@ -74,24 +88,34 @@ class Tuned:
         Raises:
             ValueError: As for `jaxcode.coded`.
         """
-        return coded(f, self.code, order=self.order, output=self.output)
+        return coded(
+            f,
+            self.code,
+            order=self.order,
+            output=self.output,
+            prior=self.prior,
+            stragglers=self.stragglers,
+            loss=self.loss,
+        )
 
     def table(self) -> str:
         """Formats the candidates as text, one on each line, under a heading."""
-        rows = [("layout", "order", "decodes", "smoothing", "loss", "RMSE", "groups")]
+        rows = [("layout", "order", "prior", "decodes", "smoothing", "loss", "RMSE", "work", "groups")]
         for c in self.candidates:
-            loss = f"{c.loss:.4f} ± {c.half_width:.4f}"
-            rows.append(
-                (c.layout, c.order, c.output.name, _format_smoothing(c.code), loss, f"{c.rmse:.3g}", f"{c.num_groups}")
-            )
+            loss = f"{c.loss:.4g} ± {c.half_width:.2g}" if np.isfinite(c.loss) else "inputs lost"
+            numbers = _format_smoothing(c.code), loss, f"{c.rmse:.3g}", f"{c.work:.1f}", f"{c.num_groups}"
+            rows.append((c.layout, c.order, c.prior, c.output.name, *numbers))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def __str__(self) -> str:
-        return f"{self.table()}\nChosen: the first. The model ran on {self.num_evaluations:,} inputs."
+        return (
+            f"{self.table()}\nChosen: the first. The model ran on {self.num_evaluations:,} inputs. A lost input counts "
+            "as a disagreement if that is the loss, else as infinitely far off. Work: runs of the model for a group."
+        )
 
     def plot(self, path: str | Path | None = None):
-        """Draws the candidates' losses with their intervals.
+        """Draws the candidates' finite losses with their intervals.
 
         Args:
             path: Where to save the picture, PNG, SVG or PDF by its name; not saved if not given.
@@ -107,10 +131,11 @@ class Tuned:
         figure = Figure(figsize=(9, 1.2 + 0.25 * len(self.candidates)), layout="constrained")
         axes = figure.subplots()
         num_groups = max(c.num_groups for c in self.candidates)
-        for row, c in enumerate(self.candidates):
+        shown = [c for c in self.candidates if np.isfinite(c.loss)]
+        for row, c in enumerate(shown):
             color = "#0072B2" if row == 0 else "#444444" if c.num_groups == num_groups else "#aaaaaa"
             axes.errorbar(c.loss, row, xerr=c.half_width, color=color, marker="o", markersize=5, capsize=2)
-        names = [f"{c.layout}, {c.order}, {c.output.name}" for c in self.candidates]
+        names = [", ".join(filter(None, (c.layout, c.order, c.prior, c.output.name))) for c in shown]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)

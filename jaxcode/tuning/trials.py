@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import final
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from scipy import optimize
 from tqdm import tqdm
 
-from ..codes import AbstractCode
+from ..codes import AbstractCode, Prior, ReplicationCode
 from ..functions import NO_DERIVATIVES
 from ..outputs import OutputSpace
 from .answers import AnswerCache
@@ -28,19 +30,24 @@ _NUM_FINALISTS = 3
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Option:
-    """Holds a layout and an order of the batch, to be measured.
+    """Holds a layout and an order of the batch, with or without a prior, to be measured.
 
     Attributes:
         layout: The layout's name.
         order: The order's name.
         code: The code.
         cache: Workers' answers to the sample in that order.
+        guesses: The prior's guesses of these answers; None without a prior.
+        assignments: Which input each worker computes in each group, (groups, N), where copies are placed by the risk of
+            guesses; None for the code's own assignment.
     """
 
     layout: str
     order: str
     code: AbstractCode
     cache: AnswerCache
+    guesses: AnswerCache | None = None
+    assignments: Int[np.ndarray, "groups workers"] | None = None
 
     @property
     def copies_only(self) -> bool:
@@ -69,13 +76,25 @@ class Trial:
 
 def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace], num_groups: int) -> Trial:
     """Measures an option on the first groups, in the best of some output spaces."""
-    answers, targets = _answers_and_targets(option, num_groups)
-    measurements = evaluator.measure(option.code, outputs, answers, targets)
+    if option.assignments is not None:
+        assert isinstance(option.code, ReplicationCode)
+        assert option.guesses is not None
+        targets, guesses = (
+            jax.tree.map(lambda leaf: leaf[:, :num_groups], cache.targets) for cache in (option.cache, option.guesses)
+        )
+        assignments = option.assignments[:num_groups]
+        return Trial(option, evaluator.measure_copies(option.code, assignments, targets, guesses))
+    measurements = evaluator.measure(option.code, outputs, *_answers_and_targets(option, num_groups))
     return Trial(option, min(measurements, key=lambda measurement: measurement.rank))
 
 
 def select(
-    evaluator: Evaluator, options: Sequence[Option], outputs: Sequence[OutputSpace], num_groups: int, progress: bool
+    evaluator: Evaluator,
+    options: Sequence[Option],
+    outputs: Sequence[OutputSpace],
+    num_groups: int,
+    deadline: float,
+    progress: bool,
 ) -> list[Trial]:
     """Ranks options by successive halving and tunes the smoothings of the best.
 
@@ -84,6 +103,8 @@ def select(
         options: At least one.
         outputs: Output spaces to choose from.
         num_groups: Groups of inputs in the sample.
+        deadline: When to stop, by `time.monotonic`: what has not been measured by then is left out, or keeps its last
+            measurement. The first option, and all that only copy inputs, are always measured.
         progress: Whether to show a progress bar on standard error.
 
     Returns:
@@ -96,26 +117,39 @@ def select(
     dropped: list[Trial] = []
     with tqdm(desc="tuning", unit="candidate", total=0, disable=not progress) as bar:
 
-        def advance(trials_or_options, step):
+        def advance(trials_or_options, step, is_essential=lambda item: False):
+            """Takes a step of each while there is time; returns what came of them, and the others as they were."""
             bar.total += len(trials_or_options)
-            trials = []
+            trials, left_out = [], []
             for item in trials_or_options:
-                trials.append(step(item))
+                if is_essential(item) or time.monotonic() < deadline:
+                    trials.append(step(item))
+                else:
+                    left_out.append(item)
                 bar.update()
-            return trials
+            return trials, left_out
 
-        trials = advance(options, lambda option: measure(evaluator, option, outputs, counts[0]))
+        trials, _ = advance(
+            options,
+            lambda option: measure(evaluator, option, outputs, counts[0]),
+            lambda option: option is options[0] or option.copies_only,
+        )
         for count in counts[1:]:
             survivors, losers = _halve(trials)
-            dropped = losers + dropped
-            trials = advance(survivors, functools.partial(_measure_again, evaluator, num_groups=count))
+            trials, left_out = advance(
+                survivors,
+                functools.partial(_measure_again, evaluator, num_groups=count),
+                lambda trial: trial is survivors[0] or trial.option.copies_only,  # noqa: B023, called at once
+            )
+            dropped = left_out + losers + dropped
         trials.sort(key=lambda trial: trial.rank)
         smoothable = [trial for trial in trials if smoothing_of(trial.option.code, "decoder") is not None]
         finalists = smoothable[:_NUM_FINALISTS]
         others = [trial for trial in trials if trial not in finalists]
-        finalists = advance(finalists, functools.partial(smooth_decoder, evaluator))
-        finalists.sort(key=lambda trial: trial.rank)
-        finalists[:1] = [smooth_encoder(evaluator, trial) for trial in finalists[:1]]
+        smoothed, unsmoothed = advance(finalists, functools.partial(smooth_decoder, evaluator))
+        finalists = sorted(smoothed + unsmoothed, key=lambda trial: trial.rank)
+        if time.monotonic() < deadline:
+            finalists[:1] = [smooth_encoder(evaluator, trial) for trial in finalists[:1]]
     return sorted(finalists + others, key=lambda trial: trial.rank) + dropped
 
 
@@ -179,12 +213,18 @@ def _measure_with_smoothing(evaluator, trial, **smoothings):
 def _change_smoothing(option, **smoothings):
     code = with_smoothing(option.code, **{side: float(value) for side, value in smoothings.items()})
     # Answers to the inputs of one encoder are of no use to another; a cache of their own keeps memory bounded.
-    cache = option.cache.empty_copy() if "encoder" in smoothings else option.cache
-    return dataclasses.replace(option, code=code, cache=cache)
+    caches = {"cache": option.cache, "guesses": option.guesses}
+    if "encoder" in smoothings:
+        caches = {name: cache and cache.empty_copy() for name, cache in caches.items()}
+    return dataclasses.replace(option, code=code, **caches)
 
 
 def _descend(evaluator, trial, sides):
-    """Lowers the squared error by the gradient of those smoothings that are not zero."""
+    """Lowers the squared error by the gradient of those smoothings that are not zero.
+
+    With a prior, only by that of the decoder's: the derivative by the encoder's leaves out the prior's guesses.
+    """
+    sides = [side for side in sides if trial.option.guesses is None or side == "decoder"]
     smoothings = {side: smoothing_of(trial.option.code, side) for side in sides}
     smoothings = {side: smoothing for side, smoothing in smoothings.items() if smoothing}
     output, num_groups = trial.measurement.output, trial.measurement.num_groups
@@ -220,6 +260,9 @@ def _descend(evaluator, trial, sides):
 
 
 def _answers_and_targets(option, num_groups):
-    """Computes answers to the first groups: the workers', leaves (N, groups, ...), and the model's (K, groups, ...)."""
-    targets = jax.tree.map(lambda leaf: leaf[:, :num_groups], option.cache.targets)
-    return option.cache.answers(option.code, num_groups), targets
+    """Computes answers to the first groups, the workers' and the model's, and the prior's guesses of both."""
+
+    def of_cache(cache):
+        return cache.answers(option.code, num_groups), jax.tree.map(lambda leaf: leaf[:, :num_groups], cache.targets)
+
+    return *of_cache(option.cache), None if option.guesses is None else Prior(*of_cache(option.guesses))

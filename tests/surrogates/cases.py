@@ -6,7 +6,7 @@ import numpy as np
 import jaxcode as jc
 from jaxcode.surrogates.calibration import Calibration
 from jaxcode.surrogates.features import FourierFeatures
-from jaxcode.surrogates.surrogate import Layout, LinearPredictor
+from jaxcode.surrogates.predictors import Layout, LinearPredictor
 
 
 def curve(x):

@@ -12,6 +12,8 @@ K, N, S = 5, 8, 2
 LATE = stragglers.Uniform(S)
 WEIGHTS = jnp.asarray(np.random.default_rng(7).normal(size=(4, 3)), jnp.float32)
 tune = functools.partial(tuning.tune, progress=False)
+# All of a sample of sixty inputs is one batch.
+tune_classes = functools.partial(tune, loss="disagreement", batch_size=60)
 
 
 def inputs(size=60, seed=0, features=4):

@@ -64,7 +64,7 @@ def test_the_error_has_derivatives_by_both_smoothings(layout, space):
     model = BatchedModel(lambda _, x: jnp.tanh(x["a"] @ WEIGHTS) + 0.1 * x["b"][:, None], (), 7)
     targets = rng.normal(size=(K, 3, 3)).astype(np.float32)
     masks = sample_masks(8, seed=0, num_workers=20)
-    evaluator = Evaluator(masks, targets.reshape(-1, 3), squared_error, 5)
+    evaluator = Evaluator(masks, squared_error, 5)
     cache = AnswerCache(model, x, targets)
 
     def smooth_code(encoder, decoder):

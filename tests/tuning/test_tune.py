@@ -20,12 +20,13 @@ from .cases import (
     sample_masks,
     smooth_classifier,
     tune,
+    tune_classes,
 )
 
 
 @pytest.mark.long
 def test_a_smooth_classifier_loses_far_less_than_replication():
-    tuned = tune(smooth_classifier, inputs(), K, N, LATE)
+    tuned = tune_classes(smooth_classifier, inputs(), K, N, LATE)
     x, masks = inputs(seed=1), sample_masks(40)
     replication = jc.coded(smooth_classifier, ReplicationCode(K, N))
     loss = mean_loss(tuned.coded(smooth_classifier), smooth_classifier, x, masks)
@@ -34,7 +35,7 @@ def test_a_smooth_classifier_loses_far_less_than_replication():
 
 
 def test_a_model_without_any_smoothness_gets_copies():
-    tuned = tune(hash_classifier, inputs(), K, N, LATE)
+    tuned = tune_classes(hash_classifier, inputs(), K, N, LATE)
     if tuned.code.nodes is not None:
         assert np.isin(tuned.code.nodes.workers, tuned.code.nodes.data).all()
     x, masks = inputs(seed=1), sample_masks(40)
@@ -44,7 +45,7 @@ def test_a_model_without_any_smoothness_gets_copies():
 
 
 def test_replication_is_chosen_unless_another_loses_less():
-    tuned = tune(smooth_classifier, inputs(), K, N, stragglers.Uniform(0))
+    tuned = tune_classes(smooth_classifier, inputs(), K, N, stragglers.Uniform(0))
     assert tuned.code == ReplicationCode(K, N)
     assert tuned.candidates[0].layout == "replication"
     # Repeated nodes lose nothing either when every worker returns; a loss is never rounded to below zero.
@@ -53,7 +54,9 @@ def test_replication_is_chosen_unless_another_loses_less():
 
 def test_the_reported_loss_is_that_of_the_tuned_code():
     x = inputs()
-    tuned = tune(smooth_classifier, x, K, N, LATE, orders={"as given": None}, key=jax.random.key(3), model_batch=7)
+    tuned = tune_classes(
+        smooth_classifier, x, K, N, LATE, orders={"as given": None}, key=jax.random.key(3), model_batch=7
+    )
     predict, masks = tuned.coded(smooth_classifier), sample_masks(256, seed=3)
     np.testing.assert_allclose(tuned.candidates[0].loss, mean_loss(predict, smooth_classifier, x, masks), atol=1e-6)
     np.testing.assert_allclose(
@@ -62,7 +65,7 @@ def test_the_reported_loss_is_that_of_the_tuned_code():
 
 
 def test_replication_is_measured_on_all_groups_and_its_loss_is_the_share_of_lost_inputs():
-    tuned = tune(smooth_classifier, inputs(), K, N, LATE)
+    tuned = tune_classes(smooth_classifier, inputs(), K, N, LATE)
     replications = [c for c in tuned.candidates if c.layout == "replication"]
     assert {c.num_groups for c in replications} == {12}
     lost = 1 - np.mean(jax.vmap(ReplicationCode(K, N).recovered)(sample_masks(256, seed=0)))
@@ -74,7 +77,7 @@ def test_lost_inputs_with_integer_scores_disagree():
         return jnp.round(10 * x).astype(jnp.int32) + jnp.array([1000, 0, 0, 0])
 
     code = ReplicationCode(K, N)
-    tuned = tune(first_class, inputs(), K, N, LATE, layouts={"replication": code})
+    tuned = tune_classes(first_class, inputs(), K, N, LATE, layouts={"replication": code})
     lost = 1 - np.mean(jax.vmap(code.recovered)(sample_masks(256, seed=0)))
     np.testing.assert_allclose([c.loss for c in tuned.candidates], lost, atol=1e-6)
     assert lost > 0.05
@@ -134,7 +137,7 @@ def test_a_classifier_is_decoded_from_logits(probabilities):
         return jax.nn.softmax(logits) if probabilities else logits
 
     layouts = {"Chebyshev": SplineCode.chebyshev(K, N)}
-    tuned = tune(f, inputs(), K, N, LATE, layouts=layouts, orders={"as given": None})
+    tuned = tune_classes(f, inputs(), K, N, LATE, layouts=layouts, orders={"as given": None})
     assert tuned.output is (outputs.logits if probabilities else outputs.as_returned)
     results = tuned.coded(f)(inputs(seed=1), sample_masks(1)[0])
     if probabilities:
@@ -256,18 +259,109 @@ def test_fewer_workers_than_inputs():
 
 
 def test_tokens_and_classes_where_nothing_mixes_them():
-    """Copies take inputs and answers of any dtype; a lost input counts as if it had the mean answer."""
+    """Copies take inputs and answers of any dtype; a lost input is infinitely far off."""
 
     def f(tokens):
         return tokens.sum(axis=1) % 7
 
     tokens = np.random.default_rng(0).integers(0, 100, (40, 3))
-    masks = sample_masks(256, seed=0)
-    tuned = tune(f, tokens, K, N, LATE, layouts={"copies": ReplicationCode(K, N)}, orders={"as given": None})
-    answers = np.asarray(f(tokens))
-    lost = ~np.asarray(jax.vmap(ReplicationCode(K, N).recovered)(masks))
-    squares = (answers.reshape(-1, K) - answers.mean().astype(answers.dtype)) ** 2
-    assert tuned.candidates[0].loss == pytest.approx(np.mean(lost[:, None] * squares), rel=1e-5)
+    layouts = {"copies": ReplicationCode(K, N)}
+    tuned = tune(f, tokens, K, N, LATE, layouts=layouts, orders={"as given": None})
+    assert tuned.candidates[0].loss == np.inf
+    assert "inputs lost" in tuned.table()
+    assert tune(f, tokens, K, N, stragglers.Uniform(0), layouts=layouts).candidates[0].loss == 0
+
+
+@pytest.mark.parametrize("f", [hash_classifier, smooth_classifier], ids=["rough", "smooth"])
+def test_regressors_of_several_numbers_come_back_as_the_model_returns_them(f):
+    """No classifier is suspected in them, and no result is NaN."""
+    tuned = tune(f, inputs(), K, N, LATE)
+    # Where a curve is smoothed, it does not pass through the answers.
+    assert np.mean(abs(tuned.coded(f)(inputs(), np.ones(N, bool)) - f(inputs()))) < 0.2
+    for mask in sample_masks(20):
+        assert np.isfinite(tuned.coded(f)(inputs(), mask)).all()
+    assert tuned.output is outputs.as_returned
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_polynomials_are_exact(degree):
+    def f(x):
+        return (x @ WEIGHTS) ** degree
+
+    num_workers = 4 * degree + 3
+    tuned = tune(f, inputs(), K, num_workers, stragglers.Uniform(2))
+    masks = sample_masks(20, num_workers=num_workers)
+    assert max(np.max(abs(tuned.coded(f)(inputs(seed=1), mask) - f(inputs(seed=1)))) for mask in masks) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return jc.surrogate(hash_by_cells, inputs(900, seed=5), cost=1e3, progress=False)
+
+
+def hash_by_cells(x):
+    """Gives classes that change in many places, so that curves are of no use and guesses are often wrong."""
+    return 2 * jnp.tanh(3 * jnp.sin(3 * x @ WEIGHTS))
+
+
+@pytest.mark.parametrize("batch_size", [K, 3 * K, 60])
+@pytest.mark.parametrize("loss", ["disagreement", "squared_error"])
+def test_with_a_prior_copies_go_where_it_is_unsure(prior, batch_size, loss):
+    x = inputs(240, seed=6)
+    tuned = tune(hash_by_cells, x, K, N, LATE, prior=prior, batch_size=batch_size, loss=loss)
+    best = tuned.candidates[0]
+    assert (best.layout, best.order, best.prior) == ("replication", "by risk", "prior, copies by risk")
+    assert best.work == pytest.approx(N + prior.cost * K)
+    predict, masks = tuned.coded(hash_by_cells), sample_masks(256, seed=0)
+
+    def mean_loss_in_batches(predict):
+        groups = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
+        run = jax.jit(jax.vmap(predict, (None, 0)))
+        results = [(run(group, masks), hash_by_cells(group)) for group in groups]
+        if loss == "disagreement":
+            return np.mean([1 - metrics.agreement(r, jnp.broadcast_to(t, r.shape)) for r, t in results])
+        return np.mean([np.mean(np.sum((r - t) ** 2, axis=-1)) for r, t in results])
+
+    np.testing.assert_allclose(best.loss, mean_loss_in_batches(predict), rtol=1e-4)
+    unplaced = jc.coded(hash_by_cells, ReplicationCode(K, N), prior=prior)
+    assert best.loss < 0.95 * mean_loss_in_batches(unplaced)
+    if loss == "disagreement":
+        replication = min(c.loss for c in tuned.candidates if c.layout == "replication" and not c.prior)
+        assert best.loss < 0.7 * replication
+
+
+def test_what_a_prior_explains_is_not_decoded():
+    """Of a sum of a smooth and a rough function, the rough one is the prior's."""
+
+    def f(x):
+        return hash_classifier(x) + jnp.sin(x[:, :1])
+
+    def guess(x):
+        return hash_classifier(x) + 0 * x[:, :1]
+
+    x = inputs(120)
+    exact = jc.surrogate(f, x, features=guess, progress=False)
+    layouts = {"spline": SplineCode.systematic(K, N)}
+    tuned = tune(f, x, K, N, LATE, prior=exact, layouts=layouts, batch_size=120)
+    best = tuned.candidates[0]
+    assert best.prior == "prior"
+    assert best.work == pytest.approx(N + exact.cost * (N + K))
+    np.testing.assert_allclose(best.rmse, root_mean_square(tuned.coded(f), f, x, sample_masks(256, seed=0)), rtol=0.01)
+    assert best.rmse < 0.7 * min(c.rmse for c in tuned.candidates if not c.prior)
+
+
+def test_a_prior_that_knows_nothing_is_not_used():
+    x = jnp.linspace(0, 3, 60)[:, None]
+    useless = jc.surrogate(jnp.sin, x, features=lambda x: 0 * x, progress=False)
+    tuned = tune(jnp.sin, x, K, N, LATE, prior=useless, batch_size=60)
+    assert tuned.candidates[0].loss < 1e-3
+    assert tuned.coded(jnp.sin).prior_planner is None or tuned.candidates[0].layout != "replication"
+
+
+def test_tuning_stops_in_time():
+    tuned = tune_classes(smooth_classifier, inputs(), K, N, LATE, time_limit=0.0)
+    assert {c.layout for c in tuned.candidates} == {"replication"}
+    assert tuned.candidates[0].num_groups == 12
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -288,7 +382,7 @@ def test_strict_promotion_of_dtypes_and_ranks(make, x64):
 
 
 def test_the_report(tmp_path, capsys):
-    tuned = tuning.tune(smooth_classifier, inputs(), K, N, LATE)
+    tuned = tuning.tune(smooth_classifier, inputs(), K, N, LATE, loss="disagreement", batch_size=60)
     assert "candidate" in capsys.readouterr().err
     lines = tuned.table().splitlines()
     assert len(lines) == len(tuned.candidates) + 1 == 3 * len(tuning.standard_layouts(K, N)) + 1
@@ -300,6 +394,12 @@ def test_the_report(tmp_path, capsys):
 
 
 WRONG = {
+    "loss": ({"loss": "accuracy"}, "loss is 'accuracy'; expected one of squared_error, disagreement"),
+    "no classes": ({"f": lambda x: x[:, :1], "loss": "disagreement"}, "loss is 'disagreement', but f returned"),
+    "batch": ({"batch_size": 4}, "batch_size is 4"),
+    "one batch": ({"x_sample": inputs(13), "batch_size": 9}, "two groups of num_data, 5, in whole batches"),
+    "nobody": ({"stragglers": stragglers.Uniform(N - 1)}, "fewer than two answers of 8 in all but 0 of 256 sets"),
+    "prior": ({"prior": smooth_classifier}, "prior is <function"),
     "short": ({"x_sample": inputs(9)}, "x_sample has 9 inputs.*at least two groups.*10"),
     "K": ({"num_data": 1}, "num_data is 1"),
     "stragglers": ({"stragglers": 2}, "stragglers is 2; expected a model such as"),
