@@ -49,5 +49,7 @@ from .codes import UncodedCode as UncodedCode
 from .serving import CodedServer as CodedServer
 from .serving import Prediction as Prediction
 from .surrogates import Surrogate as Surrogate
+from .surrogates import load_surrogate as load_surrogate
 from .surrogates import surrogate as surrogate
+from .tuning import load_tuned as load_tuned
 from .tuning import tune as tune

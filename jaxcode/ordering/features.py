@@ -103,7 +103,7 @@ class LinearFeatures:
         directions: One tree of inputs for each feature, leaves (n, ...).
     """
 
-    directions: PyTree[Array]
+    directions: PyTree[Array | np.ndarray]
 
     def __call__(self, x: PyTree[ArrayLike]) -> Float[Array, "batch features"]:
         """Computes the features of a batch, leaves (B, ...), in float32.

@@ -2,5 +2,6 @@
 
 from .distil import surrogate as surrogate
 from .predictors import Surrogate as Surrogate
+from .predictors import load_surrogate as load_surrogate
 
-__all__ = ["Surrogate", "surrogate"]
+__all__ = ["Surrogate", "load_surrogate", "surrogate"]

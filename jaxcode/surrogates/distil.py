@@ -215,8 +215,8 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
     is_tokens = len(leaves) == 1 and leaves[0].ndim == 2 and np.issubdtype(leaves[0].dtype, np.integer)
     fits = []
     if teacher.size >= _LEAST_FOR_STUDENT or is_tokens:
-        student = _make_student(teacher, cost, is_images, is_tokens, seed)
-        fits.append(_fit_student(teacher, student, held_out, seed, progress, augments=is_images))
+        student, architecture = _make_student(teacher, cost, is_images, is_tokens, seed)
+        fits.append(_fit_student(teacher, student, held_out, seed, progress, architecture))
     if is_images and not fits:
         draws = [lambda count: draw_patches(teacher.inputs, count, seed)]
     elif is_images or is_tokens:
@@ -230,33 +230,34 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
 
 
 def _make_student(teacher, cost, is_images, is_tokens, seed):
-    """Makes the widest network that meets the cost and can be trained on enough inputs."""
+    """Makes the widest network that meets the cost and can be trained on enough inputs, and describes it."""
     multiplications = min(cost * teacher.operations / 2, _TRAINING_MULTIPLICATIONS / (3 * BATCH * _LEAST_STEPS))
     num_outputs = teacher.rows.shape[1]
     (leaf, *_) = jax.tree.leaves(teacher.inputs)
+    num_tokens = 0
     if is_images:
+        kind, sample = "image", leaf[:_NUM_SAMPLE].astype(np.float32)
         width = students.image_width(leaf.shape[1:3], leaf.shape[3], num_outputs, multiplications)
-        student, sample = students.ImageStudent, leaf[:_NUM_SAMPLE].astype(np.float32)
     elif is_tokens:
+        kind, sample, num_tokens = "token", leaf, int(leaf.max()) + 2
         width = students.token_width(leaf.shape[1], num_outputs, multiplications)
-        student, sample = students.TokenStudent, leaf
     else:
-        sample = np.asarray(flatten_inputs(teacher.inputs))
+        kind, sample = "vector", np.asarray(flatten_inputs(teacher.inputs))
         width = students.vector_width(sample.shape[1], num_outputs, multiplications)
-        student = students.VectorStudent
     width = min(width, _MAX_WIDTH)
     # The compiler counts more than multiplications.
     while True:
-        network = student(sample, teacher.rows, width, rngs=nnx.Rngs(seed))
+        network = students.STUDENTS[kind](sample, teacher.rows, width, rngs=nnx.Rngs(seed))
         network.eval()
         relative = _count_operations(*as_pure_function(network), teacher.inputs) / teacher.operations
         if relative <= cost or width == 1:
-            return network
+            return network, students.Architecture(kind, sample.shape[1:], num_outputs, width, num_tokens)
         width = max(1, min(width - 1, int(width * math.sqrt(cost / relative))))
 
 
-def _fit_student(teacher, student, held_out, seed, progress, augments=False) -> _Fit:
+def _fit_student(teacher, student, held_out, seed, progress, architecture=None) -> _Fit:
     """Trains a network on all inputs but those held out."""
+    augments = architecture is not None and architecture.kind == "image"
     learned = np.setdiff1d(np.arange(teacher.size), held_out)
     if augments:
         inputs, targets = teacher.augmented(learned, min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES), seed, progress)
@@ -285,7 +286,7 @@ def _fit_student(teacher, student, held_out, seed, progress, augments=False) -> 
     mean, scale = sample.mean(axis=0), sample.std(axis=0)
     # Inputs that do not vary in the sample are not measured by how they vary.
     scale = np.where(scale > 1e-6 * max(scale.max(), 1e-30), scale, np.inf)
-    predictor = ModulePredictor(fn, params, mean, scale, np.zeros(2 * targets.shape[1] + 2, np.float32))
+    predictor = ModulePredictor(fn, params, mean, scale, np.zeros(2 * targets.shape[1] + 2, np.float32), architecture)
     guesses, terms = _run(ModulePredictor.rows_and_terms, predictor, others)
     fit = fit_ridge(terms, _log_errors(guesses, other_targets)[:, None])
     predictor = dataclasses.replace(predictor, error_weights=np.float32(fit.weights[:, 0]))

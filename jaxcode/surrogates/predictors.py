@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from .. import _storage
 from .._pytree import pytree
 from ..checks import batch_size
 from ..functions import Params, PureFunction
 from .calibration import DISAGREEMENT, SQUARED_ERROR, Calibration, margins
 from .features import flatten_inputs
+from .students import Architecture
 
 # From a batch, leaves (B, ...), to guesses as rows (B, numbers) and a score of each that grows with its error, (B,).
 Predictor = Callable[[PyTree[Any]], tuple[Array, Array]]
@@ -83,7 +87,7 @@ class LinearPredictor:
 
 
 @final
-@pytree("fn", eq=False)
+@pytree("fn", "architecture", eq=False)
 class ModulePredictor:
     """Guesses answers with a module, and scores guesses by themselves and by how far inputs are from the sample.
 
@@ -93,6 +97,7 @@ class ModulePredictor:
         mean: Of the sample's inputs, (input numbers,).
         scale: Standard deviations of the sample's inputs, (input numbers,).
         error_weights: Of the terms of the logarithm of the squared error, (2 numbers + 2,).
+        architecture: Describes the module, so that it can be loaded; None for one of the user's own.
     """
 
     fn: PureFunction
@@ -100,6 +105,7 @@ class ModulePredictor:
     mean: Float[Array | np.ndarray, "numbers"]
     scale: Float[Array | np.ndarray, "numbers"]
     error_weights: Float[Array | np.ndarray, "terms"]
+    architecture: Architecture | None = None
 
     def __call__(self, x: PyTree[ArrayLike]) -> tuple[Float[Array, "batch numbers"], Float[Array, "batch"]]:
         """Returns guesses and scores."""
@@ -171,5 +177,37 @@ class Surrogate:
             raise ValueError(f"loss is {loss!r}; expected one that this surrogate estimates: {', '.join(self.losses)}")
         return self.layout.from_rows(rows), risk
 
+    def save(self, path: str | Path) -> None:
+        """Writes it to a safetensors file, from which `jaxcode.load_surrogate` reads it.
+
+        Args:
+            path: The file; replaced if it exists.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        _storage.save(path, self)
+
     def __repr__(self) -> str:
         return f"Surrogate({type(self.predictor).__name__}, cost={self.cost:.3g}, losses={self.losses})"
+
+
+def load_surrogate(
+    path: str | Path, *, model: nnx.Module | None = None, features: _storage.Model | None = None
+) -> Surrogate:
+    """Reads a surrogate from a file that `Surrogate.save` wrote.
+
+    Args:
+        path: The file.
+        model: The network that `jaxcode.surrogate` was given, if it was; its parameters are read from the file.
+        features: The features that `jaxcode.surrogate` was given, if it was.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        ValueError: If the file holds no surrogate, or one made with a model or features that are not given or do not
+            have its shapes.
+        OSError: If it cannot be read.
+    """
+    return _storage.load(path, Surrogate, {"model": model, "features": features})

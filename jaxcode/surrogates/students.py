@@ -1,8 +1,10 @@
 """Small networks that learn a model's answers: for images, for vectors and for sequences of tokens."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,33 @@ _STRIDES = (2, 1, 2)
 _STEM_SIZE = 16
 _NUM_PARTS = 2
 _NUM_HIDDEN = 2
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Describes a network, so that one with the same shapes can be made again.
+
+    Attributes:
+        kind: "image", "vector" or "token".
+        shape: Of one input.
+        num_outputs: Numbers in one answer.
+        width: The network's width.
+        num_tokens: Different tokens, for "token"; else 0.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    num_outputs: int
+    width: int
+    num_tokens: int = 0
+
+    def build(self) -> nnx.Module:
+        """Makes a network whose parameters are still to be set."""
+        inputs, targets = np.zeros((2, *self.shape), np.float32), np.zeros((2, self.num_outputs), np.float32)
+        if self.kind == "token":
+            inputs = np.full((2, *self.shape), self.num_tokens - 2)
+        return STUDENTS[self.kind](inputs, targets, self.width, rngs=nnx.Rngs(0))
 
 
 class Buffer(nnx.Variable):
@@ -205,3 +234,6 @@ def token_width(length: int, num_outputs: int, multiplications: float) -> int:
     """Returns the largest width whose network takes at most so many multiplications for an input; at least 1."""
     square, linear = 3 * length, 2 * num_outputs
     return max(1, int((math.sqrt(linear**2 + 4 * square * multiplications) - linear) / (2 * square)))
+
+
+STUDENTS = {"image": ImageStudent, "vector": VectorStudent, "token": TokenStudent}

@@ -5,6 +5,7 @@ from .losses import squared_error as squared_error
 from .optimise import optimise_nodes as optimise_nodes
 from .report import Candidate as Candidate
 from .report import Tuned as Tuned
+from .report import load_tuned as load_tuned
 from .search import standard_layouts as standard_layouts
 from .search import standard_orders as standard_orders
 from .search import tune as tune
@@ -13,6 +14,7 @@ __all__ = [
     "Candidate",
     "Tuned",
     "disagreement",
+    "load_tuned",
     "optimise_nodes",
     "squared_error",
     "standard_layouts",

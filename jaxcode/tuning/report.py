@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 from flax import linen, nnx
 
+from .. import _storage
 from .._coded import Coded, coded
 from ..codes import AbstractCode
 from ..ordering import Ordering
@@ -16,7 +17,9 @@ from ..stragglers import AbstractStragglers
 from ..surrogates import Surrogate
 from .smoothing import smoothing_of
 
-__all__ = ["Candidate", "Tuned"]
+__all__ = ["Candidate", "Tuned", "load_tuned"]
+
+_FILE = "tuned.safetensors"
 
 
 @final
@@ -98,6 +101,20 @@ class Tuned:
             loss=self.loss,
         )
 
+    def save(self, folder: str | Path) -> None:
+        """Writes it to `tuned.safetensors` in a folder, from which `jaxcode.load_tuned` reads it.
+
+        Args:
+            folder: The folder; made if it does not exist.
+
+        Raises:
+            ValueError: If its order or its code is not of jaxcode's own classes.
+            OSError: If it cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _storage.save(folder / _FILE, self)
+
     def table(self) -> str:
         """Formats the candidates as text, one on each line, under a heading."""
         rows = [("layout", "order", "prior", "decodes", "smoothing", "loss", "RMSE", "work", "groups")]
@@ -145,6 +162,24 @@ class Tuned:
         if path is not None:
             figure.savefig(path, dpi=130, facecolor="white")
         return figure
+
+
+def load_tuned(folder: str | Path, *, model: nnx.Module | None = None, features: _storage.Model | None = None) -> Tuned:
+    """Reads what `Tuned.save` wrote.
+
+    Args:
+        folder: The folder.
+        model: As for `jaxcode.load_surrogate`, if there is a prior.
+        features: Likewise.
+
+    Returns:
+        The result of tuning, with its candidates.
+
+    Raises:
+        ValueError: If the folder holds none, or its prior needs a model or features that are not given.
+        OSError: If it cannot be read.
+    """
+    return _storage.load(Path(folder) / _FILE, Tuned, {"model": model, "features": features})
 
 
 def _format_smoothing(code):

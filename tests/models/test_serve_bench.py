@@ -53,9 +53,9 @@ def test_all_schemes_are_measured(tmp_path, monkeypatch, capsys):
     # Processes and tuning have their own tests.
     monkeypatch.setattr(serve_bench.jc.pools, "RayPool", jc.pools.ThreadPool)
     code = jc.SplineCode.repeated(2, 4)
-    candidate = jc.tuning.Candidate("repeated", "as given", code, jc.outputs.as_returned, 0.0, 0.0, 0.0, 1)
-    tuned = jc.tuning.Tuned(code, None, jc.outputs.as_returned, (candidate,), 0)
-    monkeypatch.setattr(serve_bench.jc, "tune", lambda *args: tuned)
+    candidate = jc.tuning.Candidate("repeated", "as given", "", code, jc.outputs.as_returned, 0.0, 0.0, 0.0, 4.0, 1)
+    tuned = jc.tuning.Tuned(code, None, jc.outputs.as_returned, None, None, "disagreement", (candidate,), 0)
+    monkeypatch.setattr(serve_bench.jc, "tune", lambda *args, **options: tuned)
     settings = "--num-data 2 --num-workers 4 --num-answers 3 --batch-size 4 --num-requests 6 --clients 2 --delay 1"
     main([*settings.split(), "--weights", str(path), "--out", str(tmp_path)])
     printed = capsys.readouterr().out

@@ -72,7 +72,8 @@ def test_the_expected_losses_are_those_found(prior):
     truth = np.asarray(classify(x))
     guesses, risk = prior.with_risk(x, "disagreement")
     wrong = np.argmax(guesses, 1) != truth.argmax(1)
-    assert abs(risk.mean() - wrong.mean()) < 0.03
+    # Of two hundred inputs held out, four per cent are wrong with a standard error of .014.
+    assert abs(risk.mean() - wrong.mean()) < 0.04
     is_riskier = np.asarray(risk > np.median(risk))
     assert wrong[is_riskier].mean() > 3 * wrong[~is_riskier].mean()
     guesses, risk = prior.with_risk(x, "squared_error")
