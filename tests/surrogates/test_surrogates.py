@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import stats
 from sklearn import linear_model
 
 import jaxcode as jc
@@ -78,9 +79,10 @@ def test_the_expected_losses_are_those_found(prior):
     assert wrong[is_riskier].mean() > 3 * wrong[~is_riskier].mean()
     guesses, risk = prior.with_risk(x, "squared_error")
     squares = np.mean(np.square(guesses - truth), axis=1)
-    # One input in a hundred, far from all others, has most of the squared error.
+    # One input in a hundred, far from all others, has most of the squared error, and two hundred are held out.
     typical = np.asarray(risk <= np.quantile(risk, 0.9))
-    np.testing.assert_allclose(risk[typical].mean(), squares[typical].mean(), rtol=0.5)
+    assert 0.25 < risk[typical].mean() / squares[typical].mean() < 4
+    assert stats.spearmanr(risk, squares).statistic > 0.5
     is_riskier = np.asarray(risk > np.median(risk))
     assert squares[is_riskier].mean() > 1.3 * squares[~is_riskier].mean()
 
