@@ -282,7 +282,7 @@ def _plot(single: dict[Setting, Comparison], together: dict[Setting, Comparison]
     schemes = next(iter(together.values())).schemes
     panels[0].set_yticks(range(len(schemes)), [_label(scheme) for scheme in schemes])
     panels[0].invert_yaxis()
-    panels[0].legend(loc="lower left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, path)
 
 

@@ -14,7 +14,15 @@ from flax import nnx
 import jaxcode as jc
 
 from . import datasets
-from .comparison import Comparison, compare, standard_schemes, tuned_scheme, write_csv
+from .comparison import (
+    Comparison,
+    compare,
+    filled_schemes,
+    prior_schemes,
+    standard_schemes,
+    tuned_scheme,
+    write_csv,
+)
 from .datasets import Dataset
 from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
 from .plots import plot_comparison, plot_request
@@ -26,11 +34,15 @@ Means over {num_seeds} batches of {batch} test images, with 95 % intervals (Stud
 network. Each request of {num_data} images loses {num_stragglers} random workers, the same for every scheme;
 uncoded has the first {num_data} workers. RelAcc: accuracy over that without stragglers.
 Agreement: the same class as without stragglers. RMSE: of the class probabilities, norm over
-classes. Lost: inputs without any answer; they count as wrong, and in the RMSE as equal
-probabilities. Ordered: the images of a batch are ordered, similar ones next to each other, before
+classes. Lost: inputs without any answer; unless guessed they count as wrong, and in the RMSE as
+equal probabilities. Ordered: the images of a batch are ordered, similar ones next to each other, before
 they are grouped into requests, so the whole batch must be at hand. Repeated: workers compute the
-inputs themselves, as in replication, and the spline fills in those that no worker returned. Tuned:
-chosen on training images."""
+inputs themselves, as in replication, and the spline fills in those that no worker returned.
+Nearest, kernel ridge and surrogate guess the lost inputs, from the batch or by a small network;
+placed: with copies for the inputs that the surrogate is least sure of. Tuned: chosen on training
+images, with the surrogate."""
+
+_SURROGATE_IMAGES = 3000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     start = time.perf_counter()
     model = _load(data, args)
-    tuned = _tune(model, data, args)
+    prior = _distil(model, data, args)
+    tuned = _tune(model, prior, data, args)
     _predict_once(model, tuned, data, args)
-    comparison = _compare(model, tuned, data, args)
+    comparison = _compare(model, prior, tuned, data, args)
     _write(comparison, args)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Figures, pictures and settings are in {args.out}/")
     for name in ("stragglers.png", "request.png", "tuned.png", "figures.csv", "settings.json"):
@@ -118,10 +131,25 @@ def _load(data: Dataset, args: argparse.Namespace) -> nnx.Module:
     return model
 
 
-def _tune(model: nnx.Module, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
+def _distil(model: nnx.Module, data: Dataset, args: argparse.Namespace) -> jc.Surrogate:
+    """Distils a surrogate from the network's answers to other training images than those for tuning."""
+    images = data.x_train[args.batch_size :][:_SURROGATE_IMAGES]
+    print(f"2. Distilling a surrogate from the network's answers to {len(images):,} training images.", flush=True)
+    start = time.perf_counter()
+    prior = jc.surrogate(model, images, cost=0.13)
+    agreement = float(jc.metrics.agreement(prior(data.x_test), model(data.x_test)))
+    print(
+        f"   It has {prior.cost:.0%} of the network's operations and names its class for {agreement:.1%} of the test "
+        f"images ({time.perf_counter() - start:.0f} s).\n",
+        flush=True,
+    )
+    return prior
+
+
+def _tune(model: nnx.Module, prior: jc.Surrogate, data: Dataset, args: argparse.Namespace) -> jc.tuning.Tuned:
     """Chooses a code for this network on training images."""
     print(
-        f"2. Choosing a code on {min(args.batch_size, len(data.x_train))} training images, without their labels.",
+        f"3. Choosing a code on {min(args.batch_size, len(data.x_train))} training images, without their labels.",
         flush=True,
     )
     start = time.perf_counter()
@@ -133,13 +161,14 @@ def _tune(model: nnx.Module, data: Dataset, args: argparse.Namespace) -> jc.tuni
         args.num_data,
         args.num_workers,
         stragglers,
+        prior=prior,
         batch_size=args.batch_size,
         loss="disagreement",
     )
     tuned.plot(args.out / "tuned.png")
     best = tuned.candidates[0]
     print(
-        f"   Of {len(tuned.candidates)} candidates: {best.layout}; order: {best.order}; decodes {best.output.name} "
+        f"   Of {len(tuned.candidates)} candidates: {best.layout}; order: {best.order}; {best.prior or 'no prior'} "
         f"({time.perf_counter() - start:.0f} s).\n",
         flush=True,
     )
@@ -157,9 +186,10 @@ def _predict_once(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args
 
     coded_accuracy, full_accuracy = (float(jc.metrics.accuracy(y, labels)) for y in (logits, model(images)))
     print(
-        f"3. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
+        f"4. That network behind {args.num_workers} workers, {args.num_stragglers} of which never reply:\n\n"
         f"       late = jc.stragglers.Uniform({args.num_stragglers})\n"
-        f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late,\n"
+        "       prior = jc.surrogate(model, images)\n"
+        f"       tuned = jc.tune(model, sample, {args.num_data}, {args.num_workers}, late, prior=prior,\n"
         f'                       batch_size={args.batch_size}, loss="disagreement")\n'
         "       predict = tuned.coded(model)\n"
         "       logits = predict(images, returned)\n\n"
@@ -182,13 +212,21 @@ def _predict_once(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args
     )
 
 
-def _compare(model: nnx.Module, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace) -> Comparison:
-    print(f"4. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
+def _compare(
+    model: nnx.Module, prior: jc.Surrogate, tuned: jc.tuning.Tuned, data: Dataset, args: argparse.Namespace
+) -> Comparison:
+    size = args.num_data, args.num_workers
+    print(f"5. Every scheme on the same images with the same stragglers, {args.num_seeds} times.", flush=True)
     comparison = compare(
         model,
         data.x_test,
         data.y_test,
-        (*standard_schemes(args.num_data, args.num_workers), tuned_scheme(tuned)),
+        (
+            *standard_schemes(*size),
+            *filled_schemes(*size),
+            *prior_schemes(prior, *size, jc.stragglers.Uniform(args.num_stragglers)),
+            tuned_scheme(tuned),
+        ),
         _straggler_counts(args.num_stragglers, args.num_workers),
         num_data=args.num_data,
         num_workers=args.num_workers,
@@ -217,13 +255,13 @@ def _table(comparison: Comparison, args: argparse.Namespace) -> str:
         "lost": "lost",
     }
     intervals = {metric: comparison.interval(metric) for metric in metrics}
-    header = f"\n   {'':28}{'decodes':10}" + "".join(f"{title:14}" for title in metrics.values())
+    header = f"\n   {'':34}{'decodes':10}" + "".join(f"{title:14}" for title in metrics.values())
     lines = [header.rstrip()]
     for i, scheme in enumerate(comparison.schemes):
         cells = (f"{mean[i, index]:.3f} ±{half_width[i, index]:.3f}" for mean, half_width in intervals.values())
-        lines.append(f"   {scheme.label:28}{scheme.output:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
+        lines.append(f"   {scheme.label:34}{scheme.output:10}" + "".join(f"{cell:14}" for cell in cells).rstrip())
     base = float(comparison.base_accuracy.mean())
-    lines.append(f"   {'every worker replies':38}{base:.3f}")
+    lines.append(f"   {'every worker replies':44}{base:.3f}")
     footnote = _FOOTNOTE.format(
         num_seeds=args.num_seeds,
         batch=args.batch_size // args.num_data * args.num_data,

@@ -202,7 +202,11 @@ class _Teacher:
 
 def _count_operations(fn, params, inputs):
     """Counts the compiler's floating-point operations for an input; those inside loops count once."""
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((16, *leaf.shape[1:]), leaf.dtype), inputs)
+
+    def describe(leaf):
+        return jax.ShapeDtypeStruct((16, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+    batch = jax.tree.map(describe, inputs)
     analysis = jax.jit(fn).lower(params, batch).cost_analysis()
     assert analysis is not None
     return max(analysis.get("flops", 0.0) + analysis.get("transcendentals", 0.0), 1.0) / 16

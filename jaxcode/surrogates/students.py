@@ -84,7 +84,7 @@ class ImageStudent(nnx.Module):
 
     Args:
         images: A sample, (B, height, width, channels).
-        targets: The answers to it as rows, (B, numbers).
+        targets: Answers as rows, (any number, numbers).
         width: Half the channels after the first convolution.
         rngs: Flax's random streams, for the initial weights.
     """
@@ -92,7 +92,7 @@ class ImageStudent(nnx.Module):
     def __init__(
         self,
         images: Float32[np.ndarray, "batch height width channels"],
-        targets: Float32[np.ndarray, "batch numbers"],
+        targets: Float32[np.ndarray, "answers numbers"],
         width: int,
         *,
         rngs: nnx.Rngs,
@@ -162,7 +162,7 @@ class VectorStudent(nnx.Module):
 
     Args:
         rows: The numbers of a sample's inputs, (B, input numbers).
-        targets: The answers to it as rows, (B, numbers).
+        targets: Answers as rows, (any number, numbers).
         width: Of the hidden layers.
         rngs: Flax's random streams, for the initial weights.
     """
@@ -170,7 +170,7 @@ class VectorStudent(nnx.Module):
     def __init__(
         self,
         rows: Float32[np.ndarray, "batch inputs"],
-        targets: Float32[np.ndarray, "batch numbers"],
+        targets: Float32[np.ndarray, "answers numbers"],
         width: int,
         *,
         rngs: nnx.Rngs,
@@ -200,7 +200,7 @@ class TokenStudent(nnx.Module):
 
     Args:
         tokens: A sample, integers (B, length).
-        targets: The answers to it as rows, (B, numbers).
+        targets: Answers as rows, (any number, numbers).
         width: Of embeddings and convolutions.
         rngs: Flax's random streams, for the initial weights.
     """
@@ -208,7 +208,7 @@ class TokenStudent(nnx.Module):
     def __init__(
         self,
         tokens: np.ndarray,
-        targets: Float32[np.ndarray, "batch numbers"],
+        targets: Float32[np.ndarray, "answers numbers"],
         width: int,
         *,
         rngs: nnx.Rngs,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcode.surrogates import distil
 from models import datasets
 from models.demo import main
 from models.plots import plot_request
@@ -34,7 +35,10 @@ def run(tmp_path_factory):
     """One small run: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        # A surrogate that has hardly learned is enough here.
+        patch.setattr(distil, "_MAX_STEPS", 50)
+        patch.setattr(distil, "_LEAST_STEPS", 50)
         main([*SMALL, "--out", str(out)])
     return out, printed.getvalue()
 
