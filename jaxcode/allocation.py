@@ -68,7 +68,7 @@ def lost_probability(
 def _lost_probability(stragglers, num_workers, key):
     masks = jax.vmap(lambda key: stragglers.sample(key, num_workers))(jax.random.split(key, _NUM_SETS))
     num_late = jnp.sum(~masks, axis=1)[:, None]
-    drawn = jnp.arange(num_workers)
+    drawn = jnp.arange(num_workers)[None]
     factors = jnp.maximum(num_late - drawn, 0) / (num_workers - drawn)
     products = jnp.cumprod(factors, axis=1).mean(axis=0)
     return jnp.concatenate([jnp.ones(1), products]).astype(jnp.float32)
@@ -119,7 +119,7 @@ def _assign(risk, lost, may_guess):
     gains = lost[first : first + max(num_free, 1)] - lost[first + 1 : first + 1 + max(num_free, 1)]
     # The gains of an input's copies must not grow, or a later copy would come before an earlier one.
     gains = jax.lax.stop_gradient(jnp.minimum.accumulate(gains))
-    _, flat = jax.lax.top_k((gains[:, None] * risk[None]).reshape(-1), num_free)
+    _, flat = jax.lax.top_k((gains.astype(risk.dtype)[:, None] * risk[None]).reshape(-1), num_free)
     own = jnp.arange(num_workers - num_free, dtype=jnp.int32)
     return jnp.concatenate([own, (flat % num_data).astype(jnp.int32)])
 

@@ -156,3 +156,21 @@ def test_arguments_that_do_not_fit_are_refused():
         jc.coded(curve, CODE, prior=curve)
     with pytest.raises(ValueError, match="stragglers is given for InterpolatingCode"):
         jc.coded(curve, CODES["spline"], prior=PRIOR, stragglers=Uniform(1))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("name", ["replication", "spline"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_strict_modes(name, x64, dtype):
+    stragglers = Uniform(3) if name == "replication" else None
+    # The prior's own parameters are in float32.
+    predict = jax.device_put(jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.enable_x64(x64):
+        made = jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers)
+        assert repr(made) == repr(predict)
+        x, returned = jax.device_put((X.astype(dtype), ~LATE))
+        with jax.transfer_guard("disallow"):
+            results = predict(x, returned)
+        truth = curve(x)
+    assert results.dtype == truth.dtype
+    np.testing.assert_allclose(results, predict(X, ~LATE), atol=0.02)

@@ -195,7 +195,7 @@ class AbstractCode(abc.ABC):
         workers, data = plan.prior.workers, plan.prior.data
         # Where results are copies of answers, the difference would only add errors of rounding.
         if linop.mixes:
-            y = jax.tree.map(jnp.subtract, y, workers)
+            y = jax.tree.map(lambda answer, mean: answer - jnp.asarray(mean, answer.dtype), y, workers)
         decoded = apply_to_tree("y", linop, y, self.num_workers)
         recovered = jnp.asarray(self.recovered(returned, plan))
 

@@ -1,5 +1,6 @@
 """A cheap model of a model, which guesses its answers and how far off each guess is expected to be."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +152,8 @@ class Surrogate:
     def __call__(self, x: PyTree[ArrayLike]) -> PyTree[Array]:
         """Guesses the model's answers to a batch, leaves (B, ...), in their dtypes."""
         batch_size("x", x)
-        return self.layout.from_rows(self.predictor(x)[0])
+        with _in_standard_modes():
+            return self.layout.from_rows(self.predictor(x)[0])
 
     def with_risk(self, x: PyTree[ArrayLike], loss: str = SQUARED_ERROR) -> tuple[PyTree[Array], Float[Array, "batch"]]:
         """Guesses the model's answers to a batch, and what each guess is expected to cost.
@@ -168,14 +170,15 @@ class Surrogate:
             ValueError: If loss is not one of `losses`, or the leading axes of x differ or are 0.
         """
         batch_size("x", x)
-        rows, scores = self.predictor(x)
-        if loss == DISAGREEMENT and self.class_risk is not None:
-            risk = self.class_risk(-margins(rows))
-        elif loss == SQUARED_ERROR:
-            risk = self.value_risk(scores)
-        else:
+        if loss not in self.losses:
             raise ValueError(f"loss is {loss!r}; expected one that this surrogate estimates: {', '.join(self.losses)}")
-        return self.layout.from_rows(rows), risk
+        with _in_standard_modes():
+            rows, scores = self.predictor(x)
+            if loss == DISAGREEMENT and self.class_risk is not None:
+                risk = self.class_risk(-margins(rows))
+            else:
+                risk = self.value_risk(scores)
+            return self.layout.from_rows(rows), risk
 
     def save(self, path: str | Path) -> None:
         """Writes it to a safetensors file, from which `jaxcode.load_surrogate` reads it.
@@ -190,6 +193,13 @@ class Surrogate:
 
     def __repr__(self) -> str:
         return f"Surrogate({type(self.predictor).__name__}, cost={self.cost:.3g}, losses={self.losses})"
+
+
+@contextlib.contextmanager
+def _in_standard_modes():
+    """Lets dtypes and ranks be promoted, which parameters in float32 and modules of flax rely on."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def load_surrogate(
