@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 from jax.sharding import PartitionSpec
@@ -238,6 +239,33 @@ class Coded:
         """
         return self._compute(x, returned)
 
+    def exact(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> Bool[Array, "batch"]:
+        """Returns which results of a call are f's answers to the inputs themselves, all others being approximate.
+
+        The batch is grouped and planned as in a call, but f is not computed.
+
+        Args:
+            x: As for a call.
+            returned: As for a call. A defence, which trusts workers by their answers, is not asked.
+
+        Returns:
+            bool, (B,).
+
+        Raises:
+            ValueError: As for a call.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxcode import ReplicationCode
+        >>> predict = coded(jnp.sin, ReplicationCode(num_data=2, num_workers=3))
+        >>> predict.exact(jnp.zeros(4), jnp.array([True, False, True]))
+        Array([ True, False,  True, False], dtype=bool)
+        """
+        returned = _all_workers(self.code.num_workers) if returned is None else returned
+        check_mask("returned", returned, self.code.num_workers)
+        mask = static_value(returned)
+        returned = returned if mask is None else jax.device_put(mask)
+        return _exact(self.setting, self.traced_code, self.prior_planner, x, returned)
+
     @property
     def _is_planned(self):
         return self.setting.planner is not None or self.prior_planner is not None
@@ -281,15 +309,35 @@ def _run(setting, params, traced_code, prior_planner, x, decoder, returned):
     return call_with_auto_axes(run, x, params, traced_code, prior_planner, decoder, returned, specs=specs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _exact(setting, traced_code, prior_planner, x, returned):
+    def specs(batch):
+        return PartitionSpec(*jax.tree.leaves(batch)[0][:1])
+
+    def find(x, traced_code, prior_planner, returned):
+        code = traced_code if setting.static_code is None else setting.static_code.code
+        _, grouping, plans = _group(setting, code, prior_planner, x)
+        if plans is None:
+            exact = jnp.broadcast_to(code.exact(returned), (grouping.num_groups, code.num_data))
+        else:
+            exact = jax.vmap(lambda plan: jnp.asarray(code.exact(returned, plan)))(plans)
+        return ungroup(exact.T, grouping)
+
+    return call_with_auto_axes(find, x, traced_code, prior_planner, returned, specs=specs)
+
+
+def _group(setting, code, prior_planner, x):
+    """Groups a placed batch and plans its groups; no plans without a planner or a prior."""
+    if prior_planner is None:
+        grouped, grouping = group(x, code.num_data, setting.order)
+        return grouped, grouping, make_plans(code, setting.planner, grouped)
+    return group_with_prior(code, prior_planner, x, setting.order)
+
+
 def _run_with_auto_axes(setting, x, params, traced_code, prior_planner, decoder, returned):
     code = traced_code if setting.static_code is None else setting.static_code.code
     placement = setting.placement
-    x = placement.place(x)
-    if prior_planner is None:
-        grouped, grouping = group(x, code.num_data, setting.order)
-        plans = make_plans(code, setting.planner, grouped)
-    else:
-        grouped, grouping, plans = group_with_prior(code, prior_planner, x, setting.order)
+    grouped, grouping, plans = _group(setting, code, prior_planner, placement.place(x))
     coded_inputs = encode(code, None, grouped, plans, one_pass=placement.is_distributed)
     answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None

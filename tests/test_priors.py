@@ -44,6 +44,26 @@ def test_lost_inputs_are_guessed_and_all_others_are_the_models_own(allocates):
     assert is_own.sum() >= K
 
 
+@pytest.mark.parametrize("order", [None, jc.ordering.greedy])
+@pytest.mark.parametrize("name", CODES)
+def test_what_is_exact_is_told(name, order):
+    """Whatever is said to be exact is; of copies and guesses, all that is not said to be exact is a guess."""
+    code = CODES[name]
+    returned = np.arange(code.num_workers) % 3 != 1
+    stragglers = Uniform(2) if name == "replication" else None
+    predict = jc.coded(curve, code, prior=PRIOR, stragglers=stragglers, order=order)
+    exact = np.asarray(predict.exact(X, returned))
+    assert exact.shape == (len(X),)
+    results, truth, guesses = (np.asarray(values) for values in (predict(X, returned), curve(X), PRIOR(X)))
+    np.testing.assert_allclose(results[exact], truth[exact], atol=1e-5)
+    if name in ("replication", "uncoded"):
+        assert 0 < exact.sum() < len(X)
+        np.testing.assert_allclose(results[~exact], guesses[~exact], rtol=1e-6)
+    assert predict.exact(X).all() or name in ("berrut", "lagrange")
+    plain = jc.coded(curve, code, order=order)
+    np.testing.assert_allclose(plain(X, returned)[plain.exact(X, returned)], truth[plain.exact(X, returned)], atol=1e-5)
+
+
 def test_copies_go_to_the_riskiest_inputs():
     """Of one group: those of the largest first number, as the prior says."""
     x = X[:K]
