@@ -78,7 +78,8 @@ def surrogate(
         model: A network to train instead: an `nnx.Module` from a batch to answers like f's. It is copied.
         features: Computes features of a batch, in which the answers are then fitted by ridge regression: an early
             layer of f, for instance. As f: a callable, a module or a pair.
-        cost: Operations for an input that the default kinds may take, relative to f's.
+        cost: Operations for an input that the default kinds may take, relative to f's. Where none is so cheap, of a
+            very small model, the cheapest is kept.
         seed: Seed of the initial weights, of the inputs held out and of the copies.
         progress: Whether to show progress bars on standard error.
 
@@ -230,7 +231,10 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
     if draws:
         count = _affordable(teacher, draws[0], cost)
         fits += [_fit_linear(teacher, draw(count), held_out) for draw in draws]
-    return fits
+    costs = [teacher.relative_cost(fit.predictor) for fit in fits]
+    # Of a small model there may be none that is cheaper by so much.
+    limit = max(cost, min(costs))
+    return [fit for fit, fit_cost in zip(fits, costs, strict=True) if fit_cost <= limit]
 
 
 def _make_student(teacher, cost, is_images, is_tokens, seed):
