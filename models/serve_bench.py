@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{name} on {args.dataset}: accuracy {accuracy:.1%} on test images.", flush=True)
     sample = data.x_train[: max(200, args.batch_size)]
     stragglers = jc.stragglers.Deadline(delays.model(), delays.quantile(_DEADLINE_QUANTILE))
-    options = {"batch_size": max(args.num_data, args.batch_size), "loss": "disagreement"}
+    num_groups = max(1, args.batch_size // args.num_data)
+    options = {"batch_size": num_groups * args.num_data, "loss": "disagreement"}
     tuned = jc.tune(model, sample, args.num_data, args.num_workers, stragglers, **options)
     print(f"Tuned code: {tuned.candidates[0].layout}.", flush=True)
 

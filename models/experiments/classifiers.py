@@ -328,7 +328,7 @@ def against_stragglers(
     sample = data.x_train[: max(batch_size, 2 * num_data)]
     _, smoothings = CodedAnswers(model, sample, num_workers, num_data).search_all(setting.straggler_counts, seed=seed)
     stragglers = jc.stragglers.Uniform(middle)
-    options = {"batch_size": batch_size, "loss": "disagreement", "progress": False}
+    options = {"batch_size": batch_size // num_data * num_data, "loss": "disagreement", "progress": False}
     tuned = jc.tune(model, sample, num_data, num_workers, stragglers, **options)
     letcc = jc.SplineCode.chebyshev(**size, encoder_smoothing=smoothings[0], decoder_smoothing=smoothings[1])
     fixed = jc.InterpolatingCode(jc.nodes.chebyshev(**size), interpolants.Berrut(), FixedSignBerrut())

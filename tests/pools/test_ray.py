@@ -110,12 +110,13 @@ def test_workers_that_are_stuck_are_skipped_and_rejoin(pool, faults):
 
 
 def test_with_all_workers_dead_a_request_is_refused_at_its_time_limit(pool, faults):
-    faults.set_behaviour("wait 5", *range(N))
+    faults.set_behaviour("wait 30", *range(N))
     threading.Timer(0.2, faults.kill, range(N)).start()
     start = time.monotonic()
-    with pytest.raises(pools.NotEnoughAnswers, match=r"0 of 6 answers .* within 1 s.* died: "):
-        pool.run(BATCH, stop.answers(2), time_limit=1.0)
-    assert time.monotonic() - start < 4
+    # On a busy machine Ray takes seconds to tell that a worker died.
+    with pytest.raises(pools.NotEnoughAnswers, match=r"0 of 6 answers .* within 6 s.* died: "):
+        pool.run(BATCH, stop.answers(2), time_limit=6.0)
+    assert time.monotonic() - start < 12
     faults.clear()
     check(pool.run(BATCH, stop.answers(N), time_limit=LIMIT))
 
