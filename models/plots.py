@@ -22,6 +22,9 @@ _STYLES = {
     "logits": ("#56B4E9", "D", "-"),
     "ordered": ("#0072B2", "o", "-"),
     "repeated": ("#009E73", "P", "-"),
+    "ridge": ("#882255", "x", "--"),
+    "surrogate": ("#332288", "v", "--"),
+    "placed": ("#332288", "^", "-"),
     "tuned": ("#D55E00", "*", "-"),
 }
 COLORS = {name: color for name, (color, _, _) in _STYLES.items()}
