@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .comparison import Comparison
 
-# Okabe and Ito's palette, distinct in every kind of colour vision; markers repeat the distinction.
+# Okabe and Ito's palette and two colours of Tol's, distinct in every kind of colour vision; markers repeat that.
 _STYLES = {
     "uncoded": ("#7f7f7f", "x", ":"),
     "replication": ("#000000", "s", "--"),
