@@ -21,8 +21,8 @@ reproduce: $(VENV)/.demo,models
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# `make test` runs at XLA's lowest optimisation level, which compiles faster. These tests are about accuracy, and run at
-# the default level, as users' programs do.
+# `make test` runs at the lowest optimisation level of jaxlib 0.10, which compiles faster; with newer ones at the default
+# level. These tests are about accuracy, and run at the default level, as users' programs do.
 test-optimised: $(VENV)/.test
 	JAXCODE_TEST_OPTIMISED=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/codes tests/interpolants $(ARGS)
 	$(BIN)/python -m tests.benchmarks.accuracy

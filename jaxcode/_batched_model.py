@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
+from tqdm import tqdm
 
 from ._arrays import pad
 from .checks import batch_size
@@ -31,11 +32,12 @@ class BatchedModel:
         self._fn, self._params, self._size, self._allow_integers = fn, params, size, allow_integers
         self.count = 0
 
-    def __call__(self, x: PyTree[ArrayLike]) -> PyTree[np.ndarray]:
+    def __call__(self, x: PyTree[ArrayLike], *, progress: bool = False) -> PyTree[np.ndarray]:
         """Computes the answers to any number of inputs, in the host's memory.
 
         Args:
             x: Leaves (B, ...).
+            progress: Whether to show a progress bar on standard error.
 
         Returns:
             Leaves (B, ...).
@@ -43,7 +45,7 @@ class BatchedModel:
         Raises:
             ValueError: If the model does not return real numbers with the batch as leading axis.
         """
-        return self._run_in_batches(_answer, x)
+        return self._run_in_batches(_answer, x, progress=progress)
 
     def pull_back(self, x: PyTree[ArrayLike], cotangents: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
         """Computes the derivatives of a number with respect to inputs, given those with respect to their answers.
@@ -60,11 +62,12 @@ class BatchedModel:
         """
         return self._run_in_batches(_pull_back, x, cotangents)
 
-    def _run_in_batches(self, run, *trees):
+    def _run_in_batches(self, run, *trees, progress=False):
         total = batch_size("x", trees)
         self.count += total
         batches = []
-        for start in range(0, total, self._size):
+        starts = range(0, total, self._size)
+        for start in tqdm(starts, "asking the model", unit="batch", disable=not progress, mininterval=1.0):
             stop = start + self._size
             batch = jax.tree.map(lambda leaf, s=slice(start, stop): pad(np.asarray(leaf[s]), self._size), trees)
             batches.append(jax.device_get(run(self._fn, self._params, *batch)))

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, PyTree
@@ -19,7 +17,7 @@ from ._sharding import call_with_auto_axes
 from .allocation import PriorPlanner, make_planner
 from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
-from .functions import Params, PureFunction, as_pure_function
+from .functions import Model, Params, PureFunction, as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
 from .pipeline import (
@@ -42,7 +40,7 @@ from .surrogates.calibration import SQUARED_ERROR
 
 
 def coded(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     code: AbstractCode,
     *,
     order: Ordering | None = None,

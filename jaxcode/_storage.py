@@ -6,7 +6,7 @@ Nothing in a file is executed: classes are those in a list below, functions thos
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -15,11 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import linen, nnx
 
-from .functions import as_pure_function
-
-Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
+from .functions import Model, as_pure_function
 
 _VERSION = "1"
 
@@ -49,8 +46,8 @@ def load(path: str | Path, kind: type, functions: Mapping[str, Model | None]) ->
     Args:
         path: The file.
         kind: The class expected.
-        functions: The user's own functions and modules that the object was made with, by what they are there: "model",
-            "features"; None if not given.
+        functions: The user's functions and modules that the object was made with, by the names of those arguments,
+            "model" and "features"; None if not given.
 
     Raises:
         ValueError: If the file holds no such object, or needs a function that is not given.

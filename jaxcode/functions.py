@@ -11,16 +11,26 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
-__all__ = ["NO_DERIVATIVES", "Params", "PureFunction", "as_pure_function", "check_answers"]
+__all__ = [
+    "NO_DERIVATIVES",
+    "Model",
+    "Params",
+    "PureFunction",
+    "as_pure_function",
+    "call",
+    "check_answers",
+]
 
 Params = PyTree
 PureFunction = Callable[[Params, PyTree], PyTree]
+# A callable of a batch, an nnx module, or a linen module with its variables.
+Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
 
 # The exceptions that JAX raises for the derivative of a model of integers, or of one that calls the host.
 NO_DERIVATIVES = (TypeError, ValueError, NotImplementedError)
 
 
-def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> tuple[PureFunction, Params]:
+def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
     """Separates the function that a model computes from its parameters, in evaluation mode.
 
     Dropout is off and batch normalisation uses its running averages. An nnx module is copied and the copy is put in
@@ -69,6 +79,11 @@ def as_pure_function(f: Callable | nnx.Module | tuple[linen.Module, Mapping[str,
             f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
         )
     return _PlainApply(_Static(f)), ()
+
+
+def call(params: Params, batch: PyTree[Any]) -> PyTree[Any]:
+    """Computes params(batch): the pure function of a pytree that is a function itself, such as a surrogate."""
+    return params(batch)
 
 
 def check_answers(answers: PyTree[Any], size: int, allow_integers: bool = False) -> None:

@@ -3,7 +3,6 @@
 import abc
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -192,19 +191,10 @@ class AbstractCode(abc.ABC):
         linop = self.decoder_linop(returned, plan)
         if plan is None or plan.prior is None:
             return apply_to_tree("y", linop, y, self.num_workers)
-        workers, data = plan.prior.workers, plan.prior.data
         # Where results are copies of answers, the difference would only add errors of rounding.
-        if linop.mixes:
-            y = jax.tree.map(lambda answer, mean: answer - jnp.asarray(mean, answer.dtype), y, workers)
-        decoded = apply_to_tree("y", linop, y, self.num_workers)
-        recovered = jnp.asarray(self.recovered(returned, plan))
-
-        def fill(result, mean):
-            is_recovered = recovered.reshape(self.num_data, *[1] * (result.ndim - 1))
-            mean = jnp.asarray(mean, result.dtype)
-            return jnp.where(is_recovered, result + mean if linop.mixes else result, mean)
-
-        return jax.tree.map(fill, decoded, data)
+        residuals = plan.prior.residuals(y) if linop.mixes else y
+        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
+        return plan.prior.complete(decoded, self.recovered(returned, plan), adds=linop.mixes)
 
 
 def _replicate_rows(specs):

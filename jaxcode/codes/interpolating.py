@@ -153,7 +153,7 @@ class InterpolatingCode(AbstractCode):
         results = self.decode(y, returned, plan)
         mask = jnp.array(self._mask(returned))
         if plan is not None and plan.prior is not None:
-            y = jax.tree.map(lambda answer, mean: answer - mean, y, plan.prior.workers)
+            y = plan.prior.residuals(y)
 
         def predict(leaf, result):
             rows = jnp.asarray(leaf).astype(result.dtype).reshape(self.num_workers, math.prod(result.shape[1:]))

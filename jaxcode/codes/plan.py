@@ -2,8 +2,11 @@
 
 from typing import final
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._pytree import pytree
 
@@ -20,6 +23,32 @@ class Prior:
 
     workers: PyTree[Array | np.ndarray]
     data: PyTree[Array | np.ndarray]
+
+    def residuals(self, answers: PyTree[ArrayLike]) -> PyTree[Array]:
+        """Subtracts the workers' means from their answers, in the answers' dtypes."""
+        return jax.tree.map(lambda answer, mean: answer - jnp.asarray(mean, answer.dtype), answers, self.workers)
+
+    def complete(
+        self, decoded: PyTree[Array], recovered: Bool[Array | np.ndarray, "data *groups"], *, adds: bool
+    ) -> PyTree[Array]:
+        """Makes results of what was decoded.
+
+        Args:
+            decoded: Leaves (K, ...).
+            recovered: Which results were decoded, over the leading axes of the leaves.
+            adds: Whether residuals were decoded, to which the means are added.
+
+        Returns:
+            Leaves (K, ...); the means where results are not recovered.
+        """
+        recovered = jnp.asarray(recovered)
+
+        def complete(result, mean):
+            mean = jnp.asarray(mean, result.dtype)
+            is_recovered = recovered.reshape(*recovered.shape, *[1] * (result.ndim - recovered.ndim))
+            return jnp.where(is_recovered, result + mean if adds else result, mean)
+
+        return jax.tree.map(complete, decoded, self.data)
 
 
 @final

@@ -2,13 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -16,7 +14,7 @@ from .._arrays import as_arrays
 from .._pytree import pytree
 from .._sharding import replicate, shard_like
 from ..checks import batch_size, check_count
-from ..functions import as_pure_function
+from ..functions import Model, as_pure_function
 
 __all__ = ["LinearFeatures", "sensitivity"]
 
@@ -25,7 +23,7 @@ _MAX_NUMBERS = 2**26
 
 
 def sensitivity(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     x_sample: PyTree[ArrayLike],
     *,
     num_probes: int = 1024,

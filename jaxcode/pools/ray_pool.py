@@ -1,17 +1,16 @@
 """Runs workers as Ray actors: processes on this machine or on those of a cluster."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
 import jax
 import numpy as np
-from flax import linen, nnx
 from jaxtyping import PyTree
 
 from .._float64 import x64_is_on
 from ..checks import check_count
-from ..functions import as_pure_function
+from ..functions import Model, as_pure_function
 from .compute import CompiledModel, Interceptor, pack
 from .pool import WorkerPool
 from .ray_actors import RayActor, connect
@@ -19,7 +18,7 @@ from .worker import AbstractWorker
 
 
 def RayPool(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     num_workers: int,
     address: str | None = None,
     *,

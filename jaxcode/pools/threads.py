@@ -3,18 +3,17 @@
 import functools
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
 import jax
 import numpy as np
-from flax import linen, nnx
 from jaxtyping import PyTree
 
 from .._float64 import x64_is_on
 from ..checks import check_count
-from ..functions import as_pure_function
+from ..functions import Model, as_pure_function
 from .compute import CompiledModel, Interceptor
 from .pool import WorkerPool
 from .supervisor import WorkerDied
@@ -22,7 +21,7 @@ from .worker import AbstractWorker
 
 
 def ThreadPool(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     num_workers: int | None = None,
     *,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]

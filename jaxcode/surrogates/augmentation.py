@@ -1,52 +1,79 @@
 """Makes more inputs out of a sample of images; the model itself answers them, so that no answer is assumed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, PyTree
 
 # Images of which the model's answers are compared with those to their changed copies.
 _NUM_PROBES = 256
-# A change is natural if the changed images' answers explain this share of the images' own answers' variance. Whether
-# others help was not found to matter: a network that learns from upside-down digits spends its capacity on them.
+# A change is natural if the changed images' answers explain this share of the images' own answers' variance. Other
+# shares were not tried; a network that learned mirrored digits would spend its capacity on them.
 _LEAST_EXPLAINED = 0.5
 _SHIFT = 1 / 8
 
-Answer = Callable[[np.ndarray], np.ndarray]
+# From a batch of images, a tree of one leaf (B, height, width, channels), to the model's answers as rows.
+Answer = Callable[[PyTree[np.ndarray]], np.ndarray]
+# From images (B, height, width, channels), at random, to as many.
+Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def natural_changes(
+    inputs: PyTree[np.ndarray],
+    targets: Float32[np.ndarray, "batch numbers"],
+    answer: Answer,
+    rng: np.random.Generator,
+) -> list[Change]:
+    """Finds which of mirroring and shifting images the model answers alike.
+
+    Args:
+        inputs: Images, a tree of one leaf (B, height, width, channels).
+        targets: The model's answers to them, as rows.
+        answer: Computes the model's answers to images.
+        rng: Draws the changes.
+
+    Returns:
+        The changes, as `augment` makes them.
+    """
+    probes = jax.tree.map(lambda leaf: leaf[:_NUM_PROBES], inputs)
+
+    def is_natural(change):
+        changed = jax.tree.map(lambda images: change(images, rng), probes)
+        return _explained(answer(changed), targets[:_NUM_PROBES]) >= _LEAST_EXPLAINED
+
+    return [change for change in (_mirror, _shift) if is_natural(change)]
 
 
 def augment(
-    images: Float32[np.ndarray, "batch height width channels"],
+    inputs: PyTree[np.ndarray],
     targets: Float32[np.ndarray, "batch numbers"],
     answer: Answer,
-    num_images: int,
-    seed: int,
-) -> tuple[Float32[np.ndarray, "more height width channels"], Float32[np.ndarray, "more numbers"]]:
-    """Adds mirrored and shifted copies of images, as far as the model answers these alike.
+    changes: Sequence[Change],
+    num_copies: int,
+    rng: np.random.Generator,
+) -> tuple[PyTree[np.ndarray], Float32[np.ndarray, "more numbers"]]:
+    """Adds changed copies of images.
 
     Args:
-        images: The sample.
-        targets: The model's answers to it, as rows.
+        inputs: Images, a tree of one leaf (B, height, width, channels).
+        targets: The model's answers to them, as rows.
         answer: Computes the model's answers to images.
-        num_images: How many copies to add.
-        seed: Seed of the copies.
+        changes: Each copy is changed by all of them; if there are none, there are no copies.
+        num_copies: How many copies to add.
+        rng: Draws the changes.
 
     Returns:
-        The sample and its copies, and the answers to all of them.
+        The images and their copies, and the answers to all of them.
     """
-    rng = np.random.default_rng(seed)
-    probes = slice(0, _NUM_PROBES)
-    changes = [
-        change
-        for change in (_mirror, _shift)
-        if _explained(answer(change(images[probes], rng)), targets[probes]) >= _LEAST_EXPLAINED
-    ]
-    if not changes or num_images < 1:
-        return images, targets
-    copies = images[rng.permutation(np.arange(num_images) % len(images))]
+    if not changes or num_copies < 1:
+        return inputs, targets
+    rows = rng.permutation(np.arange(num_copies) % len(targets))
+    copies = jax.tree.map(lambda images: images[rows], inputs)
     for change in changes:
-        copies = change(copies, rng)
-    return np.concatenate([images, copies]), np.concatenate([targets, answer(copies)])
+        copies = jax.tree.map(lambda images, change=change: change(images, rng), copies)
+    augmented = jax.tree.map(lambda *leaves: np.concatenate(leaves), inputs, copies)
+    return augmented, np.concatenate([targets, answer(copies)])
 
 
 def _explained(found, expected):

@@ -1,31 +1,30 @@
 """Distils a surrogate from a model's answers to unlabelled inputs."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import final
 
 import jax
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, PyTree
-from tqdm import tqdm
+from jaxtyping import Float, PyTree
 
 from .._batched_model import BatchedModel
 from ..checks import batch_size, check_positive
-from ..functions import as_pure_function
+from ..functions import Model, as_pure_function, call
 from . import students
-from .augmentation import augment
+from .augmentation import augment, natural_changes
 from .calibration import calibrate_disagreement, calibrate_squared_error
-from .features import ModuleFeatures, draw_fourier, draw_patches, flatten_inputs
+from .features import ModuleFeatures, draw_fourier, draw_patches, flatten_inputs, mean_and_scale
 from .predictors import Layout, LinearPredictor, ModulePredictor, Predictor, Surrogate
 from .ridge import fit_ridge
 from .training import BATCH, train
 
-Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
-
 _MODEL_BATCH = 128
+# Inputs that features are computed of at a time, which is cheaper than running the model.
+_FEATURE_BATCH = 500
 # Length scales of Fourier features that are tried, in units of the median distance of two inputs.
 _LENGTHS = (0.25, 0.5, 1.0, 2.0)
 _MAX_FEATURES = 2000
@@ -161,9 +160,10 @@ class _Teacher:
         self.inputs, self.size = inputs, batch_size("inputs", inputs)
         self._fn, self._params = as_pure_function(f)
         self._model = BatchedModel(self._fn, self._params, min(_MODEL_BATCH, self.size))
-        answers = self._answer(inputs, progress)
+        self._progress = progress
+        answers = self._model(inputs, progress=progress)
         self.layout = Layout.of(answers)
-        self.rows = np.asarray(self.layout.to_rows(answers))
+        self.rows = np.asarray(flatten_inputs(answers))
 
     def loss(self, guesses: Float[np.ndarray, "rows numbers"], targets: Float[np.ndarray, "rows numbers"]) -> float:
         """Computes the share of guesses of another class if answers are class scores, else the mean squared error."""
@@ -171,34 +171,18 @@ class _Teacher:
             return float(np.mean(guesses.argmax(axis=1) != targets.argmax(axis=1)))
         return float(np.mean((guesses - targets) ** 2))
 
-    def augmented(
-        self, chosen: Int[np.ndarray, "rows"], num_copies: int, seed: int, progress: bool
-    ) -> tuple[PyTree[np.ndarray], Float[np.ndarray, "more numbers"]]:
-        """Adds copies of chosen images; returns the inputs and the answers to them, as rows."""
-        inputs = jax.tree.map(lambda leaf: leaf[chosen], self.inputs)
-        images, structure = jax.tree.flatten(inputs)
+    def answer(self, inputs: PyTree[np.ndarray]) -> Float[np.ndarray, "batch numbers"]:
+        """Computes the answers to more inputs, as rows."""
+        return np.asarray(flatten_inputs(self._model(inputs, progress=self._progress)))
 
-        def answer(images):
-            answers = self._answer(jax.tree.unflatten(structure, [images]), progress)
-            return np.asarray(self.layout.to_rows(answers))
-
-        images, targets = augment(images[0], self.rows[chosen], answer, num_copies, seed)
-        return jax.tree.unflatten(structure, [images]), targets
-
-    @property
+    @functools.cached_property
     def operations(self) -> float:
         """Operations that the model takes for an input."""
         return _count_operations(self._fn, self._params, self.inputs)
 
     def relative_cost(self, predictor: Predictor) -> float:
         """Computes a predictor's operations for an input over the model's."""
-        return _count_operations(lambda predictor, x: predictor(x), predictor, self.inputs) / self.operations
-
-    def _answer(self, inputs, progress):
-        size, step = batch_size("inputs", inputs), 8 * _MODEL_BATCH
-        bar = tqdm(range(0, size, step), desc="asking the model", unit="block", disable=not progress, mininterval=1.0)
-        parts = [self._model(jax.tree.map(lambda leaf, s=start: leaf[s : s + step], inputs)) for start in bar]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return _count_operations(call, predictor, self.inputs) / self.operations
 
 
 def _count_operations(fn, params, inputs):
@@ -265,16 +249,17 @@ def _make_student(teacher, cost, is_images, is_tokens, seed):
 
 def _fit_student(teacher, student, held_out, seed, progress, architecture=None) -> _Fit:
     """Trains a network on all inputs but those held out."""
-    augments = architecture is not None and architecture.kind == "image"
     learned = np.setdiff1d(np.arange(teacher.size), held_out)
-    if augments:
-        inputs, targets = teacher.augmented(learned, min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES), seed, progress)
-        num_copies = min(_COPIES_PER_IMAGE * len(held_out), max(0, _HELD_OUT_LIMITS[1] - len(held_out)))
+    inputs, others = (jax.tree.map(lambda leaf, r=rows: leaf[r], teacher.inputs) for rows in (learned, held_out))
+    targets, other_targets = teacher.rows[learned], teacher.rows[held_out]
+    if architecture is not None and architecture.kind == "image":
+        rng = np.random.default_rng(seed)
+        changes = natural_changes(inputs, targets, teacher.answer, rng)
+        num_copies = min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES)
+        inputs, targets = augment(inputs, targets, teacher.answer, changes, num_copies, rng)
         # Copies of images held out make their calibration less noisy.
-        others, other_targets = teacher.augmented(held_out, num_copies, seed + 1, progress)
-    else:
-        inputs, others = (jax.tree.map(lambda leaf, r=rows: leaf[r], teacher.inputs) for rows in (learned, held_out))
-        targets, other_targets = teacher.rows[learned], teacher.rows[held_out]
+        num_copies = min(_COPIES_PER_IMAGE * len(held_out), max(0, _HELD_OUT_LIMITS[1] - len(held_out)))
+        others, other_targets = augment(others, other_targets, teacher.answer, changes, num_copies, rng)
     fn, params = as_pure_function(student)
     operations = _count_operations(fn, params, teacher.inputs)
     affordable = _TRAINING_MULTIPLICATIONS / (3 * BATCH * operations / 2)
@@ -290,12 +275,11 @@ def _fit_student(teacher, student, held_out, seed, progress, architecture=None) 
         progress=progress,
     )
     fn, params = as_pure_function(trained)
-    sample = np.asarray(flatten_inputs(inputs))
-    mean, scale = sample.mean(axis=0), sample.std(axis=0)
-    # Inputs that do not vary in the sample are not measured by how they vary.
-    scale = np.where(scale > 1e-6 * max(scale.max(), 1e-30), scale, np.inf)
+    mean, scale = mean_and_scale(np.asarray(flatten_inputs(inputs)))
     predictor = ModulePredictor(fn, params, mean, scale, np.zeros(2 * targets.shape[1] + 2, np.float32), architecture)
-    guesses, terms = _run(ModulePredictor.rows_and_terms, predictor, others)
+    guesses, terms = BatchedModel(ModulePredictor.rows_and_terms, predictor, min(_FEATURE_BATCH, len(other_targets)))(
+        others
+    )
     fit = fit_ridge(terms, _log_errors(guesses, other_targets)[:, None])
     predictor = dataclasses.replace(predictor, error_weights=np.float32(fit.weights[:, 0]))
     loss = teacher.loss(guesses[: len(held_out)], other_targets[: len(held_out)])
@@ -304,7 +288,7 @@ def _fit_student(teacher, student, held_out, seed, progress, architecture=None) 
 
 def _fit_linear(teacher, features, held_out) -> _Fit:
     """Fits ridge regression to all inputs; each guess is that of a fit to the others."""
-    rows = _run(lambda features, x: features(x), features, teacher.inputs)
+    rows = BatchedModel(call, features, min(_FEATURE_BATCH, teacher.size))(teacher.inputs)
     fit = fit_ridge(rows, teacher.rows)
     errors = fit_ridge(rows, _log_errors(fit.left_out, teacher.rows)[:, None])
     weights = np.concatenate([fit.weights, errors.weights], axis=1)
@@ -318,14 +302,6 @@ def _log_errors(guesses, targets):
     """Computes logarithms of mean squared errors, not below that of rounding errors."""
     squares = np.mean((guesses - targets) ** 2, axis=1, dtype=np.float64)
     return np.log(squares + 1e-12 * max(float(np.var(targets)), 1e-30))
-
-
-def _run(fn, params, inputs):
-    """Runs a pure function on inputs, 500 at a time."""
-    run = jax.jit(fn)
-    starts = range(0, batch_size("inputs", inputs), 500)
-    parts = [jax.device_get(run(params, jax.tree.map(lambda leaf, s=s: leaf[s : s + 500], inputs))) for s in starts]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _affordable(teacher, draw, cost) -> int:

@@ -25,6 +25,15 @@ def flatten_inputs(x: PyTree[ArrayLike]) -> Float[Array, "batch numbers"]:
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1).astype(jnp.float32) for leaf in leaves], axis=1)
 
 
+def mean_and_scale(rows: Float[np.ndarray, "batch numbers"]) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the mean and the standard deviation of each number.
+
+    A number that does not vary has an infinite standard deviation, and is zero when standardised.
+    """
+    mean, scale = rows.mean(axis=0), rows.std(axis=0)
+    return mean, np.where(scale > 1e-6 * (scale.max() or 1.0), scale, np.inf)
+
+
 @final
 @pytree(eq=False)
 class FourierFeatures:
@@ -67,8 +76,7 @@ def draw_fourier(inputs: PyTree[np.ndarray], num_features: int, length: float, s
     """
     rng = np.random.default_rng(seed)
     rows = np.asarray(flatten_inputs(inputs), np.float64)
-    mean, scale = rows.mean(axis=0), rows.std(axis=0)
-    scale = np.where(scale > 1e-6 * (scale.max() or 1.0), scale, np.inf)
+    mean, scale = mean_and_scale(rows)
     standard = (rows - mean) / scale
     pairs = rng.integers(len(rows), size=(2, 1000))
     distances = np.linalg.norm(standard[pairs[0]] - standard[pairs[1]], axis=1)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import _storage
 from .._pytree import pytree
 from ..checks import batch_size
-from ..functions import Params, PureFunction
+from ..functions import Model, Params, PureFunction
 from .calibration import DISAGREEMENT, SQUARED_ERROR, Calibration, margins
 from .features import flatten_inputs
 from .students import Architecture
@@ -51,12 +51,8 @@ class Layout:
         """Whether there is one array with an axis of at least two numbers, which may be scores of classes."""
         return len(self.shapes) == 1 and len(self.shapes[0]) == 1 and self.shapes[0][0] >= 2
 
-    def to_rows(self, answers: PyTree[ArrayLike]) -> Float[Array, "batch numbers"]:
-        """Concatenates the numbers of each answer, in float32."""
-        return flatten_inputs(answers)
-
     def from_rows(self, rows: Float[Array, "batch numbers"]) -> PyTree[Array]:
-        """Splits rows into leaves (B, ...)."""
+        """Splits rows, as `flatten_inputs` makes them of answers, into leaves (B, ...)."""
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         leaves = [
             columns.reshape(rows.shape[0], *shape).astype(dtype)
@@ -202,9 +198,7 @@ def _in_standard_modes():
         yield
 
 
-def load_surrogate(
-    path: str | Path, *, model: nnx.Module | None = None, features: _storage.Model | None = None
-) -> Surrogate:
+def load_surrogate(path: str | Path, *, model: nnx.Module | None = None, features: Model | None = None) -> Surrogate:
     """Reads a surrogate from a file that `Surrogate.save` wrote.
 
     Args:

@@ -234,14 +234,9 @@ def _measure(code, decoders, recovered, answers, targets, guesses, loss, output)
         if guesses is None:
             results = decode(code, decoder, answers, as_returned)
             return _losses(output.inverse_transform(results), recovered, targets, loss)
-        residuals = jax.tree.map(jnp.subtract, answers, guesses.workers) if decoder.mixes else answers
+        residuals = guesses.residuals(answers) if decoder.mixes else answers
         decoded = decode(code, decoder, residuals, as_returned)
-
-        def fill(result, guess):
-            is_recovered = recovered.reshape(-1, *[1] * (result.ndim - 1))
-            return jnp.where(is_recovered, result + guess if decoder.mixes else result, guess)
-
-        results = output.inverse_transform(jax.tree.map(fill, decoded, guesses.data))
+        results = output.inverse_transform(guesses.complete(decoded, recovered, adds=decoder.mixes))
         return _losses(results, jnp.ones_like(recovered), targets, loss)
 
     # Derivatives recompute the results of each set instead of storing them.
@@ -254,12 +249,7 @@ def _measure_copies(code, masks, assignments, targets, guesses, loss):
 
     def measure(returned):
         recovered = jax.vmap(lambda assignment: code.recovered(returned, Plan(assignment=assignment)))(assignments)
-
-        def fill(target, guess):
-            is_recovered = recovered.T.reshape(*target.shape[:2], *[1] * (target.ndim - 2))
-            return jnp.where(is_recovered, target, guess)
-
-        results = jax.tree.map(fill, targets, guesses)
+        results = Prior(guesses, guesses).complete(targets, recovered.T, adds=False)
         return _losses(results, jnp.ones(code.num_data, bool), targets, loss)
 
     return jax.lax.map(measure, masks, batch_size=_MASKS_IN_A_BATCH)

@@ -2,20 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen, nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm import trange
 
 from ..checks import batch_size, check_count
 from ..codes import AbstractCode, InterpolatingCode
-from ..functions import as_pure_function
+from ..functions import Model, as_pure_function
 from ..interpolants.spline.wiener import unit_variances
 from ..outputs import as_returned
 from ..pipeline import decode, encode, flatten_groups, group, unflatten_groups
@@ -33,7 +30,7 @@ def optimise_nodes(
     code: InterpolatingCode,
     stragglers: AbstractStragglers,
     *,
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]] | None = None,
+    f: Model | None = None,
     x_sample: PyTree[Array | np.ndarray] | None = None,
     steps: int = 100,
     num_masks: int = 32,

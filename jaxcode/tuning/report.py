@@ -1,16 +1,16 @@
 """Reports the result of tuning: the chosen code and all candidates, as a table and as a plot."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 
 from .. import _storage
 from .._coded import Coded, coded
 from ..codes import AbstractCode
+from ..functions import Model
 from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..stragglers import AbstractStragglers
@@ -79,7 +79,7 @@ class Tuned:
     candidates: tuple[Candidate, ...]
     num_evaluations: int
 
-    def coded(self, f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]) -> Coded:
+    def coded(self, f: Model) -> Coded:
         """Makes a coded model with the chosen code, order and output space.
 
         Args:
@@ -164,7 +164,7 @@ class Tuned:
         return figure
 
 
-def load_tuned(folder: str | Path, *, model: nnx.Module | None = None, features: _storage.Model | None = None) -> Tuned:
+def load_tuned(folder: str | Path, *, model: nnx.Module | None = None, features: Model | None = None) -> Tuned:
     """Reads what `Tuned.save` wrote.
 
     Args:

@@ -1,35 +1,30 @@
 """Chooses the code, order and output space for a model by measurement on a sample of its inputs, without labels."""
 
-import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import nodes, ordering, outputs
 from .._batched_model import BatchedModel
-from ..allocation import assign, lost_probability, spread
 from ..checks import batch_size as batch_size_of
 from ..checks import check_count
 from ..codes import AbstractCode, LagrangeCode, ReplicationCode, SplineCode
-from ..functions import NO_DERIVATIVES, as_pure_function
+from ..functions import NO_DERIVATIVES, Model, as_pure_function
 from ..ordering import Ordering
 from ..outputs import OutputSpace
-from ..pipeline import group
 from ..stragglers import AbstractStragglers
 from ..surrogates import Surrogate
 from ..surrogates.calibration import DISAGREEMENT, SQUARED_ERROR
-from .answers import AnswerCache
 from .evaluation import Evaluator, standard_error
 from .losses import LOSSES, Loss
+from .options import make_options
 from .report import Candidate, Tuned
-from .trials import Option, Trial, select
+from .trials import Trial, select
 
 __all__ = ["standard_layouts", "standard_orders", "tune"]
 
@@ -38,11 +33,10 @@ __all__ = ["standard_layouts", "standard_orders", "tune"]
 _SHARES_BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Degrees of models that Lagrange codes make exact; higher ones need more workers than there are.
 _DEGREES = (1, 2)
-_GUESS_BATCH = 128
 
 
 def tune(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     x_sample: PyTree[ArrayLike],
     num_data: int,
     num_workers: int,
@@ -158,14 +152,19 @@ def tune(
             f"x_sample has {size} inputs; expected at least two groups of num_data, {num_data}, in whole batches of "
             f"batch_size, {batch_size}"
         )
-    sample = _Sample(model, x_sample, targets, batch_size, num_data)
-    options = []
-    for name, order in orders.items():
-        cache = sample.cache(order)
-        options += [Option(layout, name, code, cache) for layout, code in layouts.items()]
-    if prior is not None:
-        risk_loss = loss if isinstance(loss, str) else SQUARED_ERROR
-        options += _options_with_prior(sample, layouts, orders, prior, stragglers, risk_loss)
+    loss_name = loss if isinstance(loss, str) else SQUARED_ERROR
+    options = make_options(
+        model,
+        x_sample,
+        targets,
+        layouts,
+        orders,
+        batch_size=batch_size,
+        num_data=num_data,
+        prior=prior,
+        stragglers=stragglers,
+        loss=loss_name,
+    )
     evaluator = Evaluator(masks, loss_function, num_groups)
     ranked = select(evaluator, options, _output_spaces(targets), num_groups, deadline, progress)
     chosen = _prefer_copies(ranked)
@@ -177,7 +176,7 @@ def tune(
         chosen.measurement.output,
         prior if has_prior else None,
         stragglers if places_copies else None,
-        loss if isinstance(loss, str) else SQUARED_ERROR,
+        loss_name,
         tuple(_candidate(trial, prior) for trial in ranked),
         model.count,
     )
@@ -213,7 +212,7 @@ def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]
 
 
 def standard_orders(
-    f: Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]],
+    f: Model,
     x_sample: PyTree[ArrayLike],
     model_batch: int = 128,
 ) -> dict[str, Ordering | None]:
@@ -236,98 +235,6 @@ def standard_orders(
     if jnp.all(jnp.isfinite(features)) and jnp.any(features != features[:1]):
         orders["greedy by sensitivity"] = ordering.Greedy(key=sensitivity)
     return orders
-
-
-@final
-class _Sample:
-    """Groups a sample, the model's answers to it and a prior's guesses of them.
-
-    Args:
-        model: The model.
-        x: The sample, leaves (B, ...).
-        targets: The model's answers, leaves (B, ...).
-        batch_size: How many inputs are ordered together.
-        num_data: K.
-    """
-
-    def __init__(
-        self, model: BatchedModel, x: PyTree[np.ndarray], targets: PyTree[np.ndarray], batch_size: int, num_data: int
-    ):
-        self.x, self.targets, self._model = x, targets, model
-        self._batch_size, self._num_data = batch_size, num_data
-
-    def cache(self, order: Ordering | None) -> AnswerCache:
-        """Groups the sample in an order; holds the model's answers."""
-        return self.cache_of(*self.group((self.x, self.targets), order))
-
-    def cache_of(self, x: PyTree[np.ndarray], targets: PyTree[np.ndarray]) -> AnswerCache:
-        """Holds the model's answers to groups, both leaves (K, groups, ...)."""
-        return AnswerCache(self._model, x, targets)
-
-    def group(self, tree: PyTree[np.ndarray], order: Ordering | None) -> PyTree[np.ndarray]:
-        """Cuts a sample into batches and each of them, in an order of its first element, into groups.
-
-        Args:
-            tree: A tuple whose first element is what the order reads, leaves (B, ...).
-            order: The order; None for the batch's own.
-
-        Returns:
-            Leaves (K, groups, ...), without incomplete batches and groups. Groups are in random order, so that the
-            first of them represent all.
-        """
-
-        def order_of_first(tree, num_data):
-            assert order is not None
-            return order(tree[0], num_data)
-
-        parts = []
-        for start in range(0, batch_size_of("x_sample", self.x) - self._batch_size + 1, self._batch_size):
-            batch = jax.tree.map(lambda leaf, s=slice(start, start + self._batch_size): jnp.asarray(leaf[s]), tree)
-            grouped, _ = group(batch, self._num_data, None if order is None else order_of_first)
-            parts.append(jax.tree.map(lambda leaf: leaf[:, : self._batch_size // self._num_data], grouped))
-        num_groups = len(parts) * (self._batch_size // self._num_data)
-        group_order = np.random.default_rng(0).permutation(num_groups)
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, group_order], *parts)
-
-
-def _options_with_prior(
-    sample: _Sample,
-    layouts: Mapping[str, AbstractCode],
-    orders: Mapping[str, Ordering | None],
-    prior: Surrogate,
-    stragglers: AbstractStragglers,
-    loss: str,
-) -> list[Option]:
-    """Makes the options with a prior: codes that decode what it does not explain, and copies where it is unsure."""
-    guesses, risk = BatchedModel(_guess_and_risk(loss), prior, _GUESS_BATCH)(sample.x)
-    guess = BatchedModel(_guess, prior, _GUESS_BATCH)
-    options = []
-    for name, order in orders.items():
-        cache = sample.cache(order)
-        guess_cache = AnswerCache(guess, *sample.group((sample.x, guesses), order))
-        options += [
-            Option(layout, name, code, cache, guess_cache)
-            for layout, code in layouts.items()
-            if not isinstance(code, ReplicationCode)
-        ]
-    _, x, targets, guesses, risk = sample.group((risk, sample.x, sample.targets, guesses, risk), spread)
-    for layout, code in layouts.items():
-        if isinstance(code, ReplicationCode):
-            lost = lost_probability(stragglers, code.num_workers)
-            assignments = np.asarray(jax.vmap(assign, (1, None))(jnp.asarray(risk), lost))
-            caches = sample.cache_of(x, targets), AnswerCache(guess, x, guesses)
-            options.append(Option(layout, "by risk", code, *caches, assignments))
-    return options
-
-
-def _guess(prior, x):
-    return prior(x)
-
-
-@functools.cache
-def _guess_and_risk(loss):
-    """Returns one function for each loss, so that it compiles once."""
-    return lambda prior, x: prior.with_risk(x, loss)
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import linear_model
 
 import jaxcode as jc
-from jaxcode.surrogates.augmentation import augment
+from jaxcode.surrogates.augmentation import augment, natural_changes
 from jaxcode.surrogates.calibration import calibrate_disagreement, calibrate_squared_error
 from jaxcode.surrogates.features import average_parts
 from jaxcode.surrogates.ridge import fit_ridge
@@ -182,10 +182,15 @@ def test_only_natural_changes_of_images_are_learned():
     def side(images):
         return brightness(images[:, :, :4]) - brightness(images[:, :, 4:])
 
-    more, answers = augment(images, brightness(images), brightness, 500, seed=0)
+    def augmented(f):
+        rng = np.random.default_rng(0)
+        changes = natural_changes(images, f(images), f, rng)
+        return augment(images, f(images), f, changes, 500, rng)
+
+    more, answers = augmented(brightness)
     assert len(more) == 800
     np.testing.assert_array_equal(answers, brightness(more))
-    more, answers = augment(images, side(images), side, 500, seed=0)
+    more, answers = augmented(side)
     np.testing.assert_array_equal(answers, side(more))
     assert np.mean(answers[300:]) == pytest.approx(np.mean(answers[:300]), abs=0.1)
 

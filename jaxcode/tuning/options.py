@@ -1,0 +1,111 @@
+"""Makes the options that tuning measures: layouts crossed with orders of the sample, without and with a prior."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .._batched_model import BatchedModel
+from ..allocation import assign, lost_probability, spread
+from ..checks import batch_size as batch_size_of
+from ..codes import AbstractCode, ReplicationCode
+from ..functions import call
+from ..ordering import Ordering
+from ..pipeline import group
+from ..stragglers import AbstractStragglers
+from ..surrogates import Surrogate
+from .answers import AnswerCache
+from .trials import Option
+
+_GUESS_BATCH = 128
+
+
+def make_options(
+    model: BatchedModel,
+    x: PyTree[np.ndarray],
+    targets: PyTree[np.ndarray],
+    layouts: Mapping[str, AbstractCode],
+    orders: Mapping[str, Ordering | None],
+    *,
+    batch_size: int,
+    num_data: int,
+    prior: Surrogate | None,
+    stragglers: AbstractStragglers,
+    loss: str,
+) -> list[Option]:
+    """Makes an option of each layout in each order, and with a prior one that decodes what it does not explain.
+
+    Replication with a prior has copies where the prior is unsure, which takes no order.
+
+    Args:
+        model: The model.
+        x: The sample, leaves (B, ...).
+        targets: The model's answers to it, leaves (B, ...).
+        layouts: Codes by name.
+        orders: Orders of a batch by name, None for its own.
+        batch_size: How many inputs are ordered together.
+        num_data: K.
+        prior: Guesses the answers; None for options without a prior only.
+        stragglers: Which workers are late.
+        loss: What a bad guess costs, for copies.
+
+    Returns:
+        The options, those without a prior first.
+    """
+    guess = guesses = risk = None
+    if prior is not None:
+        guess = BatchedModel(call, prior, _GUESS_BATCH)
+        guesses, risk = BatchedModel(_guess_and_risk(loss), prior, _GUESS_BATCH)(x)
+    group_sample = functools.partial(_group_sample, batch_size=batch_size, num_data=num_data)
+    options, options_with_prior = [], []
+    for name, order in orders.items():
+        grouped_x, grouped_targets, grouped_guesses = group_sample((x, targets, guesses), order)
+        # One cache for options with and without a prior: the model answers the same coded inputs.
+        cache = AnswerCache(model, grouped_x, grouped_targets)
+        options += [Option(layout, name, code, cache) for layout, code in layouts.items()]
+        if guess is not None:
+            guess_cache = AnswerCache(guess, grouped_x, grouped_guesses)
+            options_with_prior += [
+                Option(layout, name, code, cache, guess_cache)
+                for layout, code in layouts.items()
+                if not isinstance(code, ReplicationCode)
+            ]
+    replications = {layout: code for layout, code in layouts.items() if isinstance(code, ReplicationCode)}
+    if guess is not None and replications:
+        # The order reads the first element.
+        risk, x, targets, guesses = group_sample((risk, x, targets, guesses), spread)
+        caches = AnswerCache(model, x, targets), AnswerCache(guess, x, guesses)
+        for layout, code in replications.items():
+            lost = lost_probability(stragglers, code.num_workers)
+            assignments = np.asarray(jax.vmap(assign, (1, None))(jnp.asarray(risk), lost))
+            options_with_prior.append(Option(layout, "by risk", code, *caches, assignments))
+    return options + options_with_prior
+
+
+def _group_sample(tree, order, *, batch_size, num_data):
+    """Cuts a sample into batches and each of them, in an order of its first element, into groups.
+
+    Returns:
+        Leaves (K, groups, ...), without incomplete batches and groups. Groups are in random order, so that the first of
+        them represent all.
+    """
+
+    def order_of_first(tree, num_data):
+        return order(tree[0], num_data)
+
+    parts = []
+    for start in range(0, batch_size_of("x_sample", tree) - batch_size + 1, batch_size):
+        batch = jax.tree.map(lambda leaf, s=slice(start, start + batch_size): jnp.asarray(leaf[s]), tree)
+        grouped, _ = group(batch, num_data, None if order is None else order_of_first)
+        parts.append(jax.tree.map(lambda leaf: leaf[:, : batch_size // num_data], grouped))
+    group_order = np.random.default_rng(0).permutation(len(parts) * (batch_size // num_data))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, group_order], *parts)
+
+
+@functools.cache
+def _guess_and_risk(loss):
+    """Returns one function for each loss, so that it compiles once."""
+    return lambda prior, x: prior.with_risk(x, loss)
