@@ -40,6 +40,7 @@ from .codes import BerrutCode as BerrutCode
 from .codes import BSplineCode as BSplineCode
 from .codes import FloaterHormannCode as FloaterHormannCode
 from .codes import InterpolatingCode as InterpolatingCode
+from .codes import KernelCode as KernelCode
 from .codes import LagrangeCode as LagrangeCode
 from .codes import Plan as Plan
 from .codes import Prior as Prior

@@ -266,7 +266,7 @@ class Coded:
 
     @property
     def _is_planned(self):
-        return self.setting.planner is not None or self.prior_planner is not None
+        return self.setting.planner is not None or self.prior_planner is not None or self.code.needs_plan
 
     def _compute(self, x, returned):
         setting = self.setting

@@ -176,6 +176,7 @@ def _classes() -> dict[str, type]:
         *(getattr(stragglers, name) for name in stragglers.__all__ if isinstance(getattr(stragglers, name), type)),
         calibration.Calibration,
         codes.InterpolatingCode,
+        codes.KernelCode,
         codes.ReplicationCode,
         features.FourierFeatures,
         features.ModuleFeatures,

@@ -13,6 +13,7 @@ References:
     Fox, Discrete optimization via marginal analysis, Management Science 13 (1966), for the greedy rule.
 """
 
+import dataclasses
 import functools
 from typing import final
 
@@ -239,7 +240,7 @@ class PriorPlanner:
     ) -> Plan:
         """Plans one group from the predictions for its inputs, leaves (K, ...)."""
         assignment = None if self.lost is None else assign(risk, self.lost)
-        plan = Plan(assignment=assignment)
+        plan = code.plan(group, risk) if code.needs_plan else Plan(assignment=assignment)  # pyright: ignore[reportAttributeAccessIssue]
         mixes = code.encoder_linop(plan).mixes
         workers = self.prior(code.encode(group, plan)) if mixes else code.encode(predictions, plan)
-        return Plan(assignment, Prior(workers, predictions))
+        return dataclasses.replace(plan, prior=Prior(workers, predictions))

@@ -22,11 +22,15 @@ from ._pytree import pytree
 from .allocation import PriorPlanner, spread
 from .checks import batch_size
 from .codes import AbstractCode, Plan, Prior
+from .codes.abstract import decode_as_planned
 from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
 from .linops.abstract import allow_transfers, prepare_eagerly
 from .ordering import Ordering
 from .outputs import OutputSpace
+
+# Answers that are decoded together, where those of all groups tell about each input: the time grows with their cube.
+_BLOCK = 512
 
 # From a code and one group of inputs, leaves (K, ...), to the group's plan; traced.
 Planner = Callable[[AbstractCode, PyTree[Array]], Plan]
@@ -99,14 +103,16 @@ def make_plans(code: AbstractCode, planner: Planner | None, grouped: PyTree[Arra
 
     Args:
         code: The code.
-        planner: From the code and one group to its plan, or None.
+        planner: From the code and one group to its plan; None for the code's own, if it needs one.
         grouped: Leaves (K, groups, ...).
 
     Returns:
         One plan whose leaves have the groups as leading axis; None without a planner.
     """
     if planner is None:
-        return None
+        if not code.needs_plan:
+            return None
+        return jax.vmap(code.plan, in_axes=1)(grouped)  # pyright: ignore[reportAttributeAccessIssue]
     return jax.vmap(functools.partial(planner, code), in_axes=1)(grouped)
 
 
@@ -211,15 +217,46 @@ def decode(
     else:
         assert returned is not None
 
-        def decode_group(answers, plan):
-            if plan.prior is not None:
-                prior = Prior(output.transform(plan.prior.workers), output.transform(plan.prior.data))
-                plan = dataclasses.replace(plan, prior=prior)
-            return code.decode(answers, returned, plan)
-
-        results = jax.vmap(decode_group, in_axes=(1, 0), out_axes=1)(answers, plans)
+        if plans.prior is not None:
+            prior = Prior(output.transform(plans.prior.workers), output.transform(plans.prior.data))
+            plans = dataclasses.replace(plans, prior=prior)
+        if code.adapts:
+            results = _decode_jointly(code, answers, returned, plans)
+        else:
+            decode_group = functools.partial(decode_as_planned, code)
+            results = jax.vmap(decode_group, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
     chex.assert_tree_shape_prefix(results, (code.num_data,))
     return output.inverse_transform(results)
+
+
+def _decode_jointly(code, answers, returned, plans):
+    """Decodes groups, leaves (N, groups, ...), in blocks of groups whose answers tell about each other."""
+    plans = code.adapt(answers, returned, plans)
+    num_groups = jax.tree.leaves(answers)[0].shape[1]
+    num_blocks = -(-num_groups * code.num_workers // _BLOCK)
+    block_size = -(-num_groups // num_blocks)
+
+    def to_blocks(leaf, axis):
+        """Cuts the groups, the last of them repeated, into blocks: leaves (blocks, ...)."""
+        leaf = jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+        leaf = pad(leaf, num_blocks * block_size)
+        return jnp.moveaxis(leaf.reshape(num_blocks, block_size, *leaf.shape[1:]), 1, axis + 1)
+
+    def decode_block(block):
+        answers, plans = block
+        joined, plan = code.join(plans)
+        mask = jnp.repeat(returned, block_size)
+        results = decode_as_planned(joined, flatten_groups(answers), mask, plan)
+        return unflatten_groups(results, code.num_data)
+
+    blocks = (
+        jax.tree.map(lambda leaf: to_blocks(leaf, 1), answers),
+        jax.tree.map(lambda leaf: to_blocks(leaf, 0), plans),
+    )
+    results = jax.lax.map(decode_block, blocks)
+    return jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(code.num_data, -1, *leaf.shape[3:])[:, :num_groups], results
+    )
 
 
 def predict_errors(

@@ -23,6 +23,8 @@ CODES = {
     "spline": jc.SplineCode.systematic(K, N),
     "berrut": jc.BerrutCode.chebyshev(K, N),
     "lagrange": jc.LagrangeCode.chebyshev(K, N),
+    "kernel": jc.KernelCode(K, N),
+    "kernel, copies": jc.KernelCode(K, N, midpoints=False),
 }
 
 

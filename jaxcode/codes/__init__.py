@@ -7,6 +7,7 @@ write another.
 
 from .abstract import AbstractCode as AbstractCode
 from .interpolating import InterpolatingCode as InterpolatingCode
+from .kernel import KernelCode as KernelCode
 from .named import BerrutCode as BerrutCode
 from .named import BSplineCode as BSplineCode
 from .named import FloaterHormannCode as FloaterHormannCode
@@ -23,6 +24,7 @@ __all__ = [
     "BerrutCode",
     "FloaterHormannCode",
     "InterpolatingCode",
+    "KernelCode",
     "LagrangeCode",
     "Plan",
     "Prior",

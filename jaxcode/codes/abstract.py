@@ -1,8 +1,10 @@
 """The interface of codes."""
 
 import abc
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -67,12 +69,19 @@ class AbstractCode(abc.ABC):
         nodes: Where inputs and workers sit on a curve, for codes that interpolate; None for others.
         predicts_error: Whether there is a method `decode_with_error(y, returned, plan=None)` that gives results and
             their standard errors.
+        needs_plan: Whether there is a method `plan(x, risk=None)` that makes the plan of a group, leaves (K, ...),
+            without which the code cannot encode; `risk`, (K,), is what a wrong result of each input costs.
+        adapts: Whether there are methods `adapt(y, returned, plans)`, which completes the plans of several groups by
+            what their answers, leaves (N, groups, ...), say; and `join(plans)`, which makes one code and one plan for
+            all inputs of several groups, with inputs and workers in the order of rows (K, groups) and (N, groups).
     """
 
     num_data: int
     num_workers: int
     nodes: Nodes | None
     predicts_error: bool
+    needs_plan: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
 
     @abc.abstractmethod
     def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
@@ -139,8 +148,11 @@ class AbstractCode(abc.ABC):
             The coded inputs, leaves of shape (N, ...) in the dtype of the inputs.
 
         Raises:
-            ValueError: If a leaf's leading axis is not K, or its dtype cannot be mixed.
+            ValueError: If a leaf's leading axis is not K, its dtype cannot be mixed, or the code needs a plan and there
+                is none.
         """
+        if self.needs_plan and plan is None:
+            raise ValueError("plan is None; expected the group's plan, from this code's `plan(x)`")
 
         def encode(x, code, plan):
             linop = code.encoder_linop(plan)
@@ -188,13 +200,25 @@ class AbstractCode(abc.ABC):
         return self.decoder_linop(returned, plan).matrix()
 
     def _decode(self, y, returned, plan):
-        linop = self.decoder_linop(returned, plan)
-        if plan is None or plan.prior is None:
-            return apply_to_tree("y", linop, y, self.num_workers)
-        # Where results are copies of answers, the difference would only add errors of rounding.
-        residuals = plan.prior.residuals(y) if linop.mixes else y
-        decoded = apply_to_tree("y", linop, residuals, self.num_workers)
-        return plan.prior.complete(decoded, self.recovered(returned, plan), adds=linop.mixes)
+        if self.adapts and plan is not None:
+            plans = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plan)
+            group = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], y)
+            plans = self.adapt(group, returned, plans)  # pyright: ignore[reportAttributeAccessIssue]
+            plan = jax.tree.map(lambda leaf: leaf[0], plans)
+        return decode_as_planned(self, y, returned, plan)
+
+
+def decode_as_planned(
+    code: AbstractCode, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None
+) -> PyTree[Array]:
+    """Decodes answers by a plan that is complete, as `AbstractCode.decode` does."""
+    linop = code.decoder_linop(returned, plan)
+    if plan is None or plan.prior is None:
+        return apply_to_tree("y", linop, y, code.num_workers)
+    # Where results are copies of answers, the difference would only add errors of rounding.
+    residuals = plan.prior.residuals(y) if linop.mixes else y
+    decoded = apply_to_tree("y", linop, residuals, code.num_workers)
+    return plan.prior.complete(decoded, code.recovered(returned, plan), adds=linop.mixes)
 
 
 def _replicate_rows(specs):

@@ -65,6 +65,6 @@ class Plan:
             kernel.
     """
 
-    assignment: Int[Array | np.ndarray, "workers"] | None = None
+    assignment: Int[Array | np.ndarray, "*groups workers"] | None = None
     prior: Prior | None = None
     features: PyTree[Array | np.ndarray] | None = None

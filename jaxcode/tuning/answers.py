@@ -1,5 +1,6 @@
 """Computes workers' answers to the groups of a sample, once for all measurements."""
 
+import functools
 from typing import final
 
 import jax
@@ -9,10 +10,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays import pad
 from .._batched_model import BatchedModel
+from ..allocation import PriorPlanner
 from ..checks import batch_size
 from ..codes import AbstractCode
 from ..linops import Dense, split
-from ..pipeline import encode, flatten_groups, unflatten_groups
+from ..pipeline import encode, flatten_groups, make_plans, unflatten_groups
 from .smoothing import smoothing_of, with_smoothing
 
 # Combinations of inputs count as equal if their coefficients agree to this many decimals, about float32's precision:
@@ -132,6 +134,60 @@ class AnswerCache:
         coded = encode(code, encoder, jax.tree.map(lambda leaf: jnp.asarray(leaf[:, start:stop]), self._x))
         coded = jax.tree.map(lambda leaf: leaf[: len(workers)], jax.device_get(coded))
         return unflatten_groups(self._model(flatten_groups(coded)), len(workers))
+
+
+@final
+class PlannedAnswers:
+    """Computes the answers of a code whose workers' tasks are planned for each group, and holds the plans.
+
+    Args:
+        model: The model.
+        code: A code that needs a plan.
+        planner: Plans with a prior; None without one.
+        x: The groups of whole batches, leaves (batches, K, groups, ...).
+        targets: The model's answers to them, leaves (batches, K, groups, ...).
+        predictions: The prior's guesses of these, and their risks; None without a prior.
+
+    Attributes:
+        targets: As above.
+        plans: Of all groups, leaves (batches, groups, ...).
+    """
+
+    def __init__(
+        self,
+        model: BatchedModel,
+        code: AbstractCode,
+        planner: PriorPlanner | None,
+        x: PyTree[np.ndarray],
+        targets: PyTree[np.ndarray],
+        predictions: tuple[PyTree[np.ndarray], Float[np.ndarray, "batches data groups"]] | None,
+    ):
+        self._model, self.targets = model, targets
+        self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, predictions))
+        self._answers: list[PyTree[np.ndarray]] = []
+
+    def answers(self, num_batches: int) -> PyTree[np.ndarray]:
+        """Computes the answers to the first batches, leaves (num_batches, N, groups, ...)."""
+        while len(self._answers) < num_batches:
+            coded = jax.tree.map(lambda leaf: leaf[len(self._answers)], self._coded)
+            answers = self._model(flatten_groups(coded))
+            self._answers.append(unflatten_groups(answers, jax.tree.leaves(coded)[0].shape[0]))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *self._answers[:num_batches])
+
+
+@jax.jit
+def _encode_batches(code, planner, x, predictions):
+    """Plans and encodes the groups of several batches."""
+
+    def encode_batch(batch):
+        x, predictions = batch
+        if planner is None:
+            plans = make_plans(code, None, x)
+        else:
+            plans = jax.vmap(functools.partial(planner.plan, code), in_axes=1)(x, *predictions)
+        return encode(code, None, x, plans), plans
+
+    return jax.lax.map(encode_batch, (x, predictions))
 
 
 def _encoder_matrix(code: AbstractCode) -> Float[np.ndarray, "workers data"]:

@@ -19,6 +19,10 @@ from .smoothing import smoothing_of, with_smoothing
 
 # Straggler sets that are decoded together: more at a time take more memory, fewer do not fill the processor.
 _MASKS_IN_A_BATCH = 32
+# The same where a decoder is prepared for each, of which one of hundreds of workers fills the processor.
+_PLANNED_MASKS_IN_A_BATCH = 4
+# Straggler sets for codes that are fitted to the answers under each of them, which takes as long as decoding dozens.
+_MAX_PLANNED_MASKS = 64
 
 
 @final
@@ -52,11 +56,13 @@ class Measurement:
     def improves_on(self, other: "Measurement") -> bool:
         """Returns whether the mean loss is smaller than another's by more than the standard error of their difference.
 
-        Both must have been measured under the same straggler sets, on as many groups.
+        Both must have been measured under the same straggler sets, on as many groups; if one was measured under fewer
+        sets, those are compared.
         """
         if not np.isfinite(other.rank[0]) or not np.isfinite(self.rank[0]):
             return self.rank[0] < other.rank[0]
-        gain = other.losses - self.losses
+        num_masks = min(len(self.losses), len(other.losses))
+        gain = other.losses[:num_masks] - self.losses[:num_masks]
         return bool(gain.mean() > standard_error(gain))
 
 
@@ -136,6 +142,41 @@ class Evaluator:
         targets, guesses, assignments = self._pad_groups(targets, guesses, assignments.T)
         values = _measure_copies(code, self.masks, assignments.T, targets, guesses, self._loss)
         return _measurement(code, as_returned, values, num_groups)
+
+    def measure_planned(
+        self,
+        code: AbstractCode,
+        outputs: Sequence[OutputSpace],
+        plans: PyTree[np.ndarray],
+        answers: PyTree[np.ndarray],
+        targets: PyTree[np.ndarray],
+        num_groups: int,
+    ) -> list[Measurement]:
+        """Measures a code whose groups have plans, and whose batches are decoded together, in several output spaces.
+
+        Args:
+            code: The code.
+            outputs: The spaces.
+            plans: Of each group, leaves (batches, groups, ...).
+            answers: Its workers' answers, leaves (batches, N, groups, ...).
+            targets: As for `measure`, leaves (batches, K, groups, ...).
+            num_groups: How many of the groups count.
+
+        Returns:
+            A measurement for each space.
+        """
+        groups_in_batch = jax.tree.leaves(targets)[0].shape[2]
+        num_batches = -(-self._num_groups // groups_in_batch)
+
+        def pad_batches(leaf):
+            return np.asarray(leaf)[np.minimum(np.arange(num_batches), leaf.shape[0] - 1)]
+
+        batches = jax.tree.map(pad_batches, (plans, answers, targets))
+        measurements = []
+        for output in outputs:
+            values = _measure_planned(code, self.masks[:_MAX_PLANNED_MASKS], *batches, self._loss, output)
+            measurements.append(_measurement(code, output, values, num_groups))
+        return measurements
 
     def squared_error_slopes(
         self,
@@ -253,6 +294,23 @@ def _measure_copies(code, masks, assignments, targets, guesses, loss):
         return _losses(results, jnp.ones(code.num_data, bool), targets, loss)
 
     return jax.lax.map(measure, masks, batch_size=_MASKS_IN_A_BATCH)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _measure_planned(code, masks, plans, answers, targets, loss, output):
+    """Computes losses and squared errors, each (masks, groups of all batches)."""
+
+    def measure_batch(batch):
+        plans, answers, targets = batch
+
+        def measure(returned):
+            results = decode(code, None, answers, output, returned, plans)
+            return _losses(results, code.recovered(returned), targets, loss)
+
+        return jax.lax.map(measure, masks, batch_size=_PLANNED_MASKS_IN_A_BATCH)
+
+    values = jax.lax.map(measure_batch, (plans, answers, targets))
+    return tuple(jnp.moveaxis(value, 0, 1).reshape(len(masks), -1) for value in values)
 
 
 def _losses(results, recovered, targets, loss):

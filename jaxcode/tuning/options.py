@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._batched_model import BatchedModel
-from ..allocation import assign, lost_probability, spread
+from ..allocation import PriorPlanner, assign, lost_probability, spread
 from ..checks import batch_size as batch_size_of
 from ..codes import AbstractCode, ReplicationCode
 from ..functions import call
@@ -17,7 +17,7 @@ from ..ordering import Ordering
 from ..pipeline import group
 from ..stragglers import AbstractStragglers
 from ..surrogates import Surrogate
-from .answers import AnswerCache
+from .answers import AnswerCache, PlannedAnswers
 from .trials import Option
 
 _GUESS_BATCH = 128
@@ -61,6 +61,8 @@ def make_options(
         guesses, risk = BatchedModel(_guess_and_risk(loss), prior, _GUESS_BATCH)(x)
     group_sample = functools.partial(_group_sample, batch_size=batch_size, num_data=num_data)
     options, options_with_prior = [], []
+    planned = {layout: code for layout, code in layouts.items() if code.needs_plan}
+    layouts = {layout: code for layout, code in layouts.items() if not code.needs_plan}
     for name, order in orders.items():
         grouped_x, grouped_targets, grouped_guesses = group_sample((x, targets, guesses), order)
         # One cache for options with and without a prior: the model answers the same coded inputs.
@@ -73,6 +75,18 @@ def make_options(
                 for layout, code in layouts.items()
                 if not isinstance(code, ReplicationCode)
             ]
+    # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
+    in_own_order = batch_size < 2 * num_data or "greedy" not in orders
+    name = next(iter(orders)) if in_own_order else "greedy"
+    for layout, code in planned.items():
+        grouped = group_sample((x, targets, guesses, risk), orders[name], keep_batches=True)
+        grouped_x, grouped_targets, *predictions = grouped
+        answers = PlannedAnswers(model, code, None, grouped_x, grouped_targets, None)
+        options.append(Option(layout, name, code, None, planned=answers))
+        if prior is not None:
+            planner = PriorPlanner(prior, None, loss)
+            answers = PlannedAnswers(model, code, planner, grouped_x, grouped_targets, tuple(predictions))
+            options_with_prior.append(Option(layout, name, code, None, planned=answers))
     replications = {layout: code for layout, code in layouts.items() if isinstance(code, ReplicationCode)}
     if guess is not None and replications:
         # The order reads the first element.
@@ -85,12 +99,12 @@ def make_options(
     return options + options_with_prior
 
 
-def _group_sample(tree, order, *, batch_size, num_data):
+def _group_sample(tree, order, *, batch_size, num_data, keep_batches=False):
     """Cuts a sample into batches and each of them, in an order of its first element, into groups.
 
     Returns:
         Leaves (K, groups, ...), without incomplete batches and groups. Groups are in random order, so that the first of
-        them represent all.
+        them represent all. Or, where batches are to be kept, leaves (batches, K, groups, ...).
     """
 
     def order_of_first(tree, num_data):
@@ -101,6 +115,8 @@ def _group_sample(tree, order, *, batch_size, num_data):
         batch = jax.tree.map(lambda leaf, s=slice(start, start + batch_size): jnp.asarray(leaf[s]), tree)
         grouped, _ = group(batch, num_data, None if order is None else order_of_first)
         parts.append(jax.tree.map(lambda leaf: leaf[:, : batch_size // num_data], grouped))
+    if keep_batches:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
     group_order = np.random.default_rng(0).permutation(len(parts) * (batch_size // num_data))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1)[:, group_order], *parts)
 

@@ -11,9 +11,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import nodes, ordering, outputs
 from .._batched_model import BatchedModel
+from ..allocation import lost_probability
 from ..checks import batch_size as batch_size_of
 from ..checks import check_count
-from ..codes import AbstractCode, LagrangeCode, ReplicationCode, SplineCode
+from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from ..functions import NO_DERIVATIVES, Model, as_pure_function
 from ..ordering import Ordering
 from ..outputs import OutputSpace
@@ -33,6 +34,8 @@ __all__ = ["standard_layouts", "standard_orders", "tune"]
 _SHARES_BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Degrees of models that Lagrange codes make exact; higher ones need more workers than there are.
 _DEGREES = (1, 2)
+# Lengths by which kernel codes place workers, in units of a group's extent.
+_LENGTHS = (0.15, 0.3, 0.6)
 
 
 def tune(
@@ -134,7 +137,9 @@ def tune(
     if prior is not None and not isinstance(prior, Surrogate):
         raise ValueError(f"prior is {prior!r}; expected a surrogate, such as jaxcode.surrogate(f, inputs)")
     orders = standard_orders(f, x_sample, model_batch) if orders is None else orders
-    layouts = standard_layouts(num_data, num_workers) if layouts is None else layouts
+    if layouts is None:
+        late = float(lost_probability(stragglers, num_workers)[1])
+        layouts = standard_layouts(num_data, num_workers, late=late)
     _check_candidates(layouts, orders, num_data, num_workers)
 
     batch_size = min(size, check_count("batch_size", num_data if batch_size is None else batch_size, least=num_data))
@@ -169,7 +174,7 @@ def tune(
     ranked = select(evaluator, options, _output_spaces(targets), num_groups, deadline, progress)
     chosen = _prefer_copies(ranked)
     ranked.sort(key=lambda trial: trial is not chosen)
-    has_prior, places_copies = chosen.option.guesses is not None, chosen.option.assignments is not None
+    has_prior, places_copies = chosen.option.has_prior, chosen.option.assignments is not None
     return Tuned(
         chosen.measurement.code,
         orders.get(chosen.option.order),
@@ -182,17 +187,19 @@ def tune(
     )
 
 
-def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]:
+def standard_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dict[str, AbstractCode]:
     """Makes the layouts that `tune` tries, by name.
 
     Args:
         num_data: K, at least 2.
         num_workers: N, at least 2; where it is less than K, only Chebyshev's and uniform nodes are made.
+        late: The share of workers that are late, for kernel codes.
 
     Returns:
         Replication; for data nodes that are Chebyshev's and for uniform ones, worker nodes from repeated data nodes in
-        steps of a quarter to systematic ones; Chebyshev's for both, and uniform ones for both; and Lagrange codes of
-        degrees 1 and 2, exact for such models, where there are enough workers.
+        steps of a quarter to systematic ones; Chebyshev's for both, and uniform ones for both; Lagrange codes of
+        degrees 1 and 2, exact for such models, where there are enough workers; and kernel codes, of copies and with
+        midpoints for models of several lengths.
     """
     layouts: dict[str, AbstractCode] = {}
     surplus = num_workers - num_data
@@ -208,6 +215,11 @@ def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]
     for degree in _DEGREES:
         if (num_data - 1) * degree < num_workers:
             layouts[f"Lagrange, degree {degree}"] = LagrangeCode.chebyshev(num_data, num_workers, degree=degree)
+    if surplus >= 0:
+        layouts["kernel, copies"] = KernelCode(num_data, num_workers, midpoints=False)
+    if surplus > 0:
+        for length in _LENGTHS:
+            layouts[f"kernel, length {length}"] = KernelCode(num_data, num_workers, length, late)
     return layouts
 
 
@@ -249,7 +261,7 @@ def _prefer_copies(ranked: list[Trial]) -> Trial:
 def _candidate(trial: Trial, prior: Surrogate | None) -> Candidate:
     option, measurement = trial.option, trial.measurement
     code, work, prior_name = measurement.code, float(measurement.code.num_workers), ""
-    if prior is not None and option.guesses is not None:
+    if prior is not None and option.has_prior:
         prior_name = "prior" if option.assignments is None else "prior, copies by risk"
         # The inputs' guesses; and those of the coded inputs, which are no copies.
         work += prior.cost * (code.num_data + (0 if option.copies_only else code.num_workers))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..codes import AbstractCode, Prior, ReplicationCode
 from ..functions import NO_DERIVATIVES
 from ..outputs import OutputSpace
-from .answers import AnswerCache
+from .answers import AnswerCache, PlannedAnswers
 from .evaluation import Evaluator, Measurement
 from .smoothing import smoothing_of, with_smoothing
 
@@ -40,14 +40,21 @@ class Option:
         guesses: The prior's guesses of these answers; None without a prior.
         assignments: Which input each worker computes in each group, (groups, N), where copies are placed by the risk of
             guesses; None for the code's own assignment.
+        planned: Answers and plans of a code that needs plans, instead of the caches; None for others.
     """
 
     layout: str
     order: str
     code: AbstractCode
-    cache: AnswerCache
+    cache: AnswerCache | None
     guesses: AnswerCache | None = None
     assignments: Int[np.ndarray, "groups workers"] | None = None
+    planned: PlannedAnswers | None = None
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether answers are decoded with a prior."""
+        return self.guesses is not None if self.planned is None else self.planned.plans.prior is not None
 
     @property
     def copies_only(self) -> bool:
@@ -76,7 +83,19 @@ class Trial:
 
 def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace], num_groups: int) -> Trial:
     """Measures an option on the first groups, in the best of some output spaces."""
+    if option.planned is not None:
+        planned = option.planned
+        groups_in_batch = jax.tree.leaves(planned.targets)[0].shape[2]
+        num_batches = -(-num_groups // groups_in_batch)
+        plans, targets = (
+            jax.tree.map(lambda leaf: leaf[:num_batches], tree) for tree in (planned.plans, planned.targets)
+        )
+        measurements = evaluator.measure_planned(
+            option.code, outputs, plans, planned.answers(num_batches), targets, num_groups
+        )
+        return Trial(option, min(measurements, key=lambda measurement: measurement.rank))
     if option.assignments is not None:
+        assert option.cache is not None
         assert isinstance(option.code, ReplicationCode)
         assert option.guesses is not None
         targets, guesses = (

@@ -1,0 +1,381 @@
+"""A code that places workers, and reads their answers, in the space of the inputs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._arrays import as_arrays
+from .._float64 import in_float64
+from .._pytree import pytree
+from ..checks import batch_size, check_count, check_mask, is_real, static_value
+from ..interpolants.kernel import JITTER, Process, Sites, fit_process, posterior, spread_of
+from ..linops import AbstractLinop, Dense, Gather, split
+from .abstract import AbstractCode
+from .plan import Plan, Prior
+
+# Workers may compute the midpoint of an input and one of so many nearest others: of farther ones the model's answer
+# says less about either.
+_NUM_NEIGHBOURS = 8
+# The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
+# largest distance between inputs of the group.
+_DEFAULT_LENGTH = 0.3
+# Sites in a set, and sets of them, that a process is fitted to where a batch has more. Fitting takes most of the time
+# of decoding, in proportion to the sets and to the cube of their sites.
+_FITTED_SITES, _FITTED_SETS = 128, 2
+
+
+class KernelContext(NamedTuple):
+    """Holds what a kernel code's encoder and decoder read of a group.
+
+    Attributes:
+        pairs: Worker n computes the midpoint of the inputs pairs[n], int32 (N, 2); an input itself where both are one.
+        workers: Features of the coded inputs, (N, features).
+        data: Features of the inputs, (K, features).
+        process: The process by which answers are decoded; fitted to them by `adapt`.
+    """
+
+    pairs: Int[Array, "workers 2"]
+    workers: Float[Array, "workers features"]
+    data: Float[Array, "data features"]
+    process: Process
+
+
+@final
+@pytree("num_data", "num_workers", "midpoints", "features", eq=False)
+class KernelCode(AbstractCode):
+    r"""Has workers compute inputs, copies and midpoints of inputs, and decodes by a Gaussian process over the inputs.
+
+    Worker k < K computes input k. The others compute whatever lowers the expected variance of the results most: copies
+    of inputs, or midpoints :math:`(x_i + x_j) / 2` of neighbours, one after the other,
+
+    .. math:: \min_c \sum_k w_k \, p \, [(1 - p) \, v_k(c) + p \, v_k]
+
+    with :math:`v_k` the variance of input k given the answers of all workers but its own, :math:`v_k(c)` the same after
+    candidate c, p the share of workers that are late, and weights w, the prior's risks if there is one. Where a model
+    is smooth on the scale of the group, midpoints tell about several inputs at a time; where it is not, they tell
+    nothing and copies are chosen.
+
+    The process is fitted to the answers that came, by maximum likelihood: whether it is smooth, its length, and the
+    share that other inputs tell nothing about. Two answers are enough to decode every input.
+
+    Attributes:
+        num_data: K >= 2.
+        num_workers: N >= K.
+        length: The length by which workers are placed, in units of the largest distance between inputs of a group.
+        late: p, the share of workers that are late, such as S / N.
+        midpoints: Whether workers may compute midpoints; if not, worker n computes input n mod K.
+        features: Maps a batch, leaves (B, ...), to the features whose distances count, (B, features), traced and
+            hashable, such as `jaxcode.ordering.sensitivity(f, x)`. If None, the inputs themselves.
+
+    Raises:
+        ValueError: If numbers are not whole or too small, or length is not above zero, or late not from 0 to 1.
+
+    References:
+        Sacks, Welch, Mitchell and Wynn, Design and analysis of computer experiments, Statistical Science 4 (1989).
+
+    >>> code = KernelCode(num_data=4, num_workers=6)
+    >>> x = jnp.linspace(0.0, 1.0, 4)[:, None]
+    >>> plan = code.plan(x)
+    >>> results = code.decode(jnp.exp(code.encode(x, plan)), jnp.arange(6) != 1, plan)
+    >>> bool(jnp.max(jnp.abs(results - jnp.exp(x))) < 0.01)
+    True
+    """
+
+    num_data: int
+    num_workers: int
+    length: ArrayLike = _DEFAULT_LENGTH
+    late: ArrayLike = 0.1
+    midpoints: bool = True
+    features: Callable[[PyTree[Array]], Array] | None = None
+    nodes = None
+    predicts_error = True
+    needs_plan = True
+    adapts = True
+
+    def __post_init__(self):
+        num_data = check_count("num_data", self.num_data, least=2)
+        if check_count("num_workers", self.num_workers) < num_data:
+            raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
+        for name, holds, expected in (
+            ("length", lambda value: value > 0, "a number above 0, in units of a group's extent"),
+            ("late", lambda value: 0 <= value <= 1, "a share from 0 to 1, such as S / N"),
+        ):
+            value = static_value(getattr(self, name))
+            if value is None:
+                continue
+            if value.shape != () or not is_real(value.dtype) or not holds(float(value)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+            object.__setattr__(self, name, float(value))
+        if self.features is not None and not callable(self.features):
+            raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
+
+    def plan(self, x: PyTree[ArrayLike], risk: Float[ArrayLike, "data"] | None = None) -> Plan:
+        """Plans a group: what each worker computes.
+
+        Args:
+            x: The group, leaves (K, ...) of real numbers.
+            risk: What a wrong result of each input costs, (K,), not negative; all alike if None.
+
+        Returns:
+            The plan, for `encode` and `decode`.
+
+        Raises:
+            ValueError: If x does not have K inputs of real numbers, or features does not return an array (B, features).
+        """
+        size = batch_size("x", x)
+        if size != self.num_data:
+            raise ValueError(f"x has {size} inputs; expected a group of num_data, {self.num_data}")
+        data = self._features_of(x)
+        if self.midpoints:
+            weight = jnp.ones(self.num_data, data.dtype) if risk is None else jnp.asarray(risk)
+            pairs = _place_workers(self.num_workers)(*jax.lax.stop_gradient((data, weight, self.length, self.late)))
+        else:
+            copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
+            pairs = jnp.stack([copies, copies], axis=1)
+        if self.features is None:
+            # Features of midpoints are midpoints of features.
+            workers = (data[pairs[:, 0]] + data[pairs[:, 1]]) / 2
+        else:
+            workers = self._features_of(_midpoints(x, pairs))
+        unit = spread_of(data[None])
+        process = Process(jnp.zeros_like(unit), unit * jnp.asarray(self.length, unit.dtype), jnp.zeros_like(unit))
+        return Plan(features=KernelContext(pairs, workers, data, process))
+
+    def adapt(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plans: Plan) -> Plan:
+        """Fits the process to the answers to several groups.
+
+        Args:
+            y: Answers, leaves (N, groups, ...); rows of workers that did not return are not read.
+            returned: Which workers returned, bool (N,).
+            plans: The groups' plans, leaves with the groups as leading axis.
+
+        Returns:
+            The plans with the process that is most likely for all groups.
+        """
+        process, _ = self._fit(y, returned, plans)
+        context = self._context(plans)
+        num_groups = context.data.shape[0]
+        process = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_groups,)), process)
+        return dataclasses.replace(plans, features=context._replace(process=process))
+
+    def join(self, plans: Plan) -> "tuple[KernelCode, Plan]":
+        """Makes one code and one plan for all inputs of several groups, whose answers then tell about each other.
+
+        Args:
+            plans: The groups' plans, leaves with the groups as leading axis.
+
+        Returns:
+            The code of groups K inputs and groups N workers, and its plan: input k of group g is the one of number
+            k groups + g, and likewise for workers.
+        """
+        context = self._context(plans)
+        num_groups = context.data.shape[0]
+
+        def join(leaf):
+            return jnp.swapaxes(jnp.asarray(leaf), 0, 1).reshape(-1, *leaf.shape[2:])
+
+        group = jnp.arange(num_groups, dtype=jnp.int32)[:, None, None]
+        process = jax.tree.map(lambda leaf: leaf[0], context.process)
+        joined = KernelContext(
+            join(context.pairs * num_groups + group),
+            join(context.workers),
+            join(context.data),
+            process,
+        )
+        code = dataclasses.replace(self, num_data=self.num_data * num_groups, num_workers=self.num_workers * num_groups)
+        return code, Plan(prior=jax.tree.map(join, plans.prior), features=joined)
+
+    def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
+        # Whether workers mix inputs can be asked for without a plan.
+        no_pairs = np.zeros((self.num_workers, 2), np.int32)
+        pairs = jnp.asarray(no_pairs if plan is None else self._context(plan).pairs)
+        if not self.midpoints:
+            return Gather(pairs[:, 0], self.num_data)
+        inputs = jnp.arange(self.num_data, dtype=jnp.int32)
+        weights = jnp.sum(pairs[:, :, None] == inputs, axis=1, dtype=jnp.int32) / 2
+        return Dense(split(weights))
+
+    def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
+        mask = self._mask(returned)
+        context = self._context(plan)
+        weights, _ = posterior(context.process, *_sites(context), mask, _has_mean(plan))
+        return Dense(split(weights), mask, self.recovered(mask))
+
+    def recovered(
+        self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> Bool[Array | np.ndarray, "data"]:
+        mask = self._mask(returned)
+        return jnp.broadcast_to(jnp.sum(mask, dtype=jnp.int32) >= 2, (self.num_data,))
+
+    def exact(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> Bool[Array | np.ndarray, "data"]:
+        mask = self._mask(returned)
+        pairs = self._context(plan).pairs
+        inputs = jnp.arange(self.num_data, dtype=jnp.int32)
+        return jnp.any(jnp.all(pairs[None] == inputs[:, None, None], axis=2) & mask[None], axis=1) & self.recovered(
+            mask
+        )
+
+    def decode_with_error(
+        self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Decodes the answers that came and predicts the error of each result.
+
+        Args:
+            y: As for `decode`.
+            returned: As for `decode`.
+            plan: As for `decode`.
+
+        Returns:
+            The results of `decode`, and their standard errors, of the same structure, shapes and unit: the posterior's,
+            with the variance of each output estimated from the answers. Zero where an input's own worker returned.
+
+        Raises:
+            ValueError: As for `decode`.
+        """
+        context = self._context(plan)
+        assert plan is not None
+        mask = self._mask(returned)
+        results = self.decode(y, returned, plan)
+        plans = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plan)
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], y)
+        process, variances = self._fit(batch, returned, plans)
+        _, factors = posterior(process, *_sites(context), mask, _has_mean(plan))
+        leaves, structure = jax.tree.flatten(results)
+        splits = np.cumsum([leaf.size // self.num_data for leaf in leaves])[:-1]
+        errors = [
+            jnp.sqrt(factors[:, None] * part[None]).reshape(leaf.shape).astype(leaf.dtype)
+            for leaf, part in zip(leaves, jnp.split(variances, splits), strict=True)
+        ]
+        return results, jax.tree.unflatten(structure, errors)
+
+    def _fit(self, y, returned, plans):
+        """Fits the process, and the variance of each output, to groups' answers, leaves (N, groups, ...)."""
+        code, plan = self.join(plans)
+        y = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(code.num_workers, -1), y)
+        if plan.prior is not None:
+            means = jax.tree.map(lambda leaf: leaf.reshape(code.num_workers, -1), plan.prior.workers)
+            y = Prior(means, means).residuals(y)
+        values = jnp.concatenate(
+            [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(y)], axis=1
+        )
+        live = jnp.repeat(self._mask(returned), code.num_workers // self.num_workers)
+        sites, _ = _sites(plan.features)
+        # Sets of sites drawn from all groups have short distances and long ones.
+        size = min(code.num_workers, max(_FITTED_SITES, self.num_workers))
+        order = np.random.default_rng(0).permutation(code.num_workers)
+        num_sets = min(_FITTED_SETS, code.num_workers // size)
+        chosen = np.sort(order[: num_sets * size].reshape(num_sets, size), axis=1).astype(np.int32)
+        sites, live, values = jax.tree.map(lambda leaf: leaf[chosen], (sites, live, values))
+        return fit_process(sites, live, values, _has_mean(plan))
+
+    def _features_of(self, x):
+        x = as_arrays("x", x)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            if not is_real(leaf.dtype):
+                raise ValueError(
+                    f"x{jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers, which have midpoints"
+                )
+        if self.features is not None:
+            features = jnp.asarray(self.features(x))
+            if features.ndim != 2 or features.shape[0] != batch_size("x", x):
+                raise ValueError(f"features returned shape {features.shape}; expected one vector for each input")
+            return features
+        leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(x)]
+        return jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
+
+    def _context(self, plan) -> KernelContext:
+        if plan is None or not isinstance(plan.features, KernelContext):
+            raise ValueError(f"plan is {plan!r}; expected the group's plan, from this code's `plan(x)`")
+        return plan.features
+
+    def _mask(self, returned):
+        check_mask("returned", returned, self.num_workers)
+        return jnp.asarray(returned)
+
+
+def _sites(context):
+    """Returns the workers' sites and the inputs' places; equal pairs are one site."""
+    num_data = context.data.shape[0]
+    first, second = jnp.min(context.pairs, axis=1), jnp.max(context.pairs, axis=1)
+    own = jnp.arange(num_data, dtype=jnp.int32)
+    return Sites(context.workers, first * num_data + second), Sites(context.data, own * num_data + own)
+
+
+def _has_mean(plan):
+    """Returns 0 where residuals to a prior are decoded, whose mean is zero, else 1."""
+    return 1.0 if plan is None or plan.prior is None else 0.0
+
+
+def _midpoints(x, pairs):
+    def midpoints(leaf):
+        leaf = jnp.asarray(leaf)
+        return (leaf[pairs[:, 0]] + leaf[pairs[:, 1]]) / 2
+
+    return jax.tree.map(midpoints, x)
+
+
+def _weigh(weights, rows):
+    """Computes the weighted sum of rows."""
+    return jnp.sum(weights[:, None] * rows, axis=0)
+
+
+def _place_workers(num_workers):
+    @in_float64
+    def place(data, weight, length, late):
+        """Chooses the pairs of inputs whose midpoints the workers compute, int32 (N, 2)."""
+        num_data = data.shape[0]
+        own = np.arange(num_data, dtype=np.int32)
+        process = Process(jnp.ones_like(length), length * spread_of(data[None]), jnp.zeros_like(length))
+        squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
+        _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
+        # Each input is its own nearest neighbour, of which the midpoint is a copy.
+        others = jnp.where(neighbours[:, :1] == own[:, None], neighbours[:, 1:], neighbours[:, :-1])
+        partners = jnp.concatenate([own, others.reshape(-1)])
+        firsts = jnp.concatenate([own, jnp.repeat(own, others.shape[1])])
+        candidates = (data[firsts] + data[partners]) / 2
+        # Rows of Cholesky's factor of the candidates' covariance, first for the inputs and then for the workers chosen.
+        covariance = process.correlation(squares) + JITTER * jnp.eye(num_data)
+        factor = jax.lax.linalg.cholesky(covariance, symmetrize_input=False)
+        inverse_factor = jax.lax.linalg.triangular_solve(factor, jnp.eye(num_data), left_side=True, lower=True)
+        distances = jnp.sum((data[:, None] - candidates[None]) ** 2, axis=2)
+        cross = process.correlation(distances)
+        rows = jax.lax.linalg.triangular_solve(factor, cross, left_side=True, lower=True)
+        gains = jax.lax.linalg.triangular_solve(factor, rows, left_side=True, lower=True, transpose_a=True)
+        remaining = 1 + JITTER - jnp.sum(rows**2, axis=0)
+        index = jnp.arange(len(firsts), dtype=jnp.int32)
+
+        def add_worker(state, step):
+            precision, gains, remaining, chosen_rows = state
+            scale = jnp.maximum(remaining, JITTER)
+            variance = 1 / (precision[:, None] + gains**2 / scale[None])
+            cost = jnp.sum(weight[:, None] * ((1 - late) * variance + late / precision[:, None]), axis=0)
+            cost = jnp.where(jnp.isnan(cost), jnp.inf, cost)
+            best = jnp.min(jnp.where(cost == jnp.min(cost), index, len(firsts) - 1))
+            place = candidates[best]
+            prior = process.correlation(jnp.sum((candidates - place) ** 2, axis=1))
+            covariances = prior - _weigh(rows[:, best], rows) - _weigh(chosen_rows[:, best], chosen_rows)
+            covariances = covariances.at[best].add(JITTER)
+            new_scale = scale[best]
+            gain = gains[:, best]
+            precision = precision + gain**2 / new_scale
+            # An equal worker's own variance stays: copies differ by the jitter.
+            gains = gains - gain[:, None] * covariances[None] / new_scale
+            remaining = remaining - covariances**2 / new_scale
+            remaining = remaining.at[best].add(JITTER)
+            chosen_rows = chosen_rows.at[step].set(covariances / jnp.sqrt(new_scale))
+            return (precision, gains, remaining, chosen_rows), best
+
+        steps = jnp.arange(num_workers - num_data, dtype=jnp.int32)
+        chosen_rows = jnp.zeros((max(1, num_workers - num_data), len(firsts))) * remaining[:1]
+        state = jnp.sum(inverse_factor**2, axis=0), gains, remaining, chosen_rows
+        _, best = jax.lax.scan(add_worker, state, steps)
+        pairs = jnp.stack([firsts[best], partners[best]], axis=1)
+        return jnp.concatenate([jnp.stack([own, own], axis=1), pairs.astype(jnp.int32)]).astype(jnp.int32)
+
+    return place

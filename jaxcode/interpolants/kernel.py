@@ -1,0 +1,228 @@
+r"""Predicts values at points from values at sites in a space of features, by a Gaussian process.
+
+Unlike a curve, whose only coordinate is the node, a Gaussian process reads sites where they lie. Its covariance is
+
+.. math:: k(x, x') = \rho(\|x - x'\| / \ell) + \eta \, [x \text{ and } x' \text{ are one site}]
+
+with Matérn's correlation :math:`\rho`, of smoothness 5/2 or 9/2, a length :math:`\ell`, and a
+share :math:`\eta` of which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their
+mean. (A squared exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between
+hundreds are wild.) Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for
+instance, or an unknown constant. Everything is computed in float64.
+
+References:
+    Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, sections 2.7 (unknown mean), 4.2
+    (covariances) and 5.4 (marginal likelihood).
+"""
+
+import functools
+from typing import NamedTuple, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._float64 import in_float64
+from .._pytree import pytree
+from ..linops.dense import matmul
+
+__all__ = ["Process", "Sites", "fit_process", "posterior", "spread_of"]
+
+# Added to the variance at each site, in units of the correlation at distance zero. Sites so near to each other that
+# values at one tell those at the other to five digits, of which float32 has seven, count as one.
+JITTER = 1e-10
+
+# Processes that `fit_process` chooses from: lengths, in units of the largest distance between sites, and shares without
+# correlation. From values of a handful of sites, steps that are finer cannot be told apart.
+_LENGTHS = tuple(np.geomspace(0.05, 3.0, 8))
+_NUGGETS = (0.0, 0.1, 1.0, 10.0)
+
+
+@final
+@pytree(eq=False)
+class Process:
+    r"""Holds the parameters of a covariance.
+
+    Attributes:
+        smoothness: 1 for smoothness 9/2, 0 for 5/2.
+        length: :math:`\ell > 0`, in the unit of the features.
+        nugget: :math:`\eta \ge 0`.
+    """
+
+    smoothness: Float[Array, "..."]
+    length: Float[Array, "..."]
+    nugget: Float[Array, "..."]
+
+    def correlation(self, squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Computes the correlation at squared distances."""
+        # The root has no derivative at 0, where the correlation has one, which is 0.
+        is_apart = squares > 0
+        distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1)), 0) / self.length
+        root = jnp.where(self.smoothness > 0.5, 3.0, jnp.sqrt(5.0)) * distance
+        rough = 1 + root + root**2 / 3
+        smooth = 1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105
+        return jnp.where(self.smoothness > 0.5, smooth, rough) * jnp.exp(-root)
+
+
+class Sites(NamedTuple):
+    """Holds places in the space of features.
+
+    Attributes:
+        features: Where they are, (n, features).
+        label: Places with equal labels are one site, int (n,).
+    """
+
+    features: Float[Array, "sites features"]
+    label: Int[Array, "sites"]
+
+
+@in_float64
+def posterior(process, sites, points, live, has_mean):
+    r"""Computes the weights of the values at sites in the posterior mean at points, and its variance.
+
+    Args:
+        process: A `Process`, of scalars.
+        sites: `Sites`, n of them.
+        points: `Sites`, q of them.
+        live: Which sites have values, bool (n,), at least one of them.
+        has_mean: 1.0 for an unknown constant mean, 0.0 for a mean of zero.
+
+    Returns:
+        Weights, float64 (q, n), 0 for sites without values; where a point is a site with a value, that value alone has
+        weight. And variances, float64 (q,), in units of the variance that `fit_process` estimates.
+    """
+    covariance = _covariance(process, sites, live)
+    same = (points.label[:, None] == sites.label[None]) & live[None]
+    cross = process.correlation(_squares(points.features, sites.features)) + process.nugget * same
+    cross = jnp.where(live[None], cross, 0.0)
+    ones = jnp.where(live, has_mean, 0.0)
+    solutions = _solve(covariance, jnp.concatenate([cross, ones[None]]).T)
+    weights, mean_weights = solutions[:, :-1].T, solutions[:, -1]
+    variance = 1 + process.nugget - jnp.sum(cross * weights, axis=1)
+    # The mean by generalised least squares.
+    precision = jnp.sum(ones * mean_weights)
+    precision = jnp.where(precision > 0, precision, 1.0)
+    missing = has_mean - jnp.sum(ones[None] * weights, axis=1)
+    weights = weights + missing[:, None] * mean_weights[None] / precision
+    variance = variance + missing**2 / precision
+    # One of the values of a site is the result there, in all its digits.
+    first = same & (jnp.cumsum(same, axis=1) == 1)
+    is_site = jnp.any(same, axis=1)
+    weights = jnp.where(is_site[:, None], jnp.where(first, 1.0, 0.0), weights)
+    return weights, jnp.where(is_site, 0.0, jnp.maximum(variance, JITTER))
+
+
+@in_float64
+def fit_process(sites, live, values, has_mean):
+    r"""Chooses the process under which the values at sites are most likely, and estimates its variance.
+
+    The likelihood is that of the differences from the mean (restricted), with the variance of each feature of the
+    values at its own maximum; the logarithms are averaged over features, and summed over sets of sites, which are taken
+    for independent.
+
+    Args:
+        sites: `Sites` with the sets as leading axis, leaves (sets, n, ...).
+        live: Which sites have values, bool (sets, n).
+        values: (sets, n, features); those of other sites are not read.
+        has_mean: As for `posterior`.
+
+    Returns:
+        The `Process`, and the variance of each feature, (features,); the latter, and which process
+        is chosen, are constant to derivatives.
+    """
+    values = jnp.where(live[:, :, None], values, 0.0)
+    extent = spread_of(sites.features)
+    grid = np.array([(s, length, nugget) for s in (0.0, 1.0) for length in _LENGTHS for nugget in _NUGGETS])
+    smoothness, length, nugget = jnp.asarray(grid).T
+    candidates = Process(smoothness, length * extent, nugget)
+
+    def measure(process):
+        return jax.vmap(functools.partial(_restricted, process, has_mean))(sites, live, values)
+
+    # Which candidate is best is constant to derivatives; the length of the one chosen moves with the sites.
+    sites, values = jax.lax.stop_gradient((sites, values))
+    log_determinants, squares = jax.lax.map(measure, jax.lax.stop_gradient(candidates))
+    # (candidates, sets) and (candidates, sets, features).
+    num_sets = live.shape[0]
+    count = jnp.maximum(jnp.sum(jnp.where(live, 1.0, 0.0)) - num_sets * has_mean, 1.0)
+    variances = jnp.sum(squares, axis=1) / count
+    # Features that are constant do not tell the candidates apart.
+    floor = 1e-30 + 1e-20 * jnp.max(variances, axis=1, keepdims=True)
+    scores = count * jnp.mean(jnp.log(variances + floor), axis=1) + jnp.sum(log_determinants, axis=1)
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    index = jnp.arange(len(grid))
+    best = jnp.min(jnp.where(scores == jnp.min(scores), index, len(grid) - 1))
+    chosen = jax.tree.map(lambda leaf: jnp.sum(jnp.where(index == best, leaf, 0.0)), candidates)
+    return chosen, jnp.sum(jnp.where((index == best)[:, None], variances, 0.0), axis=0)
+
+
+def spread_of(features: Float[Array, "groups sites features"]) -> Float[Array, ""]:
+    """Computes the mean over groups of the largest distance between places; 1 where it is zero."""
+    largest = jnp.max(jax.vmap(lambda places: _squares(places, places))(features), axis=(1, 2))
+    is_apart = largest > 0
+    spread = jnp.mean(jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, largest, 1.0)), 0.0))
+    return jnp.where(spread > 0, spread, 1.0)
+
+
+def _covariance(process, sites, live):
+    """Computes the covariance of the live sites, with ones on the diagonal for the others."""
+    same = sites.label[:, None] == sites.label[None]
+    covariance = process.correlation(_squares(sites.features, sites.features)) + process.nugget * same
+    covariance = jnp.where(live[:, None] & live[None], covariance, 0.0)
+    return covariance + jnp.eye(live.shape[0]) * jnp.where(live, JITTER, 1.0)
+
+
+def _restricted(process, has_mean, sites, live, values):
+    """Computes the log determinant of the restricted likelihood, and the quadratic form of each feature."""
+    ones = jnp.where(live, has_mean, 0.0)
+    scaled = jnp.concatenate([values, ones[:, None]], axis=1)
+    upper, half = _eliminate(_covariance(process, sites, live), scaled)
+    half, half_ones = half[:, :-1], half[:, -1:]
+    precision = jnp.sum(half_ones**2)
+    precision = jnp.where(precision > 0, precision, 1.0)
+    half = half - half_ones * jnp.sum(half_ones * half, axis=0)[None] / precision
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(upper))) + jnp.log(precision), jnp.sum(half**2, axis=0)
+
+
+# LAPACK's factorizations of several matrices, under `vmap` for instance, can wait for each other forever on a CPU of
+# few cores. So they are written as loops, which also run the same way on accelerators.
+
+
+def _eliminate(matrix, rows):
+    """Computes the Cholesky factor U of a matrix U^T U, upper triangular, and the solution of U^T X = rows."""
+    size = matrix.shape[0]
+    augmented = jnp.concatenate([matrix, rows], axis=1)
+
+    def add_row(j, upper):
+        row = augmented[j] - matmul(upper[:, j][None], upper)[0]
+        return upper.at[j].set(row / jnp.sqrt(jnp.maximum(row[j], JITTER**2)))
+
+    upper = jax.lax.fori_loop(0, size, add_row, jnp.zeros_like(augmented))
+    return jnp.triu(upper[:, :size]), upper[:, size:]
+
+
+def _solve(matrix, rows):
+    """Solves a symmetric positive definite system; its derivatives are solutions of the same system."""
+
+    def solve(_, rows):
+        upper, half = _eliminate(jax.lax.stop_gradient(matrix), rows)
+        size = matrix.shape[0]
+
+        def substitute(step, solution):
+            j = size - 1 - step
+            known = matmul(upper[j][None], solution)[0]
+            return solution.at[j].set((half[j] - known) / upper[j, j])
+
+        return jax.lax.fori_loop(0, size, substitute, jnp.zeros_like(half))
+
+    return jax.lax.custom_linear_solve(lambda solution: matmul(matrix, solution), rows, solve, symmetric=True)
+
+
+def _squares(a: Float[Array, "a features"], b: Float[Array, "b features"]) -> Float[Array, "a b"]:
+    """Computes squared distances, as one product of matrices."""
+    centre = jax.lax.stop_gradient(jnp.mean(a, axis=0, keepdims=True))
+    a, b = a - centre, b - centre
+    products = matmul(a, b.T)
+    squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None] - 2 * products
+    return jnp.maximum(squares, 0.0)

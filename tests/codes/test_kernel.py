@@ -1,0 +1,270 @@
+"""The code that places workers and reads answers in the space of the inputs."""
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcode as jc
+from jaxcode import placement, tuning
+from jaxcode.stragglers import Uniform
+
+from ..strict_modes import STRICT_MODES
+
+K, N = 6, 10
+CODE = jc.KernelCode(K, N)
+X = np.random.default_rng(0).normal(size=(4 * K - 2, 2)).astype(np.float32)
+RETURNED = ~np.isin(np.arange(N), [1, 4, 8])
+
+
+@jax.jit
+def curve(x):
+    return {"waves": jnp.sin(x @ jnp.array([[1.0, 0.5], [-0.5, 1.0]])), "sum": jnp.sum(jnp.tanh(x), axis=1)}
+
+
+def sweep(x):
+    """A parameter's effect, smooth on the scale of a group."""
+    return jnp.exp(-x) * jnp.sin(3 * x)
+
+
+def root_mean_square(tree, other):
+    return np.sqrt(
+        np.mean([np.mean(np.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (tree, other)), strict=True)])
+    )
+
+
+@pytest.mark.parametrize("code", [CODE, jc.KernelCode(K, N, midpoints=False)], ids=["midpoints", "copies"])
+def test_own_answers_are_results_bit_for_bit(code):
+    predict = jc.coded(curve, code)
+    for returned in (None, RETURNED):
+        exact = np.asarray(predict.exact(X, returned))
+        assert exact.all() == (returned is None)
+        assert exact.mean() > 0.5
+        for result, truth in zip(*map(jax.tree.leaves, (predict(X, returned), curve(X))), strict=True):
+            np.testing.assert_array_equal(result[exact], truth[exact])
+
+
+def test_workers_compute_the_inputs_and_then_copies_or_midpoints():
+    x = X[:K]
+    plan = CODE.plan(x)
+    pairs = np.asarray(plan.features.pairs)
+    np.testing.assert_array_equal(pairs[:K], np.arange(K)[:, None] + np.zeros((1, 2)))
+    np.testing.assert_allclose(CODE.encode(x, plan), (x[pairs[:, 0]] + x[pairs[:, 1]]) / 2, rtol=1e-6)
+    # The nearer to each other models' answers are correlated, the less others tell.
+    is_copy = [
+        np.mean(np.ptp(jc.KernelCode(K, 3 * K, length=length).plan(x).features.pairs[K:], axis=1) == 0)
+        for length in (1e-3, 0.3)
+    ]
+    assert is_copy[0] == 1 > is_copy[1]
+
+
+def test_workers_go_where_results_matter():
+    x = np.linspace(0, 1, 12, dtype=np.float32)[:, None]
+    code = jc.KernelCode(12, 16)
+    for focus in (0, 11):
+        risk = np.where(np.arange(12) == focus, 1.0, 1e-6)
+        pairs = np.asarray(code.plan(x, risk).features.pairs)[12:]
+        assert (abs(pairs[0] - focus) <= 4).all()
+
+
+def test_the_placement_is_the_best_of_all_candidates():
+    """By brute force: the expected variance after each candidate, from scratch."""
+    x = X[:K].astype(np.float64)
+    length, late = 0.4, 0.2
+    code = jc.KernelCode(K, K + 1, length=length, late=late)
+    pair = np.asarray(code.plan(x.astype(np.float32)).features.pairs)[K]
+    extent = max(np.linalg.norm(a - b) for a in x for b in x)
+
+    def covariance(a, b):
+        root = 3 * np.linalg.norm(a[:, None] - b[None], axis=2) / (length * extent)
+        return (1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105) * np.exp(-root)
+
+    def expected_variance(i, j):
+        sites = np.concatenate([x, [(x[i] + x[j]) / 2]])
+        total = 0
+        for k in range(K):
+            for others, probability in (
+                (np.arange(K + 1) != k, 1 - late),
+                (np.isin(np.arange(K + 1), [k, K], invert=True), late),
+            ):
+                c = covariance(x[k : k + 1], sites[others])
+                gram = covariance(sites[others], sites[others]) + 1e-10 * np.eye(others.sum())
+                total += probability * (1 + 1e-10 - (c @ np.linalg.solve(gram, c.T))[0, 0])
+        return total
+
+    costs = {(i, j): expected_variance(i, j) for i in range(K) for j in range(i, K)}
+    np.testing.assert_allclose(costs[tuple(sorted(pair))], min(costs.values()), rtol=1e-4)
+
+
+def test_what_did_not_return_is_not_read():
+    plan = CODE.plan(X[:K])
+    answers = curve(CODE.encode(X[:K], plan))
+    spoiled = jax.tree.map(lambda leaf: leaf.at[~RETURNED].set(jnp.nan), answers)
+    expected = CODE.decode(answers, RETURNED, plan)
+    jax.tree.map(np.testing.assert_array_equal, CODE.decode(spoiled, RETURNED, plan), expected)
+
+    def total(answers):
+        return sum(map(jnp.sum, jax.tree.leaves(CODE.decode(answers, RETURNED, plan))))
+
+    gradient = jax.grad(total)(spoiled)
+    assert all(
+        np.isfinite(leaf).all() and (np.asarray(leaf)[~RETURNED] == 0).all() for leaf in jax.tree.leaves(gradient)
+    )
+
+
+def test_one_program_for_all_masks():
+    traces = []
+
+    def f(x):
+        traces.append(x.shape)
+        return jnp.sin(x)
+
+    predict = jc.coded(f, CODE)
+    for seed in range(4):
+        predict(X, np.random.default_rng(seed).permutation(N) > 2)
+    assert len(traces) == 1
+
+
+def test_derivatives_are_right():
+    x = X[:K].astype(np.float64)
+    with jax.enable_x64(True):
+
+        def total(x):
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(jc.coded(curve, CODE)(x, RETURNED)))
+
+        direction = np.random.default_rng(1).normal(size=x.shape)
+        forward = jax.jvp(total, (x,), (direction,))[1]
+        step = 1e-6
+        difference = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
+        np.testing.assert_allclose(forward, difference, rtol=1e-5)
+        np.testing.assert_allclose(np.sum(jax.grad(total)(x) * direction), difference, rtol=1e-5)
+
+
+def test_transformations_agree():
+    masks = np.stack([RETURNED, np.roll(RETURNED, 3), np.ones(N, bool)])
+    predict = jc.coded(curve, CODE)
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *(predict(X, mask) for mask in masks))
+    mapped = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(X, masks)
+    mesh = jax.make_mesh((2,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jc.coded(curve, CODE, placement=placement.shard_map(mesh))
+    for others in (mapped, jax.tree.map(lambda *leaves: np.stack(leaves), *(spread(X, mask) for mask in masks))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), others, expected)
+
+
+@pytest.mark.parametrize("mode", STRICT_MODES)
+def test_strict_modes(mode):
+    x, returned = jax.device_put(X), jax.device_put(RETURNED)
+    predict = jc.coded(curve, CODE)
+    with STRICT_MODES[mode]():
+        jax.block_until_ready(predict(x, returned))
+
+
+def test_answers_of_other_groups_tell_about_each_other():
+    predict = jc.coded(curve, CODE)
+    x = np.random.default_rng(2).uniform(-1, 1, size=(20 * K, 2)).astype(np.float32)
+    together = predict(x, RETURNED)
+    apart = [predict(x[i : i + K], RETURNED) for i in range(0, len(x), K)]
+    apart = jax.tree.map(lambda *leaves: np.concatenate(leaves), *apart)
+    assert root_mean_square(together, curve(x)) < 0.3 * root_mean_square(apart, curve(x))
+
+
+def test_many_groups_are_decoded_in_blocks(monkeypatch):
+    x = np.random.default_rng(2).uniform(-1, 1, size=(20 * K - 1, 2)).astype(np.float32)
+    one_block = jc.coded(curve, CODE)(x, RETURNED)
+    monkeypatch.setattr("jaxcode.pipeline._BLOCK", 7 * N)
+    blocks = jc.coded(lambda x: curve(x), CODE)(x, RETURNED)
+    assert root_mean_square(blocks, curve(x)) < 3 * root_mean_square(one_block, curve(x)) + 1e-3
+
+
+def test_sweeps_are_decoded_better_than_by_splines_and_copies():
+    """Twenty values of a parameter: at most .35 of the error of what else there is; never more with few workers."""
+    for num_data, num_workers, num_late, share in ((20, 30, 5, 0.35), (8, 12, 2, 1.0), (20, 24, 3, 1.0)):
+        codes = {
+            "kernel": jc.KernelCode(num_data, num_workers, late=num_late / num_workers),
+            "copies": jc.KernelCode(num_data, num_workers, midpoints=False),
+            "spline": jc.SplineCode.mixed(num_data, num_workers, num_workers - num_data),
+            "LeTCC": jc.SplineCode.chebyshev(num_data, num_workers),
+        }
+        x = np.linspace(0.2, 1.8, num_data, dtype=np.float32)[:, None]
+        masks = np.stack([np.random.default_rng(i).permutation(num_workers) >= num_late for i in range(64)])
+        errors = {}
+        for name, code in codes.items():
+            results = jax.vmap(jc.coded(sweep, code), (None, 0))(x, masks)
+            errors[name] = float(jnp.sqrt(jnp.mean((results - sweep(x)) ** 2)))
+        assert errors["kernel"] <= share * min(errors["copies"], errors["spline"], errors["LeTCC"]), errors
+
+
+def test_predicted_errors_hold_the_truth():
+    code = jc.KernelCode(16, 24)
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(20):
+        weight = rng.normal(size=(2, 5))
+        x = rng.uniform(-1, 1, size=(16, 2)).astype(np.float32)
+        plan = code.plan(x)
+        returned = rng.permutation(24) >= 6
+        results, errors = code.decode_with_error(jnp.sin(code.encode(x, plan) @ weight), returned, plan)
+        exact = np.asarray(code.exact(returned, plan))
+        assert (np.asarray(errors)[exact] == 0).all()
+        inside.append((abs(results - np.sin(x @ weight)) <= 1.645 * errors)[~exact])
+    assert 0.8 < np.concatenate(inside).mean() <= 0.99
+
+
+def test_features_decide_what_is_near():
+    """Of inputs with a first number that nothing depends on, the second one alone is read."""
+    x = np.stack([1e3 * np.random.default_rng(0).normal(size=12), np.linspace(0, 1, 12)], axis=1).astype(np.float32)
+    errors = []
+    for features in (None, jc.ordering.sensitivity(lambda x: sweep(x[:, 1]), x)):
+        predict = jc.coded(lambda x: sweep(x[:, 1]), jc.KernelCode(12, 16, features=features))
+        errors.append(root_mean_square(predict(x, np.arange(16) > 2), sweep(x[:, 1])))
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_tuning_chooses_it_for_a_sweep_and_saves_it(tmp_path):
+    starts = np.random.default_rng(0).uniform(0, 1, 8)
+    x = np.concatenate([np.linspace(a, a + 1.5, 8) for a in starts]).astype(np.float32)[:, None]
+    tuned = jc.tune(sweep, x, 8, 12, Uniform(2), progress=False, num_masks=32)
+    assert isinstance(tuned.code, jc.KernelCode), tuned
+    tuned.save(tmp_path)
+    loaded = jc.load_tuned(tmp_path)
+    expected = tuned.coded(sweep)(x, np.arange(12) > 1)
+    np.testing.assert_array_equal(loaded.coded(sweep)(x, np.arange(12) > 1), expected)
+    again = cloudpickle.loads(cloudpickle.dumps(tuned.coded(sweep)))
+    np.testing.assert_array_equal(again(x, np.arange(12) > 1), expected)
+
+
+def test_tuning_measures_what_coded_computes():
+    x = np.random.default_rng(0).uniform(-1, 1, (36, 2)).astype(np.float32)
+    tuned = jc.tune(curve, x, K, N, Uniform(3), batch_size=18, layouts={"kernel": CODE}, num_masks=8, progress=False)
+    masks = jax.vmap(lambda key: Uniform(3).sample(key, N))(jax.random.split(jax.random.key(0), 8))
+    predict = tuned.coded(curve)
+    squares = [
+        tuning.squared_error(predict(x[i : i + 18], mask), curve(x[i : i + 18])) for mask in masks for i in (0, 18)
+    ]
+    np.testing.assert_allclose(tuned.candidates[0].loss, np.mean(squares), rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_workers": 3}, "num_workers is 3; expected at least num_data, 6"),
+        ({"length": 0.0}, "length is 0.0; expected a number above 0"),
+        ({"length": np.ones(2)}, "length is .*; expected a number above 0"),
+        ({"late": 2}, "late is 2; expected a share"),
+    ],
+)
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jc.KernelCode(**({"num_data": K, "num_workers": N} | arguments))
+
+
+def test_errors_of_plans():
+    with pytest.raises(ValueError, match="plan is None; expected"):
+        CODE.encode(X[:K])
+    with pytest.raises(ValueError, match="expected a group of num_data, 6"):
+        CODE.plan(X)
+    with pytest.raises(ValueError, match="dtype bool; expected real numbers"):
+        jc.KernelCode(2, 3).plan(np.arange(2, dtype=np.int32) > 0)
+    with pytest.raises(ValueError, match="features returned shape"):
+        jc.KernelCode(2, 3, features=jnp.sum).plan(X[:2])
