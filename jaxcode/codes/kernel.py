@@ -198,7 +198,7 @@ class KernelCode(AbstractCode):
         if not self.midpoints:
             return Gather(pairs[:, 0], self.num_data)
         inputs = jnp.arange(self.num_data, dtype=jnp.int32)
-        weights = jnp.sum(pairs[:, :, None] == inputs, axis=1, dtype=jnp.int32) / 2
+        weights = jnp.sum(pairs[:, :, None] == inputs[None, None], axis=1, dtype=jnp.int32) / 2
         return Dense(split(weights))
 
     def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
