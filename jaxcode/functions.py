@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -23,11 +25,15 @@ __all__ = [
 
 Params = PyTree
 PureFunction = Callable[[Params, PyTree], PyTree]
-# A callable of a batch, an nnx module, or a linen module with its variables.
-Model = Callable | nnx.Module | tuple[linen.Module, Mapping[str, Any]]
+# A callable of a batch, an nnx module or its graph and state, or a linen module with its variables.
+Model = Callable | nnx.Module | tuple[nnx.GraphDef, Any] | tuple[linen.Module, Mapping[str, Any]]
 
 # The exceptions that JAX raises for the derivative of a model of integers, or of one that calls the host.
 NO_DERIVATIVES = (TypeError, ValueError, NotImplementedError)
+
+_MAX_TEXT = 200
+# Constants that a compiled program holds a copy of: four megabytes of float32.
+_MANY_NUMBERS = 2**20
 
 
 def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
@@ -37,9 +43,13 @@ def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
     evaluation mode (`module.eval()`); the given one is not changed. No collection of a linen module is mutable; where
     its fields ask for training behaviour (`deterministic=False`, `use_running_average=False`), set them in the module.
 
+    A `functools.partial` of any of these passes further arguments. Arrays among them, wherever they are in pytrees, are
+    parameters; everything else, such as `train=False`, is part of the function.
+
     Args:
-        f: A callable of a batch; an `nnx.Module`, called with a batch; or a pair (linen module, its variables). The
-            leading axis of its input and of its output is the batch.
+        f: A callable of a batch; an `nnx.Module`, called with a batch; a method of one; its (graphdef, state); or a
+            pair (linen module, its variables). The leading axis of its input and of its output is the batch. A call
+            must not change an nnx module's state, such as a cache or a counter.
 
     Returns:
         A pure function `fn(params, batch)` and params, a pytree. The function can be sent to other processes. It is
@@ -47,20 +57,33 @@ def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
             linen module, the same callable), whatever the parameters: as a static argument of `jax.jit` it is traced
             once for all of them. Where a model's structure is not hashable, functions are equal if they were made from
             the same linen module or callable. The params of a callable are `()`: the arrays that it closes over are
-            constants of the trace, as under `jax.jit`.
+            constants of the trace, as under `jax.jit`. If they are an nnx module, or more than a million numbers, a
+            `UserWarning` tells of it.
 
     Raises:
-        ValueError: If f is none of these, or is a class or a linen module without variables.
+        ValueError: If f is none of these, or is a class, a linen module without variables or a `TrainState`.
 
     >>> fn, params = as_pure_function(lambda x: 2 * x)
     >>> fn(params, 3)
     6
     """
-    if isinstance(f, nnx.Module):
-        module = nnx.clone(f)
+    if isinstance(f, functools.partial):
+        fn, params = as_pure_function(f.func)
+        leaves, structure = jax.tree.flatten((f.args, f.keywords))
+        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        constants = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
+        arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
+        return _PartialApply(fn, structure, is_array, _Static(constants)), (params, arrays)
+    if isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], nnx.GraphDef):
+        f = nnx.merge(*f)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    module, method = f, "__call__"
+    if inspect.ismethod(f) and isinstance(f.__self__, nnx.Module):
+        module, method = f.__self__, f.__name__
+    if isinstance(module, nnx.Module):
+        module = nnx.clone(module)
         module.eval()
         graphdef, state = nnx.split(module)
-        return _NnxApply(_Static(graphdef)), state
+        return _NnxApply(_Static(graphdef), method), state
     if isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], linen.Module):
         module, variables = f
         if not isinstance(variables, Mapping):
@@ -74,10 +97,17 @@ def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
             f"f is a linen {type(f).__name__} without variables; expected the pair (module, variables), "
             "with variables = module.init(key, x) or a checkpoint"
         )
+    if hasattr(f, "apply_fn") and hasattr(f, "params"):
+        raise ValueError(
+            f"f is a {type(f).__name__}; expected its module and variables: (module, {{'params': state.params}}), with "
+            "batch statistics beside the parameters if there are any"
+        )
     if isinstance(f, type) or not callable(f):
         raise ValueError(
-            f"f is {f!r}; expected a callable, an nnx module (an object, not its class) or (linen module, variables)"
+            f"f is {_shorten(f)}; expected a callable, an nnx module (an object, not its class), its (graphdef, state) "
+            "or (linen module, variables)"
         )
+    _warn_of_constants(f)
     return _PlainApply(_Static(f)), ()
 
 
@@ -168,12 +198,23 @@ class _Static:
 @final
 @dataclasses.dataclass(frozen=True)
 class _NnxApply:
-    """Runs the nnx module of a graph, with the state as parameters."""
+    """Runs a method of the nnx module of a graph, with the state as parameters."""
 
     graphdef: _Static
+    method: str = "__call__"
 
-    def __call__(self, state: PyTree, batch: PyTree) -> PyTree:
-        return nnx.merge(self.graphdef.value, state)(batch)
+    def __call__(self, state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        module = nnx.merge(self.graphdef.value, state)
+        before = jax.tree_util.tree_leaves_with_path(nnx.state(module))
+        answers = getattr(module, self.method)(*args, **kwargs)
+        after = dict(jax.tree_util.tree_leaves_with_path(nnx.state(module)))
+        changed = [path for path, leaf in before if after.pop(path, None) is not leaf] + list(after)
+        if changed:
+            raise ValueError(
+                f"f changed its state {jax.tree_util.keystr(changed[0])} in a call; expected a module whose state, a "
+                "cache or a counter for instance, stays as it is: what workers change would be lost"
+            )
+        return answers
 
 
 @final
@@ -183,8 +224,8 @@ class _LinenApply:
 
     module: _Static
 
-    def __call__(self, variables: Mapping[str, Any], batch: PyTree) -> PyTree:
-        return self.module.value.apply(variables, batch)
+    def __call__(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> PyTree:
+        return self.module.value.apply(variables, *args, **kwargs)
 
 
 @final
@@ -194,5 +235,53 @@ class _PlainApply:
 
     f: _Static
 
-    def __call__(self, params: tuple[()], batch: PyTree) -> PyTree:
-        return self.f.value(batch)
+    def __call__(self, params: tuple[()], *args: Any, **kwargs: Any) -> PyTree:
+        return self.f.value(*args, **kwargs)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _PartialApply:
+    """Runs a pure function with further arguments, whose arrays are parameters."""
+
+    fn: PureFunction
+    structure: Any
+    is_array: tuple[bool, ...]
+    constants: _Static
+
+    def __call__(self, params: tuple[Params, list[Any]], *args: Any, **kwargs: Any) -> PyTree:
+        inner, arrays = params
+        remaining = iter(arrays)
+        leaves = [
+            next(remaining) if dynamic else leaf
+            for leaf, dynamic in zip(self.constants.value, self.is_array, strict=True)
+        ]
+        first, keywords = jax.tree.unflatten(self.structure, leaves)
+        return self.fn(inner, *first, *args, **{**keywords, **kwargs})
+
+
+def _shorten(value: Any) -> str:
+    """Returns the start of what describes an object, which may be a tree of millions of numbers."""
+    text = repr(value)
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}... (a {type(value).__name__})"
+
+
+def _warn_of_constants(f: Callable) -> None:
+    """Warns of large numbers that a function closes over."""
+    try:
+        variables = inspect.getclosurevars(f)
+    except (TypeError, ValueError):
+        return
+    for name, value in {**variables.globals, **variables.nonlocals}.items():
+        if isinstance(value, nnx.Module):
+            numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(nnx.state(value)))
+            remedy = f"pass {name} itself, one of its methods, or functools.partial({name}, ...)"
+        elif isinstance(value, jax.Array | np.ndarray) and value.size > _MANY_NUMBERS:
+            numbers, remedy = value.size, f"pass functools.partial(f, ...) with {name} as an argument"
+        else:
+            continue
+        warnings.warn(
+            f"f closes over {name}, whose {numbers:,} numbers become constants of every program that is compiled; "
+            f"expected parameters, which are arguments: {remedy}",
+            stacklevel=4,
+        )

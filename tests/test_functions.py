@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training import train_state
 
 from jaxcode import SplineCode, coded
 from jaxcode.functions import as_pure_function, check_answers
@@ -341,6 +342,10 @@ REFUSED = {
     "linen-with-an-array": ((Linen(), np.ones(3)), r"\(linen module, ndarray\); expected the variables"),
     "linen-with-none": ((Linen(), None), r"\(linen module, NoneType\)"),
     "a-triple": ((Linen(), {}, {}), "expected a callable"),
+    "a-train-state": (
+        train_state.TrainState.create(apply_fn=Linen().apply, params={}, tx=optax.identity()),
+        "f is a TrainState; expected its module and variables",
+    ),
     "a-pair-of-functions": ((jnp.sin, jnp.cos), "expected a callable"),
 }
 
@@ -351,3 +356,94 @@ def test_refuses(unchecked, case):
     for takes in (as_pure_function, lambda f: coded(f, CODE)):
         with pytest.raises(ValueError, match=message):
             takes(f)
+
+
+# ---- models as people write them -----------------------------------------------------------------------------------
+
+
+class Flexible(nnx.Module):
+    """Has an option, a second method and a counter."""
+
+    def __init__(self, rngs, counts=False):
+        self.layer = nnx.Linear(2, 3, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.counts = counts
+
+    def __call__(self, x, *, scale=1.0, doubled=False):
+        if self.counts:
+            self.calls[...] += 1
+        return self.layer(x) * scale * (2 if doubled else 1)
+
+    def negative(self, x):
+        return -self.layer(x)
+
+
+def test_further_arguments_are_parameters_if_they_are_arrays():
+    module = Flexible(nnx.Rngs(0))
+    fn, params = as_pure_function(functools.partial(module, scale=jnp.float32(3), doubled=True))
+    np.testing.assert_allclose(fn(params, inputs()), 6 * module.layer(inputs()), rtol=1e-6)
+    assert any(np.shape(leaf) == () and leaf == 3 for leaf in jax.tree.leaves(params))
+    other, _ = as_pure_function(functools.partial(module, scale=jnp.float32(5), doubled=True))
+    assert other == fn
+    assert hash(other) == hash(fn)
+    assert as_pure_function(functools.partial(module, scale=jnp.float32(3), doubled=False))[0] != fn
+
+
+def test_a_partial_of_a_function_of_parameters():
+    def apply(weights, x, *, power):
+        return (x @ weights["kernel"]) ** power
+
+    weights = {"kernel": np.ones((2, 3), np.float32)}
+    predict = coded(functools.partial(apply, weights, power=2), CODE)
+    assert sum(map(np.size, jax.tree.leaves(predict.params))) == 6
+    np.testing.assert_allclose(
+        predict(inputs()), coded(lambda x: (x @ weights["kernel"]) ** 2, CODE)(inputs()), rtol=1e-5
+    )
+    clone = cloudpickle.loads(cloudpickle.dumps(as_pure_function(functools.partial(apply, weights, power=2))[0]))
+    np.testing.assert_allclose(clone(((), [weights["kernel"]]), inputs()), apply(weights, inputs(), power=2))
+
+
+def test_a_partial_of_a_linen_module():
+    class Doubled(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            return linen.Dense(3)(x) * (0 if train else 2)
+
+    module = Doubled()
+    variables = module.init(jax.random.key(0), inputs(), train=False)
+    fn, params = as_pure_function(functools.partial(module.apply, variables, train=False))
+    np.testing.assert_allclose(fn(params, inputs()), module.apply(variables, inputs(), train=False))
+    assert len(jax.tree.leaves(params)) == 2
+
+
+def test_graph_and_state_and_methods_are_models():
+    module = Flexible(nnx.Rngs(0))
+    for model, sign in ((nnx.split(module), 1), (module.negative, -1)):
+        predict = coded(model, CODE)
+        np.testing.assert_allclose(predict(inputs()), sign * coded(module, CODE)(inputs()), rtol=1e-6)
+        assert sum(map(np.size, jax.tree.leaves(predict.params))) == 10
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_a_call_that_changes_the_model_is_refused(transform):
+    module = Flexible(nnx.Rngs(0), counts=True)
+    with pytest.raises(
+        ValueError, match=r"f changed its state \['?\.?calls.* in a call; expected a module whose state"
+    ):
+        transform(lambda x: coded(module, CODE)(x))(inputs())
+    assert module.calls[...] == 0
+
+
+def test_modules_and_large_arrays_closed_over_are_warned_of():
+    module, table = Flexible(nnx.Rngs(0)), np.zeros((2, 2**20), np.float32)
+    with pytest.warns(UserWarning, match="f closes over module, whose 10 numbers become constants.*pass module itself"):
+        coded(lambda x: module(x), CODE)
+    with pytest.warns(UserWarning, match="f closes over table, whose 2,097,152 numbers"):
+        coded(lambda x: x @ table, CODE)
+
+
+def test_messages_are_short(unchecked):
+    state = nnx.state(Flexible(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="expected a callable, an nnx module") as error:
+        as_pure_function((state, [state] * 20))
+    assert len(str(error.value)) < 500
