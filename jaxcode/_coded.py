@@ -17,6 +17,7 @@ from ._sharding import call_with_auto_axes
 from .allocation import PriorPlanner, make_planner
 from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
+from .codes.abstract import mixes_inputs
 from .functions import Model, Params, PureFunction, as_pure_function
 from .ordering import Ordering
 from .outputs import OutputSpace, as_returned
@@ -274,7 +275,7 @@ class Coded:
         if returned is None:
             returned = _all_workers(num_workers)
         check_mask("returned", returned, num_workers)
-        warn_not_finite("x", x, lambda: self.code.encoder_linop().mixes, stacklevel=4)
+        warn_not_finite("x", x, lambda: mixes_inputs(self.code), stacklevel=4)
         # A copy: what is dispatched may run after the caller has changed the array.
         mask = static_value(returned)
         if mask is None:

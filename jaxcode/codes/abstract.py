@@ -70,7 +70,8 @@ class AbstractCode(abc.ABC):
         predicts_error: Whether there is a method `decode_with_error(y, returned, plan=None)` that gives results and
             their standard errors.
         needs_plan: Whether there is a method `plan(x, risk=None)` that makes the plan of a group, leaves (K, ...),
-            without which the code cannot encode; `risk`, (K,), is what a wrong result of each input costs.
+            without which the code cannot encode, and an attribute `mixes`, whether coded inputs may be sums of inputs.
+            `risk`, (K,), is what a wrong result of each input costs.
         adapts: Whether there are methods `adapt(y, returned, plans)`, which completes the plans of several groups by
             what their answers, leaves (N, groups, ...), say; and `join(plans)`, which makes one code and one plan for
             all inputs of several groups, with inputs and workers in the order of rows (K, groups) and (N, groups).
@@ -206,6 +207,11 @@ class AbstractCode(abc.ABC):
             plans = self.adapt(group, returned, plans)  # pyright: ignore[reportAttributeAccessIssue]
             plan = jax.tree.map(lambda leaf: leaf[0], plans)
         return decode_as_planned(self, y, returned, plan)
+
+
+def mixes_inputs(code: AbstractCode) -> bool:
+    """Returns whether a code's coded inputs are sums of inputs, which need real numbers."""
+    return code.mixes if code.needs_plan else code.encoder_linop().mixes  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def decode_as_planned(

@@ -14,8 +14,9 @@ from .._arrays import as_arrays
 from .._float64 import in_float64
 from .._pytree import pytree
 from ..checks import batch_size, check_count, check_mask, is_real, static_value
-from ..interpolants.kernel import JITTER, Process, Sites, fit_process, posterior, spread_of
+from ..interpolants.kernel import JITTER, Process, Sites, eliminate, fit_process, posterior, spread_of
 from ..linops import AbstractLinop, Dense, Gather, split
+from ..linops.dense import matmul
 from .abstract import AbstractCode
 from .plan import Plan, Prior
 
@@ -25,9 +26,9 @@ _NUM_NEIGHBOURS = 8
 # The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
 # largest distance between inputs of the group.
 _DEFAULT_LENGTH = 0.3
-# Sites in a set, and sets of them, that a process is fitted to where a batch has more. Fitting takes most of the time
-# of decoding, in proportion to the sets and to the cube of their sites.
-_FITTED_SITES, _FITTED_SETS = 128, 2
+# Sites in a set, sets of them, and groups that they are drawn from, that a process is fitted to where a batch has more.
+# Fitting takes most of the time of decoding, in proportion to the sets and to the cube of their sites.
+_FITTED_SITES, _FITTED_SETS, _FITTED_GROUPS = 128, 2, 64
 
 
 class KernelContext(NamedTuple):
@@ -115,6 +116,11 @@ class KernelCode(AbstractCode):
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether coded inputs may be sums of inputs."""
+        return self.midpoints
+
     def plan(self, x: PyTree[ArrayLike], risk: Float[ArrayLike, "data"] | None = None) -> Plan:
         """Plans a group: what each worker computes.
 
@@ -192,9 +198,7 @@ class KernelCode(AbstractCode):
         return code, Plan(prior=jax.tree.map(join, plans.prior), features=joined)
 
     def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
-        # Whether workers mix inputs can be asked for without a plan.
-        no_pairs = np.zeros((self.num_workers, 2), np.int32)
-        pairs = jnp.asarray(no_pairs if plan is None else self._context(plan).pairs)
+        pairs = jnp.asarray(self._context(plan).pairs)
         if not self.midpoints:
             return Gather(pairs[:, 0], self.num_data)
         inputs = jnp.arange(self.num_data, dtype=jnp.int32)
@@ -256,7 +260,10 @@ class KernelCode(AbstractCode):
 
     def _fit(self, y, returned, plans):
         """Fits the process, and the variance of each output, to groups' answers, leaves (N, groups, ...)."""
-        code, plan = self.join(plans)
+        num_groups = self._context(plans).data.shape[0]
+        chosen = np.linspace(0, num_groups - 1, min(num_groups, _FITTED_GROUPS)).round().astype(np.int32)
+        y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, chosen], y)
+        code, plan = self.join(jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], plans))
         y = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(code.num_workers, -1), y)
         if plan.prior is not None:
             means = jax.tree.map(lambda leaf: leaf.reshape(code.num_workers, -1), plan.prior.workers)
@@ -341,12 +348,11 @@ def _place_workers(num_workers):
         candidates = (data[firsts] + data[partners]) / 2
         # Rows of Cholesky's factor of the candidates' covariance, first for the inputs and then for the workers chosen.
         covariance = process.correlation(squares) + JITTER * jnp.eye(num_data)
-        factor = jax.lax.linalg.cholesky(covariance, symmetrize_input=False)
-        inverse_factor = jax.lax.linalg.triangular_solve(factor, jnp.eye(num_data), left_side=True, lower=True)
         distances = jnp.sum((data[:, None] - candidates[None]) ** 2, axis=2)
         cross = process.correlation(distances)
-        rows = jax.lax.linalg.triangular_solve(factor, cross, left_side=True, lower=True)
-        gains = jax.lax.linalg.triangular_solve(factor, rows, left_side=True, lower=True, transpose_a=True)
+        _, half = eliminate(covariance, jnp.concatenate([jnp.eye(num_data), cross], axis=1))
+        inverse_factor, rows = half[:, :num_data], half[:, num_data:]
+        gains = matmul(inverse_factor.T, rows)
         remaining = 1 + JITTER - jnp.sum(rows**2, axis=0)
         index = jnp.arange(len(firsts), dtype=jnp.int32)
 

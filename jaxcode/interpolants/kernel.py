@@ -27,7 +27,7 @@ from .._float64 import in_float64
 from .._pytree import pytree
 from ..linops.dense import matmul
 
-__all__ = ["Process", "Sites", "fit_process", "posterior", "spread_of"]
+__all__ = ["Process", "Sites", "eliminate", "fit_process", "posterior", "spread_of"]
 
 # Added to the variance at each site, in units of the correlation at distance zero. Sites so near to each other that
 # values at one tell those at the other to five digits, of which float32 has seven, count as one.
@@ -177,7 +177,7 @@ def _restricted(process, has_mean, sites, live, values):
     """Computes the log determinant of the restricted likelihood, and the quadratic form of each feature."""
     ones = jnp.where(live, has_mean, 0.0)
     scaled = jnp.concatenate([values, ones[:, None]], axis=1)
-    upper, half = _eliminate(_covariance(process, sites, live), scaled)
+    upper, half = eliminate(_covariance(process, sites, live), scaled)
     half, half_ones = half[:, :-1], half[:, -1:]
     precision = jnp.sum(half_ones**2)
     precision = jnp.where(precision > 0, precision, 1.0)
@@ -189,7 +189,7 @@ def _restricted(process, has_mean, sites, live, values):
 # few cores. So they are written as loops, which also run the same way on accelerators.
 
 
-def _eliminate(matrix, rows):
+def eliminate(matrix, rows):
     """Computes the Cholesky factor U of a matrix U^T U, upper triangular, and the solution of U^T X = rows."""
     size = matrix.shape[0]
     augmented = jnp.concatenate([matrix, rows], axis=1)
@@ -206,7 +206,7 @@ def _solve(matrix, rows):
     """Solves a symmetric positive definite system; its derivatives are solutions of the same system."""
 
     def solve(_, rows):
-        upper, half = _eliminate(jax.lax.stop_gradient(matrix), rows)
+        upper, half = eliminate(jax.lax.stop_gradient(matrix), rows)
         size = matrix.shape[0]
 
         def substitute(step, solution):

@@ -95,8 +95,8 @@ class CodedServer:
         max_queued: How many more of them may wait; any further one is rejected with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, a number is out of range, code is no code or not a static one, or
-            predict_error is True and the code predicts no errors.
+        ValueError: If stop can never be reached, a number is out of range, code is no code, not a static one or
+            one that needs plans, or predict_error is True and the code predicts no errors.
 
     >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode, stop
@@ -128,6 +128,11 @@ class CodedServer:
         if not isinstance(code, AbstractCode):
             raise ValueError(
                 f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)"
+            )
+        if code.needs_plan:
+            raise ValueError(
+                f"code is a {type(code).__name__}, which needs a plan of each group; expected a code that needs none, "
+                "such as SplineCode.systematic(num_data=20, num_workers=30)"
             )
         if not is_static(code):
             raise ValueError(

@@ -78,15 +78,16 @@ def make_options(
     # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
     in_own_order = batch_size < 2 * num_data or "greedy" not in orders
     name = next(iter(orders)) if in_own_order else "greedy"
-    for layout, code in planned.items():
-        grouped = group_sample((x, targets, guesses, risk), orders[name], keep_batches=True)
-        grouped_x, grouped_targets, *predictions = grouped
-        answers = PlannedAnswers(model, code, None, grouped_x, grouped_targets, None)
-        options.append(Option(layout, name, code, None, planned=answers))
-        if prior is not None:
-            planner = PriorPlanner(prior, None, loss)
-            answers = PlannedAnswers(model, code, planner, grouped_x, grouped_targets, tuple(predictions))
-            options_with_prior.append(Option(layout, name, code, None, planned=answers))
+    if planned:
+        sample = group_sample((x, targets, guesses, risk), orders[name], keep_batches=True)
+        grouped_x, grouped_targets, *predictions = sample
+        for layout, code in planned.items():
+            answers = PlannedAnswers(model, code, None, grouped_x, grouped_targets, None)
+            options.append(Option(layout, name, code, None, planned=answers))
+            if prior is not None:
+                planner = PriorPlanner(prior, None, loss)
+                answers = PlannedAnswers(model, code, planner, grouped_x, grouped_targets, tuple(predictions))
+                options_with_prior.append(Option(layout, name, code, None, planned=answers))
     replications = {layout: code for layout, code in layouts.items() if isinstance(code, ReplicationCode)}
     if guess is not None and replications:
         # The order reads the first element.

@@ -15,6 +15,7 @@ from ..allocation import lost_probability
 from ..checks import batch_size as batch_size_of
 from ..checks import check_count
 from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
+from ..codes.abstract import mixes_inputs
 from ..functions import NO_DERIVATIVES, Model, as_pure_function
 from ..ordering import Ordering
 from ..outputs import OutputSpace
@@ -145,7 +146,7 @@ def tune(
     batch_size = min(size, check_count("batch_size", num_data if batch_size is None else batch_size, least=num_data))
     deadline = time.monotonic() + time_limit
     x_sample = jax.tree.map(np.asarray, x_sample)
-    mixes = any(code.encoder_linop().mixes for code in layouts.values())
+    mixes = any(mixes_inputs(code) for code in layouts.values())
     model = BatchedModel(*as_pure_function(f), min(model_batch, size), allow_integers=not mixes)
     targets = model(x_sample)
     loss_function = _find_loss(loss, targets)

@@ -13,6 +13,7 @@ from scipy import optimize
 from tqdm import tqdm
 
 from ..codes import AbstractCode, Prior, ReplicationCode
+from ..codes.abstract import mixes_inputs
 from ..functions import NO_DERIVATIVES
 from ..outputs import OutputSpace
 from .answers import AnswerCache, PlannedAnswers
@@ -59,7 +60,7 @@ class Option:
     @property
     def copies_only(self) -> bool:
         """Whether workers compute inputs as they are, as those of replication do."""
-        return not self.code.encoder_linop().mixes
+        return not mixes_inputs(self.code)
 
 
 @final
