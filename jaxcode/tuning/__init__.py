@@ -6,6 +6,7 @@ from .optimise import optimise_nodes as optimise_nodes
 from .report import Candidate as Candidate
 from .report import Tuned as Tuned
 from .report import load_tuned as load_tuned
+from .search import kernel_layouts as kernel_layouts
 from .search import standard_layouts as standard_layouts
 from .search import standard_orders as standard_orders
 from .search import tune as tune
@@ -14,6 +15,7 @@ __all__ = [
     "Candidate",
     "Tuned",
     "disagreement",
+    "kernel_layouts",
     "load_tuned",
     "optimise_nodes",
     "squared_error",

@@ -11,7 +11,6 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import nodes, ordering, outputs
 from .._batched_model import BatchedModel
-from ..allocation import lost_probability
 from ..checks import batch_size as batch_size_of
 from ..checks import check_count
 from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
@@ -28,7 +27,7 @@ from .options import make_options
 from .report import Candidate, Tuned
 from .trials import Trial, select
 
-__all__ = ["standard_layouts", "standard_orders", "tune"]
+__all__ = ["kernel_layouts", "standard_layouts", "standard_orders", "tune"]
 
 # The shares of the N - K surplus workers whose nodes lie between data nodes; the others' repeat data nodes. Smooth
 # models gain from the former, rough ones from the latter; each further share is one more candidate in every order.
@@ -91,8 +90,8 @@ def tune(
             the share of inputs that get another class than the model gives them; or a function of results and the
             model's own answers, leaves (K, ...), traced, under vmap. An input that a code loses has the result NaN: it
             counts as a disagreement, and makes any other loss infinite.
-        layouts: Candidates by name, codes of K and N; `standard_layouts` if not given. Smoothing is tuned for those
-            whose interpolants have it.
+        layouts: Candidates by name, codes of K and N; `standard_layouts` if not given. Add `kernel_layouts` for smooth
+            models. Smoothing is tuned for those whose interpolants have it.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over, at least 2. Those with fewer than two answers, from which no curve
             can be decoded, are left out.
@@ -138,9 +137,7 @@ def tune(
     if prior is not None and not isinstance(prior, Surrogate):
         raise ValueError(f"prior is {prior!r}; expected a surrogate, such as jaxcode.surrogate(f, inputs)")
     orders = standard_orders(f, x_sample, model_batch) if orders is None else orders
-    if layouts is None:
-        late = float(lost_probability(stragglers, num_workers)[1])
-        layouts = standard_layouts(num_data, num_workers, late=late)
+    layouts = standard_layouts(num_data, num_workers) if layouts is None else layouts
     _check_candidates(layouts, orders, num_data, num_workers)
 
     batch_size = min(size, check_count("batch_size", num_data if batch_size is None else batch_size, least=num_data))
@@ -188,19 +185,17 @@ def tune(
     )
 
 
-def standard_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dict[str, AbstractCode]:
+def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]:
     """Makes the layouts that `tune` tries, by name.
 
     Args:
         num_data: K, at least 2.
         num_workers: N, at least 2; where it is less than K, only Chebyshev's and uniform nodes are made.
-        late: The share of workers that are late, for kernel codes.
 
     Returns:
         Replication; for data nodes that are Chebyshev's and for uniform ones, worker nodes from repeated data nodes in
-        steps of a quarter to systematic ones; Chebyshev's for both, and uniform ones for both; Lagrange codes of
-        degrees 1 and 2, exact for such models, where there are enough workers; and kernel codes, of copies and with
-        midpoints for models of several lengths.
+        steps of a quarter to systematic ones; Chebyshev's for both, and uniform ones for both; and Lagrange codes of
+        degrees 1 and 2, exact for such models, where there are enough workers.
     """
     layouts: dict[str, AbstractCode] = {}
     surplus = num_workers - num_data
@@ -216,9 +211,25 @@ def standard_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> d
     for degree in _DEGREES:
         if (num_data - 1) * degree < num_workers:
             layouts[f"Lagrange, degree {degree}"] = LagrangeCode.chebyshev(num_data, num_workers, degree=degree)
-    if surplus >= 0:
-        layouts["kernel, copies"] = KernelCode(num_data, num_workers, midpoints=False)
-    if surplus > 0:
+    return layouts
+
+
+def kernel_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dict[str, AbstractCode]:
+    """Makes kernel codes for `tune` to try, by name.
+
+    They take longer to measure than others, because a process is fitted under every straggler set, and are worth it
+    where models are smooth on the scale of a group.
+
+    Args:
+        num_data: K, at least 2.
+        num_workers: N, at least K.
+        late: The share of workers that are late, such as S / N.
+
+    Returns:
+        Kernel codes of copies, and with midpoints for models of several lengths.
+    """
+    layouts: dict[str, AbstractCode] = {"kernel, copies": KernelCode(num_data, num_workers, midpoints=False)}
+    if num_workers > num_data:
         for length in _LENGTHS:
             layouts[f"kernel, length {length}"] = KernelCode(num_data, num_workers, length, late)
     return layouts

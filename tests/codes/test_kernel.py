@@ -224,7 +224,8 @@ def test_features_decide_what_is_near():
 def test_tuning_chooses_it_for_a_sweep_and_saves_it(tmp_path):
     starts = np.random.default_rng(0).uniform(0, 1, 8)
     x = np.concatenate([np.linspace(a, a + 1.5, 8) for a in starts]).astype(np.float32)[:, None]
-    tuned = jc.tune(sweep, x, 8, 12, Uniform(2), progress=False, num_masks=32)
+    layouts = tuning.standard_layouts(8, 12) | tuning.kernel_layouts(8, 12, late=2 / 12)
+    tuned = jc.tune(sweep, x, 8, 12, Uniform(2), layouts=layouts, progress=False, num_masks=32)
     assert isinstance(tuned.code, jc.KernelCode), tuned
     tuned.save(tmp_path)
     loaded = jc.load_tuned(tmp_path)
