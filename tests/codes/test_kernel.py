@@ -98,19 +98,21 @@ def test_the_placement_is_the_best_of_all_candidates():
 
 
 def test_what_did_not_return_is_not_read():
-    plan = CODE.plan(X[:K])
+    plan = jax.jit(CODE.plan)(X[:K])
     answers = curve(CODE.encode(X[:K], plan))
     spoiled = jax.tree.map(lambda leaf: leaf.at[~RETURNED].set(jnp.nan), answers)
-    expected = CODE.decode(answers, RETURNED, plan)
-    jax.tree.map(np.testing.assert_array_equal, CODE.decode(spoiled, RETURNED, plan), expected)
 
-    def total(answers):
-        return sum(map(jnp.sum, jax.tree.leaves(CODE.decode(answers, RETURNED, plan))))
+    @jax.jit
+    def decode(answers):
+        return CODE.decode(answers, RETURNED, plan)
 
-    gradient = jax.grad(total)(spoiled)
-    assert all(
-        np.isfinite(leaf).all() and (np.asarray(leaf)[~RETURNED] == 0).all() for leaf in jax.tree.leaves(gradient)
-    )
+    for spoiled_leaf, leaf in zip(*map(jax.tree.leaves, (decode(spoiled), decode(answers))), strict=True):
+        np.testing.assert_array_equal(spoiled_leaf, leaf)
+
+    gradient = jax.jit(jax.grad(lambda answers: sum(map(jnp.sum, jax.tree.leaves(decode(answers))))))(spoiled)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all()
+        assert (np.asarray(leaf)[~RETURNED] == 0).all()
 
 
 def test_one_program_for_all_masks():
@@ -199,13 +201,18 @@ def test_predicted_errors_hold_the_truth():
     code = jc.KernelCode(16, 24)
     rng = np.random.default_rng(0)
     inside = []
-    for _ in range(20):
-        weight = rng.normal(size=(2, 5))
-        x = rng.uniform(-1, 1, size=(16, 2)).astype(np.float32)
+
+    @jax.jit
+    def decode(weight, x, returned):
         plan = code.plan(x)
-        returned = rng.permutation(24) >= 6
-        results, errors = code.decode_with_error(jnp.sin(code.encode(x, plan) @ weight), returned, plan)
-        exact = np.asarray(code.exact(returned, plan))
+        answers = jnp.sin(code.encode(x, plan) @ weight)
+        return *code.decode_with_error(answers, returned, plan), code.exact(returned, plan)
+
+    for _ in range(20):
+        weight = rng.normal(size=(2, 5)).astype(np.float32)
+        x = rng.uniform(-1, 1, size=(16, 2)).astype(np.float32)
+        results, errors, exact = decode(weight, x, rng.permutation(24) >= 6)
+        exact = np.asarray(exact)
         assert (np.asarray(errors)[exact] == 0).all()
         inside.append((abs(results - np.sin(x @ weight)) <= 1.645 * errors)[~exact])
     assert 0.8 < np.concatenate(inside).mean() <= 0.99
