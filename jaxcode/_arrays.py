@@ -38,6 +38,12 @@ def as_arrays(name: str, tree: PyTree[Any]) -> PyTree[Array]:
     return jax.tree_util.tree_map_with_path(convert, tree)
 
 
+def concatenate_rows(tree: PyTree[Array]) -> Array:
+    """Concatenates all numbers of each row, leaves (B, ...) to (B, numbers); in float32, or in wider leaves' dtype."""
+    leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
+
+
 def as_float(value: ArrayLike | Sequence[float]) -> Array:
     """Converts real numbers to JAX's default floating dtype, with an explicit transfer."""
     return value.astype(float) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, np.float64))

@@ -61,8 +61,8 @@ def coded(
 
     The returned function is compiled on first use and composes with jit, vmap, grad, jacfwd and remat. A new mask does
     not recompile, nor does another call of `coded` for a model of the same structure, after a training step for
-    instance, if code and options are equal. A lambda equals only itself: create it once
-    and pass the same object again. Further arguments of a model are given by `functools.partial(model, train=False)`.
+    instance, if code and options are equal. A lambda equals only itself: create it once and pass the
+    same object again. Further arguments of a model are given by `functools.partial(model, train=False)`.
 
     Args:
         f: A callable, an `nnx.Module` or a pair (linen module, variables), used in evaluation mode. It takes a batch

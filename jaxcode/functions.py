@@ -70,10 +70,9 @@ def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
     if isinstance(f, functools.partial):
         fn, params = as_pure_function(f.func)
         leaves, structure = jax.tree.flatten((f.args, f.keywords))
-        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
-        constants = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True))
-        arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
-        return _PartialApply(fn, structure, is_array, _Static(constants)), (params, arrays)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+        constants = tuple(None if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves)
+        return _PartialApply(fn, structure, _Static(constants)), (params, arrays)
     if isinstance(f, tuple) and len(f) == 2 and isinstance(f[0], nnx.GraphDef):
         f = nnx.merge(*f)  # pyright: ignore[reportCallIssue, reportArgumentType]
     module, method = f, "__call__"
@@ -242,20 +241,16 @@ class _PlainApply:
 @final
 @dataclasses.dataclass(frozen=True)
 class _PartialApply:
-    """Runs a pure function with further arguments, whose arrays are parameters."""
+    """Runs a pure function with further arguments, whose arrays are parameters: None among the constants."""
 
     fn: PureFunction
     structure: Any
-    is_array: tuple[bool, ...]
     constants: _Static
 
     def __call__(self, params: tuple[Params, list[Any]], *args: Any, **kwargs: Any) -> PyTree:
         inner, arrays = params
         remaining = iter(arrays)
-        leaves = [
-            next(remaining) if dynamic else leaf
-            for leaf, dynamic in zip(self.constants.value, self.is_array, strict=True)
-        ]
+        leaves = [next(remaining) if leaf is None else leaf for leaf in self.constants.value]
         first, keywords = jax.tree.unflatten(self.structure, leaves)
         return self.fn(inner, *first, *args, **{**keywords, **kwargs})
 

@@ -61,11 +61,11 @@ def pendulum(x: Float[Array, "batch 2"]) -> Float[Array, "batch 2"]:
     return jax.vmap(lambda pair: _integrate(derivative, jnp.array([0.5, 0.0, 0.0]), pair, 5.0)[:2])(x)
 
 
-def moving_images(name: str, args: argparse.Namespace) -> Sweep:
+def moving_images(name: str, data_dir: str | None, out: Path) -> Sweep:
     """Makes the sweep of an image that moves through a trained network's field of view, by .2 pixels a frame."""
-    data = datasets.load(name, args.data_dir)
+    data = datasets.load(name, data_dir)
     network = DEFAULT_NETWORKS[name]
-    model = load_or_train(network, data, name, weights_path(network, name, args.out))
+    model = load_or_train(network, data, name, weights_path(network, name, out))
 
     def shift(image, offset):
         rows, columns = (jnp.arange(size, dtype=jnp.float32) for size in image.shape[:2])
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: With code 2 if an argument is invalid.
     """
     parser = argparse.ArgumentParser(prog="python -m models.sweeps", description=__doc__)
-    parser.add_argument("--dataset", choices=["digits", "mnist", "cifar10"], default="digits", help="images that move")
+    parser.add_argument("--dataset", choices=datasets.NAMES, default="digits", help="images that move")
     parser.add_argument("--requests", type=int, default=16, help="requests, to tune on and to measure on")
     parser.add_argument("--sets", type=int, default=200, help="straggler sets of each request")
     parser.add_argument("--seed", type=int, default=0)
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sweeps = {
         "van der Pol's oscillator, one parameter": Sweep(van_der_pol, draw_interval),
         "a driven pendulum, two parameters": Sweep(pendulum, draw_rectangle),
-        f"an image of {args.dataset} moving through a network": moving_images(args.dataset, args),
+        f"an image of {args.dataset} moving through a network": moving_images(args.dataset, args.data_dir, args.out),
     }
     heads = ("splines", "replication, GP", "kernel code", "ratio", "tuned")
     for name, sweep in sweeps.items():

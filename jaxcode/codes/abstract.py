@@ -152,8 +152,6 @@ class AbstractCode(abc.ABC):
             ValueError: If a leaf's leading axis is not K, its dtype cannot be mixed, or the code needs a plan and there
                 is none.
         """
-        if self.needs_plan and plan is None:
-            raise ValueError("plan is None; expected the group's plan, from this code's `plan(x)`")
 
         def encode(x, code, plan):
             linop = code.encoder_linop(plan)
@@ -202,16 +200,21 @@ class AbstractCode(abc.ABC):
 
     def _decode(self, y, returned, plan):
         if self.adapts and plan is not None:
-            plans = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plan)
-            group = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], y)
-            plans = self.adapt(group, returned, plans)  # pyright: ignore[reportAttributeAccessIssue]
-            plan = jax.tree.map(lambda leaf: leaf[0], plans)
+            plan = adapt_group(self, y, returned, plan)
         return decode_as_planned(self, y, returned, plan)
 
 
 def mixes_inputs(code: AbstractCode) -> bool:
     """Returns whether a code's coded inputs are sums of inputs, which need real numbers."""
     return code.mixes if code.needs_plan else code.encoder_linop().mixes  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def adapt_group(code: AbstractCode, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan) -> Plan:
+    """Completes the plan of one group by what its answers, leaves (N, ...), say."""
+    plans = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plan)
+    answers = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], y)
+    plans = code.adapt(answers, returned, plans)  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.tree.map(lambda leaf: leaf[0], plans)
 
 
 def decode_as_planned(

@@ -1,6 +1,7 @@
 """A code that places workers, and reads their answers, in the space of the inputs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, final
 
@@ -10,15 +11,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._arrays import as_arrays
+from .._arrays import as_arrays, concatenate_rows
 from .._float64 import in_float64
 from .._pytree import pytree
-from ..checks import batch_size, check_count, check_mask, is_real, static_value
+from ..checks import batch_size, check_count, check_mask, check_scalar, is_real, static_value
 from ..interpolants.kernel import JITTER, Process, Sites, eliminate, fit_process, posterior, spread_of
 from ..linops import AbstractLinop, Dense, Gather, split
 from ..linops.dense import matmul
-from .abstract import AbstractCode
-from .plan import Plan, Prior
+from .abstract import AbstractCode, adapt_group, decode_as_planned
+from .plan import Plan
 
 # Workers may compute the midpoint of an input and one of so many nearest others: of farther ones the model's answer
 # says less about either.
@@ -39,12 +40,14 @@ class KernelContext(NamedTuple):
         workers: Features of the coded inputs, (N, features).
         data: Features of the inputs, (K, features).
         process: The process by which answers are decoded; fitted to them by `adapt`.
+        variances: Of all numbers of an answer, (numbers,), in the unit of the process; None before `adapt`.
     """
 
     pairs: Int[Array, "workers 2"]
     workers: Float[Array, "workers features"]
     data: Float[Array, "data features"]
     process: Process
+    variances: Float[Array, "numbers"] | None = None
 
 
 @final
@@ -103,16 +106,12 @@ class KernelCode(AbstractCode):
         num_data = check_count("num_data", self.num_data, least=2)
         if check_count("num_workers", self.num_workers) < num_data:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
-        for name, holds, expected in (
-            ("length", lambda value: value > 0, "a number above 0, in units of a group's extent"),
-            ("late", lambda value: 0 <= value <= 1, "a share from 0 to 1, such as S / N"),
-        ):
-            value = static_value(getattr(self, name))
-            if value is None:
-                continue
-            if value.shape != () or not is_real(value.dtype) or not holds(float(value)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-            object.__setattr__(self, name, float(value))
+        check_scalar("length", self.length, lambda length: length > 0, "a number above 0, in units of a group's extent")
+        check_scalar("late", self.late, lambda late: 0 <= late <= 1, "a share from 0 to 1, such as S / N")
+        for name in ("length", "late"):
+            static = static_value(getattr(self, name))
+            if static is not None:
+                object.__setattr__(self, name, float(static))
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
 
@@ -138,19 +137,18 @@ class KernelCode(AbstractCode):
         if size != self.num_data:
             raise ValueError(f"x has {size} inputs; expected a group of num_data, {self.num_data}")
         data = self._features_of(x)
+        unit = spread_of(data[None])
+        length = unit * jnp.asarray(self.length, unit.dtype)
         if self.midpoints:
             weight = jnp.ones(self.num_data, data.dtype) if risk is None else jnp.asarray(risk)
-            pairs = _place_workers(self.num_workers)(*jax.lax.stop_gradient((data, weight, self.length, self.late)))
+            place = _compiled_placement(self.num_workers)
+            pairs = place(*jax.lax.stop_gradient((data, weight, length, self.late)))
         else:
             copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
             pairs = jnp.stack([copies, copies], axis=1)
-        if self.features is None:
-            # Features of midpoints are midpoints of features.
-            workers = (data[pairs[:, 0]] + data[pairs[:, 1]]) / 2
-        else:
-            workers = self._features_of(_midpoints(x, pairs))
-        unit = spread_of(data[None])
-        process = Process(jnp.zeros_like(unit), unit * jnp.asarray(self.length, unit.dtype), jnp.zeros_like(unit))
+        # Numbers of midpoints are midpoints of numbers.
+        workers = _midpoints(data, pairs) if self.features is None else self._features_of(_midpoints(x, pairs))
+        process = Process(jnp.zeros_like(unit), length, jnp.zeros_like(unit))
         return Plan(features=KernelContext(pairs, workers, data, process))
 
     def adapt(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plans: Plan) -> Plan:
@@ -164,11 +162,25 @@ class KernelCode(AbstractCode):
         Returns:
             The plans with the process that is most likely for all groups.
         """
-        process, _ = self._fit(y, returned, plans)
         context = self._context(plans)
         num_groups = context.data.shape[0]
-        process = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_groups,)), process)
-        return dataclasses.replace(plans, features=context._replace(process=process))
+        chosen = np.linspace(0, num_groups - 1, min(num_groups, _FITTED_GROUPS)).round().astype(np.int32)
+        code, plan = self.join(jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], plans))
+        y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, chosen].reshape(code.num_workers, *np.shape(leaf)[2:]), y)
+        values = concatenate_rows(y if plan.prior is None else plan.prior.residuals(y))
+        live = jnp.repeat(self._mask(returned), len(chosen))
+        sites, _ = _sites(plan.features)
+        # Sets of sites drawn from all groups have short distances and long ones.
+        size = min(code.num_workers, max(_FITTED_SITES, self.num_workers))
+        order = np.random.default_rng(0).permutation(code.num_workers)
+        num_sets = min(_FITTED_SETS, code.num_workers // size)
+        rows = np.sort(order[: num_sets * size].reshape(num_sets, size), axis=1).astype(np.int32)
+        sites, live, values = jax.tree.map(lambda leaf: leaf[rows], (sites, live, values))
+        fit = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (num_groups, *leaf.shape)),
+            fit_process(sites, live, values, _has_mean(plan)),
+        )
+        return dataclasses.replace(plans, features=context._replace(process=fit[0], variances=fit[1]))
 
     def join(self, plans: Plan) -> "tuple[KernelCode, Plan]":
         """Makes one code and one plan for all inputs of several groups, whose answers then tell about each other.
@@ -242,44 +254,20 @@ class KernelCode(AbstractCode):
         Raises:
             ValueError: As for `decode`.
         """
-        context = self._context(plan)
+        self._context(plan)
         assert plan is not None
-        mask = self._mask(returned)
-        results = self.decode(y, returned, plan)
-        plans = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], plan)
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, None], y)
-        process, variances = self._fit(batch, returned, plans)
-        _, factors = posterior(process, *_sites(context), mask, _has_mean(plan))
+        plan = adapt_group(self, y, returned, plan)
+        context = self._context(plan)
+        assert context.variances is not None
+        results = decode_as_planned(self, y, returned, plan)
+        _, factors = posterior(context.process, *_sites(context), self._mask(returned), _has_mean(plan))
         leaves, structure = jax.tree.flatten(results)
         splits = np.cumsum([leaf.size // self.num_data for leaf in leaves])[:-1]
         errors = [
             jnp.sqrt(factors[:, None] * part[None]).reshape(leaf.shape).astype(leaf.dtype)
-            for leaf, part in zip(leaves, jnp.split(variances, splits), strict=True)
+            for leaf, part in zip(leaves, jnp.split(context.variances, splits), strict=True)
         ]
         return results, jax.tree.unflatten(structure, errors)
-
-    def _fit(self, y, returned, plans):
-        """Fits the process, and the variance of each output, to groups' answers, leaves (N, groups, ...)."""
-        num_groups = self._context(plans).data.shape[0]
-        chosen = np.linspace(0, num_groups - 1, min(num_groups, _FITTED_GROUPS)).round().astype(np.int32)
-        y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:, chosen], y)
-        code, plan = self.join(jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], plans))
-        y = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(code.num_workers, -1), y)
-        if plan.prior is not None:
-            means = jax.tree.map(lambda leaf: leaf.reshape(code.num_workers, -1), plan.prior.workers)
-            y = Prior(means, means).residuals(y)
-        values = jnp.concatenate(
-            [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(y)], axis=1
-        )
-        live = jnp.repeat(self._mask(returned), code.num_workers // self.num_workers)
-        sites, _ = _sites(plan.features)
-        # Sets of sites drawn from all groups have short distances and long ones.
-        size = min(code.num_workers, max(_FITTED_SITES, self.num_workers))
-        order = np.random.default_rng(0).permutation(code.num_workers)
-        num_sets = min(_FITTED_SETS, code.num_workers // size)
-        chosen = np.sort(order[: num_sets * size].reshape(num_sets, size), axis=1).astype(np.int32)
-        sites, live, values = jax.tree.map(lambda leaf: leaf[chosen], (sites, live, values))
-        return fit_process(sites, live, values, _has_mean(plan))
 
     def _features_of(self, x):
         x = as_arrays("x", x)
@@ -293,8 +281,7 @@ class KernelCode(AbstractCode):
             if features.ndim != 2 or features.shape[0] != batch_size("x", x):
                 raise ValueError(f"features returned shape {features.shape}; expected one vector for each input")
             return features
-        leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(x)]
-        return jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
+        return concatenate_rows(x)
 
     def _context(self, plan) -> KernelContext:
         if plan is None or not isinstance(plan.features, KernelContext):
@@ -332,13 +319,13 @@ def _weigh(weights, rows):
     return jnp.sum(weights[:, None] * rows, axis=0)
 
 
-def _place_workers(num_workers):
-    @in_float64
+@functools.cache
+def _compiled_placement(num_workers):
     def place(data, weight, length, late):
         """Chooses the pairs of inputs whose midpoints the workers compute, int32 (N, 2)."""
         num_data = data.shape[0]
         own = np.arange(num_data, dtype=np.int32)
-        process = Process(jnp.ones_like(length), length * spread_of(data[None]), jnp.zeros_like(length))
+        process = Process(jnp.ones_like(length), length, jnp.zeros_like(length))
         squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
         _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
         # Each input is its own nearest neighbour, of which the midpoint is a copy.
@@ -384,4 +371,4 @@ def _place_workers(num_workers):
         pairs = jnp.stack([firsts[best], partners[best]], axis=1)
         return jnp.concatenate([jnp.stack([own, own], axis=1), pairs.astype(jnp.int32)]).astype(jnp.int32)
 
-    return place
+    return in_float64(jax.jit(place))

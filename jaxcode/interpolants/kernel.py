@@ -4,11 +4,11 @@ Unlike a curve, whose only coordinate is the node, a Gaussian process reads site
 
 .. math:: k(x, x') = \rho(\|x - x'\| / \ell) + \eta \, [x \text{ and } x' \text{ are one site}]
 
-with Matérn's correlation :math:`\rho`, of smoothness 5/2 or 9/2, a length :math:`\ell`, and a
-share :math:`\eta` of which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their
-mean. (A squared exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between
-hundreds are wild.) Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for
-instance, or an unknown constant. Everything is computed in float64.
+with Matérn's correlation :math:`\rho`, of smoothness 5/2 or 9/2, a length :math:`\ell`, and a share :math:`\eta` of
+which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their mean. (A squared
+exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between hundreds are wild.)
+Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for instance, or an
+unknown constant. Everything is computed in float64.
 
 References:
     Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, sections 2.7 (unknown mean), 4.2
@@ -34,7 +34,7 @@ __all__ = ["Process", "Sites", "eliminate", "fit_process", "posterior", "spread_
 JITTER = 1e-10
 
 # Processes that `fit_process` chooses from: lengths, in units of the largest distance between sites, and shares without
-# correlation. From values of a handful of sites, steps that are finer cannot be told apart.
+# correlation. From values of a handful of sites, steps that are finer cannot be distinguished.
 _LENGTHS = tuple(np.geomspace(0.05, 3.0, 8))
 _NUGGETS = (0.0, 0.1, 1.0, 10.0)
 
@@ -78,6 +78,7 @@ class Sites(NamedTuple):
 
 
 @in_float64
+@jax.jit
 def posterior(process, sites, points, live, has_mean):
     r"""Computes the weights of the values at sites in the posterior mean at points, and its variance.
 
@@ -92,7 +93,7 @@ def posterior(process, sites, points, live, has_mean):
         Weights, float64 (q, n), 0 for sites without values; where a point is a site with a value, that value alone has
         weight. And variances, float64 (q,), in units of the variance that `fit_process` estimates.
     """
-    covariance = _covariance(process, sites, live)
+    covariance = _covariance(process, sites, _squares(sites.features, sites.features), live)
     same = (points.label[:, None] == sites.label[None]) & live[None]
     cross = process.correlation(_squares(points.features, sites.features)) + process.nugget * same
     cross = jnp.where(live[None], cross, 0.0)
@@ -114,11 +115,12 @@ def posterior(process, sites, points, live, has_mean):
 
 
 @in_float64
+@jax.jit
 def fit_process(sites, live, values, has_mean):
     r"""Chooses the process under which the values at sites are most likely, and estimates its variance.
 
     The likelihood is that of the differences from the mean (restricted), with the variance of each feature of the
-    values at its own maximum; the logarithms are averaged over features, and summed over sets of sites, which are taken
+    values at its maximum; the logarithms are averaged over features, and summed over sets of sites, which are taken
     for independent.
 
     Args:
@@ -128,8 +130,8 @@ def fit_process(sites, live, values, has_mean):
         has_mean: As for `posterior`.
 
     Returns:
-        The `Process`, and the variance of each feature, (features,); the latter, and which process
-        is chosen, are constant to derivatives.
+        The `Process`, and the variance of each feature, (features,); the latter, and which process is chosen, are
+        constant to derivatives.
     """
     values = jnp.where(live[:, :, None], values, 0.0)
     extent = spread_of(sites.features)
@@ -138,10 +140,11 @@ def fit_process(sites, live, values, has_mean):
     candidates = Process(smoothness, length * extent, nugget)
 
     def measure(process):
-        return jax.vmap(functools.partial(_restricted, process, has_mean))(sites, live, values)
+        return jax.vmap(functools.partial(_restricted, process, has_mean))(sites, distances, live, values)
 
     # Which candidate is best is constant to derivatives; the length of the one chosen moves with the sites.
     sites, values = jax.lax.stop_gradient((sites, values))
+    distances = jax.vmap(_squares)(sites.features, sites.features)
     log_determinants, squares = jax.lax.map(measure, jax.lax.stop_gradient(candidates))
     # (candidates, sets) and (candidates, sets, features).
     num_sets = live.shape[0]
@@ -165,19 +168,19 @@ def spread_of(features: Float[Array, "groups sites features"]) -> Float[Array, "
     return jnp.where(spread > 0, spread, 1.0)
 
 
-def _covariance(process, sites, live):
-    """Computes the covariance of the live sites, with ones on the diagonal for the others."""
+def _covariance(process, sites, squares, live):
+    """Computes the covariance of the live sites at squared distances, with ones on the diagonal for the others."""
     same = sites.label[:, None] == sites.label[None]
-    covariance = process.correlation(_squares(sites.features, sites.features)) + process.nugget * same
+    covariance = process.correlation(squares) + process.nugget * same
     covariance = jnp.where(live[:, None] & live[None], covariance, 0.0)
     return covariance + jnp.eye(live.shape[0]) * jnp.where(live, JITTER, 1.0)
 
 
-def _restricted(process, has_mean, sites, live, values):
+def _restricted(process, has_mean, sites, squares, live, values):
     """Computes the log determinant of the restricted likelihood, and the quadratic form of each feature."""
     ones = jnp.where(live, has_mean, 0.0)
-    scaled = jnp.concatenate([values, ones[:, None]], axis=1)
-    upper, half = eliminate(_covariance(process, sites, live), scaled)
+    rows = jnp.concatenate([values, ones[:, None]], axis=1)
+    upper, half = eliminate(_covariance(process, sites, squares, live), rows)
     half, half_ones = half[:, :-1], half[:, -1:]
     precision = jnp.sum(half_ones**2)
     precision = jnp.where(precision > 0, precision, 1.0)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._arrays import as_arrays
+from .._arrays import as_arrays, concatenate_rows
 from .._sharding import call_with_auto_axes, replicate
 from ..checks import batch_size, check_count, is_real
 
@@ -128,7 +128,7 @@ class Greedy:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _greedy(features, size, num_data, metric):
-    vectors = _flatten_features(features, size)
+    vectors = _flatten_features(features)
     if metric is None:
         features, metric = vectors, _euclidean
     # The number of parts is a power of two; copies of the last input pad them to equal sizes.
@@ -151,10 +151,9 @@ def _greedy(features, size, num_data, metric):
     return _rotate(path, features, num_data, metric)
 
 
-def _flatten_features(features, size):
+def _flatten_features(features):
     """Concatenates all leaves, shape (B, D), and subtracts the mean; in float32, or the leaves' dtype if wider."""
-    leaves = [leaf.reshape(size, -1) for leaf in jax.tree.leaves(features)]
-    vectors = jnp.concatenate([leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves], axis=1)
+    vectors = concatenate_rows(features)
     mean = jnp.mean(vectors, axis=0, where=jnp.isfinite(vectors), keepdims=True)
     return vectors - jnp.where(jnp.isfinite(mean), mean, 0)
 

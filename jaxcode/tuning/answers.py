@@ -166,7 +166,14 @@ class PlannedAnswers:
         self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, predictions))
         self._answers: list[PyTree[np.ndarray]] = []
 
-    def answers(self, num_batches: int) -> PyTree[np.ndarray]:
+    def of_first(self, num_groups: int) -> tuple[PyTree[np.ndarray], PyTree[np.ndarray], PyTree[np.ndarray]]:
+        """Returns plans, answers and targets of the batches that hold the first groups, leaves (batches, ...)."""
+        groups_in_batch = jax.tree.leaves(self.targets)[0].shape[2]
+        num_batches = -(-num_groups // groups_in_batch)
+        plans, targets = jax.tree.map(lambda leaf: leaf[:num_batches], (self.plans, self.targets))
+        return plans, self._compute_answers(num_batches), targets
+
+    def _compute_answers(self, num_batches: int) -> PyTree[np.ndarray]:
         """Computes the answers to the first batches, leaves (num_batches, N, groups, ...)."""
         while len(self._answers) < num_batches:
             coded = jax.tree.map(lambda leaf: leaf[len(self._answers)], self._coded)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._arrays import pad
 from ..codes import AbstractCode, Plan, Prior, ReplicationCode
 from ..linops import Dense, DoubleSingle
 from ..outputs import OutputSpace, as_returned
@@ -167,11 +168,7 @@ class Evaluator:
         """
         groups_in_batch = jax.tree.leaves(targets)[0].shape[2]
         num_batches = -(-self._num_groups // groups_in_batch)
-
-        def pad_batches(leaf):
-            return np.asarray(leaf)[np.minimum(np.arange(num_batches), leaf.shape[0] - 1)]
-
-        batches = jax.tree.map(pad_batches, (plans, answers, targets))
+        batches = jax.tree.map(lambda leaf: pad(leaf, num_batches), (plans, answers, targets))
         measurements = []
         for output in outputs:
             values = _measure_planned(code, self.masks[:_MAX_PLANNED_MASKS], *batches, self._loss, output)

@@ -75,10 +75,10 @@ def make_options(
                 for layout, code in layouts.items()
                 if not isinstance(code, ReplicationCode)
             ]
-    # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
-    in_own_order = batch_size < 2 * num_data or "greedy" not in orders
-    name = next(iter(orders)) if in_own_order else "greedy"
     if planned:
+        # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
+        in_own_order = batch_size < 2 * num_data or "greedy" not in orders
+        name = next(iter(orders)) if in_own_order else "greedy"
         sample = group_sample((x, targets, guesses, risk), orders[name], keep_batches=True)
         grouped_x, grouped_targets, *predictions = sample
         for layout, code in planned.items():

@@ -85,17 +85,8 @@ class Trial:
 def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace], num_groups: int) -> Trial:
     """Measures an option on the first groups, in the best of some output spaces."""
     if option.planned is not None:
-        planned = option.planned
-        groups_in_batch = jax.tree.leaves(planned.targets)[0].shape[2]
-        num_batches = -(-num_groups // groups_in_batch)
-        plans, targets = (
-            jax.tree.map(lambda leaf: leaf[:num_batches], tree) for tree in (planned.plans, planned.targets)
-        )
-        measurements = evaluator.measure_planned(
-            option.code, outputs, plans, planned.answers(num_batches), targets, num_groups
-        )
-        return Trial(option, min(measurements, key=lambda measurement: measurement.rank))
-    if option.assignments is not None:
+        measurements = evaluator.measure_planned(option.code, outputs, *option.planned.of_first(num_groups), num_groups)
+    elif option.assignments is not None:
         assert option.cache is not None
         assert isinstance(option.code, ReplicationCode)
         assert option.guesses is not None
@@ -103,8 +94,9 @@ def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace]
             jax.tree.map(lambda leaf: leaf[:, :num_groups], cache.targets) for cache in (option.cache, option.guesses)
         )
         assignments = option.assignments[:num_groups]
-        return Trial(option, evaluator.measure_copies(option.code, assignments, targets, guesses))
-    measurements = evaluator.measure(option.code, outputs, *_answers_and_targets(option, num_groups))
+        measurements = [evaluator.measure_copies(option.code, assignments, targets, guesses)]
+    else:
+        measurements = evaluator.measure(option.code, outputs, *_answers_and_targets(option, num_groups))
     return Trial(option, min(measurements, key=lambda measurement: measurement.rank))
 
 
