@@ -27,9 +27,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items):
-    """Starts with the tests that wait for other processes, because the others run while these wait."""
-    waiting = ("test_ray", "test_http", "test_serve_bench")
-    items.sort(key=lambda item: not item.path.stem.startswith(waiting))
+    """Starts with the tests that wait for other processes, as others run meanwhile, then with the longest files."""
+    waiting, longest = ("test_ray", "test_http", "test_serve_bench"), ("test_tune", "test_kernel", "test_demo")
+    items.sort(key=lambda item: (not item.path.stem.startswith(waiting), not item.path.stem.startswith(longest)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -46,8 +46,10 @@ def test_lost_inputs_are_guessed_and_all_others_are_the_models_own(allocates):
     assert is_own.sum() >= K
 
 
-@pytest.mark.parametrize("order", [None, jc.ordering.greedy])
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [*((name, None) for name in CODES), ("replication", jc.ordering.greedy), ("spline", jc.ordering.greedy)],
+)
 def test_what_is_exact_is_told(name, order):
     """Whatever is said to be exact is; of copies and guesses, all that is not said to be exact is a guess."""
     code = CODES[name]

@@ -56,7 +56,7 @@ def test_every_interpolant_gives_the_same_matrix_in_any_unit(name, way, offset, 
 
 
 @each_interpolant
-@pytest.mark.parametrize("scale", [2.0**-200, 2.0**200])
+@pytest.mark.parametrize("scale", [pytest.param(2.0**-200, marks=pytest.mark.long), 2.0**200])
 def test_derivatives_with_respect_to_places_follow_the_unit(name, scale):
     interpolant = INTERPOLANTS[name]
     scaled = Spline(interpolant.smoothing * scale**3) if isinstance(interpolant, Spline) else interpolant

@@ -57,7 +57,9 @@ def prepare(computation, way):
     return WAYS[way](COMPUTATIONS[computation]), y, returned[None] if "vmap" in way else returned
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["jit", "jit-vmap", *(pytest.param(way, marks=pytest.mark.long) for way in ("eager", "vmap"))]
+)
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("computation", COMPUTATIONS)
 def test_strict_modes_change_nothing(computation, x64, way):

@@ -14,7 +14,9 @@ from .reference import exact_spline, scipy_spline
 
 
 @pytest.mark.parametrize("layout", ["chebyshev", "random"])
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 20])
+@pytest.mark.parametrize(
+    "n", [2, 3, pytest.param(4, marks=pytest.mark.long), 5, pytest.param(8, marks=pytest.mark.long), 20]
+)
 def test_every_mask_and_smoothing_of_few_knots(n, layout):
     for smoothing in cases.SMOOTHINGS:
         for mask, found in errors(n, layout, smoothing):
