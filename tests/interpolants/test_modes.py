@@ -44,7 +44,7 @@ def results_of(interpolant):
 
 
 @each_interpolant
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("x64")
 def test_strict_promotion_and_nan_checks(name, dtype):
     results, gradients = results_of(INTERPOLANTS[name])

@@ -62,7 +62,7 @@ def test_it_is_the_curve_through_the_means(name, mask, way, knots):
 
 
 @each_interpolant
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("x64", [pytest.param(False, marks=pytest.mark.long), True])
 def test_gradients_are_finite(name, x64):
     interpolant = INTERPOLANTS[name]
 

@@ -54,6 +54,7 @@ CASES = {
     "FedAvg": (method(saga.FederatedAveraging, decay=0.1), np.zeros(6), (X, Y)),
     "SCAFFOLD": (method(saga.Scaffold, decay=0.1), np.zeros(6), (X, Y)),
 }
+LIKE_OTHERS = "sparse, bias", "wide", "frozen", "local", "prox", "mesh, generic", "explicit mesh", "FedAvg"
 IN_FLOAT32 = "dense", "sparse", "generic", "mesh", "SCAFFOLD"
 
 
@@ -74,7 +75,13 @@ def work(case, key, returned):
     return state.params, history.values[-1], kind.objective(params, state)
 
 
-@pytest.mark.parametrize(("name", "x64"), [*((name, True) for name in CASES), *((name, False) for name in IN_FLOAT32)])
+@pytest.mark.parametrize(
+    ("name", "x64"),
+    [
+        *(pytest.param(name, True, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in CASES),
+        *((name, False) for name in IN_FLOAT32),
+    ],
+)
 def test_methods_work_in_strict_modes(name, x64):
     with jax.enable_x64(x64):
         key, returned = jax.random.key(0), np.arange(4) != 1

@@ -178,6 +178,7 @@ def test_noisy_answers_are_smoothed():
     assert rmse(tuned.code) < 0.7 * rmse(layouts["Chebyshev"])
 
 
+@pytest.mark.long
 def test_both_smoothings_are_found_by_gradient(monkeypatch):
     """Sixteen rough inputs for sixteen workers of which six are late: a curve that is less rough does better."""
     t = np.tile(np.linspace(0, 3, 16), 30)
