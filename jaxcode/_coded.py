@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._float64 import x64_is_on
 from ._pytree import pytree
 from ._sharding import call_with_auto_axes
-from .allocation import PriorPlanner, make_planner
+from .allocation import PriorPlanner, find_planner
 from .checks import check_mask, is_static, static_value, warn_not_finite
 from .codes import AbstractCode
 from .codes.abstract import mixes_inputs
@@ -110,14 +110,9 @@ def coded(
     if not isinstance(code, AbstractCode):
         raise ValueError(f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)")
     fn, params = as_pure_function(f)
-    if prior is None and stragglers is not None:
-        raise ValueError(
-            f"stragglers is {stragglers!r} without a prior; expected both or neither: the prior tells whose loss costs "
-            "most"
-        )
     if prior is not None and planner is not None:
         raise ValueError(f"prior is given beside planner, {planner!r}; expected one of them")
-    prior_planner = None if prior is None else make_planner(code, prior, stragglers, loss)
+    prior_planner = find_planner(code, prior, stragglers, loss)
     static_code, traced_code = (StaticCode(code), None) if is_static(code) else (None, code)
     setting = Setting(fn, static_code, order, output, defence, planner, vmap() if placement is None else placement)
     return Coded(params, traced_code, prior_planner, setting)

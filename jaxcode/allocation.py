@@ -15,7 +15,7 @@ References:
 
 import dataclasses
 import functools
-from typing import final
+from typing import NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from .stragglers import AbstractStragglers
 from .surrogates import Surrogate
 from .surrogates.calibration import SQUARED_ERROR
 
-__all__ = ["PriorPlanner", "assign", "lost_probability", "plan", "spread"]
+__all__ = ["Guesses", "PriorPlanner", "assign", "lost_probability", "plan", "spread"]
 
 _NUM_SETS = 1024
 
@@ -190,8 +190,7 @@ def plan(
     size = batch_size("x", x)
     if size != code.num_data:
         raise ValueError(f"x has {size} inputs; expected a group of num_data, {code.num_data}")
-    predictions, risk = planner.predict(x)
-    return planner.plan(code, x, predictions, risk)
+    return planner.plan(code, x, planner.guess(x))
 
 
 def make_planner(
@@ -212,6 +211,34 @@ def make_planner(
     return PriorPlanner(prior, lost_probability(stragglers, code.num_workers), loss)
 
 
+def find_planner(
+    code: AbstractCode, prior: Surrogate | None, stragglers: AbstractStragglers | None, loss: str
+) -> "PriorPlanner | None":
+    """Makes the planner of a code with a prior; None without one. Arguments and errors as for `jaxcode.coded`."""
+    if prior is not None:
+        return make_planner(code, prior, stragglers, loss)
+    if stragglers is not None:
+        raise ValueError(
+            f"stragglers is {stragglers!r} without a prior; expected both or neither: the prior tells whose loss costs "
+            "most"
+        )
+    return None
+
+
+class Guesses(NamedTuple):
+    """Holds a prior's guesses of the answers to a batch.
+
+    Attributes:
+        values: The guesses, leaves (B, ...).
+        risk: What each costs if it is the result, (B,).
+        errors: Expected error of each, root mean square over its numbers, (B,).
+    """
+
+    values: PyTree[Array]
+    risk: Float[Array, "batch"]
+    errors: Float[Array, "batch"]
+
+
 @final
 @pytree("loss", eq=False)
 class PriorPlanner:
@@ -227,20 +254,17 @@ class PriorPlanner:
     lost: Float[Array, "counts"] | None
     loss: str
 
-    def predict(self, x: PyTree[ArrayLike]) -> tuple[PyTree[Array], Float[Array, "batch"]]:
-        """Guesses the answers to a batch, leaves (B, ...), and each guess's expected loss."""
-        return self.prior.with_risk(x, self.loss)
+    def guess(self, x: PyTree[ArrayLike]) -> Guesses:
+        """Guesses the answers to a batch, leaves (B, ...)."""
+        values, squares = self.prior.with_risk(x)
+        risk = squares if self.loss == SQUARED_ERROR else self.prior.with_risk(x, self.loss)[1]
+        # Its derivative is finite where a guess is expected to be exact.
+        return Guesses(values, risk, jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
 
-    def plan(
-        self,
-        code: AbstractCode,
-        group: PyTree[ArrayLike],
-        predictions: PyTree[Array],
-        risk: Float[Array, "data"],
-    ) -> Plan:
-        """Plans one group from the predictions for its inputs, leaves (K, ...)."""
-        assignment = None if self.lost is None else assign(risk, self.lost)
-        plan = code.plan(group, risk) if code.needs_plan else Plan(assignment=assignment)  # pyright: ignore[reportAttributeAccessIssue]
+    def plan(self, code: AbstractCode, group: PyTree[ArrayLike], guesses: Guesses) -> Plan:
+        """Plans one group, leaves (K, ...), by the guesses for its inputs."""
+        assignment = None if self.lost is None else assign(guesses.risk, self.lost)
+        plan = code.plan(group, guesses.risk) if code.needs_plan else Plan(assignment=assignment)  # pyright: ignore[reportAttributeAccessIssue]
         mixes = code.encoder_linop(plan).mixes
-        workers = self.prior(code.encode(group, plan)) if mixes else code.encode(predictions, plan)
-        return dataclasses.replace(plan, prior=Prior(workers, predictions))
+        workers = self.prior(code.encode(group, plan)) if mixes else code.encode(guesses.values, plan)
+        return dataclasses.replace(plan, prior=Prior(workers, guesses.values, guesses.errors))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._arrays import pad
 from ._pytree import pytree
-from .allocation import PriorPlanner, spread
+from .allocation import Guesses, PriorPlanner, spread
 from .checks import batch_size
 from .codes import AbstractCode, Plan, Prior
 from .codes.abstract import decode_as_planned
@@ -27,7 +27,7 @@ from .functions import check_answers
 from .linops import AbstractLinop, apply_to_tree
 from .linops.abstract import allow_transfers, prepare_eagerly
 from .ordering import Ordering
-from .outputs import OutputSpace
+from .outputs import OutputSpace, as_returned
 
 # Answers that are decoded together, where those of all groups tell about each input: the time grows with their cube.
 _BLOCK = 512
@@ -133,19 +133,40 @@ def group_with_prior(
     Raises:
         ValueError: As for `group`.
     """
-    predictions, risk = planner.predict(x)
 
     def order_batch(tree, num_data):
-        x, _, risk = tree
-        return spread(risk, num_data) if order is None else order(x, num_data)
+        x, guesses = tree
+        return spread(guesses.risk, num_data) if order is None else order(x, num_data)
 
     in_own_order = order is None and planner.lost is None
-    grouped, grouping = group((x, predictions, risk), code.num_data, None if in_own_order else order_batch)
-    grouped_x, predictions, risk = grouped
-    # Copies of the last input, which complete its group, are not worth a worker.
+    grouped, grouping = group((x, planner.guess(x)), code.num_data, None if in_own_order else order_batch)
+    # Copies of the last input complete its group.
     position = np.arange(grouping.num_data)[:, None] + grouping.num_data * np.arange(grouping.num_groups)
-    risk = jnp.where(position < grouping.size, risk, jnp.zeros((), risk.dtype))
-    return grouped_x, grouping, jax.vmap(functools.partial(planner.plan, code), in_axes=1)(grouped_x, predictions, risk)
+    x, guesses = grouped
+    return x, grouping, plan_groups(code, planner, x, guesses, position < grouping.size)
+
+
+def plan_groups(
+    code: AbstractCode,
+    planner: PriorPlanner,
+    grouped: PyTree[Array],
+    guesses: Guesses,
+    occupied: Bool[Array | np.ndarray, "data groups"],
+) -> Plan:
+    """Plans every group by the guesses for its inputs.
+
+    Args:
+        code: The code.
+        planner: Has the prior.
+        grouped: Leaves (K, groups, ...).
+        guesses: Leaves (K, groups, ...).
+        occupied: Which places hold inputs; the others' copies of inputs are not worth a worker.
+
+    Returns:
+        One plan whose leaves have the groups as leading axis.
+    """
+    guesses = guesses._replace(risk=jnp.where(occupied, guesses.risk, jnp.zeros((), guesses.risk.dtype)))
+    return jax.vmap(functools.partial(planner.plan, code), in_axes=1)(grouped, guesses)
 
 
 def encode(
@@ -216,10 +237,7 @@ def decode(
         )
     else:
         assert returned is not None
-
-        if plans.prior is not None:
-            prior = Prior(output.transform(plans.prior.workers), output.transform(plans.prior.data))
-            plans = dataclasses.replace(plans, prior=prior)
+        plans = _transform_prior(plans, output)
         if code.adapts:
             results = _decode_jointly(code, answers, returned, plans)
         else:
@@ -264,6 +282,7 @@ def predict_errors(
     answers: PyTree[Array],
     returned: Bool[Array | np.ndarray, "workers"],
     output: OutputSpace,
+    plans: Plan | None = None,
 ) -> Float[Array, "data groups"]:
     """Predicts each input's error from the answers that came.
 
@@ -272,14 +291,28 @@ def predict_errors(
         answers: As for `decode`.
         returned: Which workers returned.
         output: The space in which answers are decoded.
+        plans: The plans of all groups, from `make_plans`.
 
     Returns:
         The root mean square, over an input's outputs, of their standard errors in that space, shape (K, groups).
     """
-    rows = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), output.transform(answers))
-    _, errors = code.decode_with_error(rows, returned)  # pyright: ignore[reportAttributeAccessIssue]
-    squares = jnp.concatenate([jnp.square(leaf) for leaf in jax.tree.leaves(errors)], axis=-1)
-    return jnp.sqrt(jnp.mean(squares, axis=-1))
+    answers = output.transform(answers)
+    if plans is None:
+        _, errors = code.decode_with_error(answers, returned)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        decode_group = code.decode_with_error  # pyright: ignore[reportAttributeAccessIssue]
+        plans = _transform_prior(plans, output)
+        _, errors = jax.vmap(decode_group, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
+    rows = [jnp.square(leaf).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(errors)]
+    return jnp.sqrt(jnp.mean(jnp.concatenate(rows, axis=-1), axis=-1))
+
+
+def _transform_prior(plans, output):
+    """Brings the prior of plans to the space in which answers are decoded; its errors are known in the model's."""
+    if plans.prior is None or output is as_returned:
+        return plans
+    prior = Prior(output.transform(plans.prior.workers), output.transform(plans.prior.data))
+    return dataclasses.replace(plans, prior=prior)
 
 
 def flatten_groups(tree: PyTree[Array | np.ndarray]) -> PyTree[Array | np.ndarray]:

@@ -345,8 +345,8 @@ def _measure(
     plans = None
     if scheme.prior is not None:
         planner = jc.allocation.make_planner(scheme.code, scheme.prior, scheme.stragglers, "disagreement")
-        guesses, risk = (leaf.reshape(requests, num_data, *leaf.shape[1:]) for leaf in planner.predict(images))
-        plans = jax.vmap(partial(planner.plan, scheme.code))(grouped, guesses, risk)
+        guesses = jax.tree.map(lambda leaf: leaf.reshape(requests, num_data, *leaf.shape[1:]), planner.guess(images))
+        plans = jax.vmap(partial(planner.plan, scheme.code))(grouped, guesses)
     coded = jax.vmap(scheme.code.encode, out_axes=1)(grouped, plans)
     num_workers = coded.shape[0]
     logits = apply_model(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)

@@ -207,7 +207,7 @@ def _servers(pool, tuned, delays: Delays, args: argparse.Namespace) -> dict[str,
     """Makes each scheme's server, by label. All share the pool's workers."""
     num_data, size = args.num_data, (args.num_data, args.num_workers)
     code, stop = tuned.code, jc.stop
-    if not code.predicts_error:
+    if isinstance(code, jc.ReplicationCode):
         # Replication was chosen: workers compute the same inputs, and a spline fills in those without an answer.
         code = jc.SplineCode.repeated(*size)
 

@@ -75,6 +75,7 @@ class AbstractCode(abc.ABC):
         adapts: Whether there are methods `adapt(y, returned, plans)`, which completes the plans of several groups by
             what their answers, leaves (N, groups, ...), say; and `join(plans)`, which makes one code and one plan for
             all inputs of several groups, with inputs and workers in the order of rows (K, groups) and (N, groups).
+        inputs_first: Whether worker k < K computes input k, under any plan: these need not wait for the plan.
     """
 
     num_data: int
@@ -83,6 +84,7 @@ class AbstractCode(abc.ABC):
     predicts_error: bool
     needs_plan: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
+    inputs_first: ClassVar[bool] = False
 
     @abc.abstractmethod
     def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:

@@ -99,6 +99,7 @@ class KernelCode(AbstractCode):
     features: Callable[[PyTree[Array]], Array] | None = None
     nodes = None
     predicts_error = True
+    inputs_first = True
     needs_plan = True
     adapts = True
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._pytree import pytree
 
@@ -19,10 +19,13 @@ class Prior:
     Attributes:
         workers: Prior means of the workers' answers, leaves (N, ...) like the answers.
         data: Prior means of the results, leaves (K, ...) like the results.
+        errors: Expected error of each of these, root mean square over its numbers, in the unit of the results, (K,);
+            None if unknown.
     """
 
     workers: PyTree[Array | np.ndarray]
     data: PyTree[Array | np.ndarray]
+    errors: Float[Array | np.ndarray, "data"] | None = None
 
     def residuals(self, answers: PyTree[ArrayLike]) -> PyTree[Array]:
         """Subtracts the workers' means from their answers, in the answers' dtypes."""

@@ -2,10 +2,11 @@
 
 from typing import final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._pytree import pytree
 from ..checks import check_count, check_mask, static_value
@@ -39,7 +40,8 @@ class ReplicationCode(AbstractCode):
     num_data: int
     num_workers: int
     nodes = None
-    predicts_error = False
+    predicts_error = True
+    inputs_first = True
 
     def __post_init__(self):
         num_data = check_count("num_data", self.num_data)
@@ -62,6 +64,38 @@ class ReplicationCode(AbstractCode):
 
     def exact(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> Bool[Array | np.ndarray, "data"]:
         return self.recovered(returned, plan)
+
+    def decode_with_error(
+        self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan | None = None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Decodes, and predicts the errors of the results.
+
+        Args:
+            y: As for `decode`.
+            returned: As for `decode`.
+            plan: As for `decode`.
+
+        Returns:
+            The results, and leaves like them of standard errors in float32 or wider: zero where a copy returned, for
+            others those of the prior, which are infinite without one.
+
+        Raises:
+            ValueError: As for `decode`.
+
+        >>> code = ReplicationCode(num_data=2, num_workers=3)
+        >>> code.decode_with_error(jnp.array([1.0, 2.0, 1.0]), jnp.array([False, False, True]))[1]
+        Array([ 0., inf], dtype=float32)
+        """
+        results = self.decode(y, returned, plan)
+        errors = None if plan is None or plan.prior is None else plan.prior.errors
+        errors = jnp.full(self.num_data, jnp.inf) if errors is None else jnp.asarray(errors)
+        errors = jnp.where(jnp.asarray(self.recovered(returned, plan)), 0, errors)
+
+        def spread(result):
+            rows = errors.astype(jnp.promote_types(result.dtype, jnp.float32))
+            return jnp.broadcast_to(rows.reshape(-1, *[1] * (result.ndim - 1)), result.shape)
+
+        return results, jax.tree.map(spread, results)
 
     def assignment(self, plan: Plan | None = None) -> Int[Array | np.ndarray, "workers"]:
         """Returns which input each worker computes, int32 (N,).

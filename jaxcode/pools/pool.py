@@ -51,11 +51,13 @@ class AbstractPool(abc.ABC):
         order: Sequence[int] | None = None,
         again_after: float | None = None,
         start_time: float | None = None,
+        num_more: int = 0,
+        more: Callable[[], PyTree[Any]] | None = None,
     ) -> Responses:
         """Assigns every share to a worker and gathers answers until the stop policy is met.
 
         Args:
-            shares: N batches, leaves (N, batch, ...). N need not be the number of workers.
+            shares: N batches, or the first of them, leaves (shares, batch, ...). N need not be the number of workers.
             stop: When to stop waiting. Waiting also ends, with the answers that came, when no running worker could
                 still answer.
             time_limit: Seconds after which waiting ends in any case.
@@ -63,13 +65,16 @@ class AbstractPool(abc.ABC):
                 answers can be decoded. The policy is asked only when they are. Any one answer if not given.
             error: Called with values and returned as in `Responses`; returns the predicted error of each input, for
                 policies that need it.
-            order: The numbers of the shares in the order in which they are assigned, which matters where fewer workers
+            order: The numbers of `shares` in the order in which they are assigned, which matters where fewer workers
                 are idle than there are shares; ascending if not given.
             again_after: Seconds after which a share without an answer is assigned to a second worker too (hedging), if
                 one is idle; the first answer counts. Never if not given. A share that failed, or whose worker died, is
                 assigned once more in any case.
             start_time: When the request was made, a reading of `time.monotonic` in seconds, from which the limit, the
                 policy's deadlines and latencies count. The time of the call if not given.
+            num_more: How many shares there are besides `shares`; N counts them too.
+            more: Called once the shares are on their way to workers, while these compute; returns the other shares,
+                leaves (num_more, batch, ...), which are assigned after those. Not called if not given.
 
         Returns:
             The answers that came, and the faults.
@@ -184,6 +189,8 @@ class WorkerPool(AbstractPool):
         order: Sequence[int] | None = None,
         again_after: float | None = None,
         start_time: float | None = None,
+        num_more: int = 0,
+        more: Callable[[], PyTree[Any]] | None = None,
     ) -> Responses:
         shares = jax.tree.map(np.asarray, shares)
         num_shares = batch_size("shares", shares)
@@ -194,10 +201,16 @@ class WorkerPool(AbstractPool):
         order = range(num_shares) if order is None else order
         if sorted(order) != list(range(num_shares)):
             raise ValueError(f"order is {order}; expected the numbers of the {num_shares} shares, each once")
-        stop.check(num_shares, error is not None)
+        stop.check(num_shares + num_more, error is not None)
         signature = self._signature(jax.tree.map(lambda leaf: leaf[0], shares))
-        request = Request(shares, signature, order, again_after, start_time)
+        request = Request(shares, signature, order, num_more, again_after, start_time)
         with self._scheduler.schedule(request):
+            if more is not None:
+                others = more()
+                if num_more:
+                    if batch_size("more()", others) != num_more:
+                        raise ValueError(f"more returned {batch_size('more()', others)} shares; expected {num_more}")
+                    self._scheduler.add_shares(request, jax.tree.map(np.asarray, others))
             return request.gather(stop, time_limit, can_decode, error)
 
     def warm_up(self, example: PyTree[Any]) -> None:

@@ -32,7 +32,8 @@ class Request:
     Args:
         shares: Leaves (shares, batch, ...).
         signature: Shapes and dtypes of one share's batch and of its answer.
-        order: The numbers of the shares, in the order in which they are assigned.
+        order: The numbers of these shares, in the order in which they are assigned.
+        num_more: How many shares are added later.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
         start_time: Monotonic time at which the request was made, in seconds; that of the call if None.
 
@@ -41,6 +42,7 @@ class Request:
         faults: The faults of workers, in the order in which they happened.
         compiling_workers: Workers that compile for this request.
         in_flight: How many workers compute a share of it.
+        is_complete: Whether it has all its shares.
         is_finished: Whether no thread waits for it any more.
     """
 
@@ -49,16 +51,19 @@ class Request:
         shares: PyTree[np.ndarray],
         signature: Signature,
         order: Sequence[int],
+        num_more: int = 0,
         again_after: float | None = None,
         start_time: float | None = None,
     ):
-        num_shares = len(order)
-        self._shares, self.signature = shares, signature
+        num_shares = len(order) + num_more
+        self.signature = signature
+        self._batches = _split(shares)
         self.again_after = again_after
         self.returned = np.zeros(num_shares, bool)
         self.faults: list[Fault] = []
         self.compiling_workers: set[int] = set()
         self.in_flight = 0
+        self.is_complete = num_more == 0
         self.is_finished = False
         self._values = jax.tree.map(lambda leaf: np.zeros((num_shares, *leaf.shape), leaf.dtype), signature.answers)
         self._latency = np.full(num_shares, np.inf)
@@ -112,6 +117,13 @@ class Request:
         shares = np.flatnonzero(is_overdue)
         return shares[np.argsort(self._assigned_at[shares], kind="stable")].tolist()
 
+    def add(self, shares: PyTree[np.ndarray]) -> None:
+        """Adds the shares that are missing, leaves (missing, batch, ...), behind those that are queued."""
+        first = len(self._batches)
+        self._batches += _split(shares)
+        self._queue.extend(range(first, len(self._batches)))
+        self.is_complete = True
+
     def record_assignment(self, share: int) -> None:
         """Records that a share has been assigned to a worker."""
         self._attempts[share] += 1
@@ -120,7 +132,7 @@ class Request:
 
     def batch(self, share: int) -> PyTree[np.ndarray]:
         """Returns the batch of a share, leaves (batch, ...)."""
-        return jax.tree.map(lambda leaf: leaf[share], self._shares)
+        return self._batches[share]
 
     def is_late(self, share: int) -> bool:
         """Returns whether an answer to this share would be late: it has one, or no thread waits for the request."""
@@ -244,3 +256,9 @@ class Request:
             )
         parts += [f"worker {fault.worker} {fault.kind}: {fault.message}" for fault in responses.faults[:3]]
         return "; ".join(parts)
+
+
+def _split(shares):
+    """Returns the batches of shares, leaves (shares, batch, ...), as a list."""
+    leaves, structure = jax.tree.flatten(shares)
+    return [jax.tree.unflatten(structure, batches) for batches in zip(*leaves, strict=True)]

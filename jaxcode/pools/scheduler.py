@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from typing import Any, final
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 
 from .compute import Signature, find_invalid
 from .event_loop import EventLoop
@@ -107,6 +109,10 @@ class Scheduler:
             request.finish()
             self._loop.post(functools.partial(self._on_finished, request))
 
+    def add_shares(self, request: Request, shares: PyTree[np.ndarray]) -> None:
+        """Assigns the shares that a request was made without, leaves (missing, batch, ...)."""
+        self._loop.post(functools.partial(self._on_shares, request, shares))
+
     def states(self) -> list[str]:
         """Returns the state of every worker."""
         return self._supervisor.states()
@@ -135,6 +141,11 @@ class Scheduler:
         if request.again_after is not None and not self._is_hedging:
             self._is_hedging = True
             self._hedge()
+
+    def _on_shares(self, request, shares):
+        request.add(shares)
+        self._assign()
+        self._update_outlooks([request])
 
     def _on_finished(self, request):
         if request in self._requests:
@@ -226,7 +237,7 @@ class Scheduler:
 
     def _outlook_of(self, request):
         """Returns when the request can make progress."""
-        if request.in_flight:
+        if request.in_flight or not request.is_complete:
             return "soon"
         if not request.has_queued_shares:
             return "never"

@@ -1,17 +1,53 @@
 """Encodes and decodes batches on the host's device: module-level programs, compiled once for all servers alike."""
 
+import dataclasses
 import functools
 from typing import final
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
+from ..allocation import PriorPlanner
+from ..codes import Plan
 from ..ordering import Ordering
 from ..outputs import OutputSpace
-from ..pipeline import Grouping, StaticCode, decode, encode, find_decoder, group, predict_errors, ungroup
+from ..pipeline import (
+    Grouping,
+    StaticCode,
+    decode,
+    encode,
+    find_decoder,
+    flatten_groups,
+    group,
+    make_plans,
+    plan_groups,
+    predict_errors,
+    unflatten_groups,
+    ungroup,
+)
 from ..robust import Defence, Detection
 from ._layout import Layout, lay_out
+
+
+@final
+@dataclasses.dataclass(eq=False)
+class EncodedBatch:
+    """Holds a batch in groups.
+
+    Attributes:
+        layout: The places of its inputs.
+        grouped: Its inputs, leaves (K, groups, ...); None if the server needs no plans.
+        coded_inputs: Those that need no plan, leaves (N, groups, ...) or the first K of them.
+        num_planned: How many more there are, which need a plan.
+        plans: The plans of all groups, once they are made; None for codes and servers that need none.
+    """
+
+    layout: Layout
+    grouped: PyTree[Array] | None
+    coded_inputs: PyTree[np.ndarray]
+    num_planned: int
+    plans: Plan | None = None
 
 
 @final
@@ -23,7 +59,12 @@ class Codec:
         order: As for `jaxcode.coded`.
         output: The space in which answers are decoded, as for `jaxcode.coded`.
         defence: Detects faulty workers, as for `jaxcode.coded`.
+        planner: Has the prior, or one of the same structure; None without one.
         x64: Whether x64 is on where the methods are called.
+
+    Attributes:
+        needs_plans: Whether groups are planned.
+        rounds: Whether the number of groups is rounded up to a power of two.
     """
 
     def __init__(
@@ -32,37 +73,58 @@ class Codec:
         order: Ordering | None,
         output: OutputSpace,
         defence: Defence | None,
+        planner: PriorPlanner | None,
         x64: bool,
     ):
         self._code, self._order, self._output, self._defence, self._x64 = static_code, order, output, defence, x64
+        code = static_code.code
+        self.rounds = not code.adapts
+        self.needs_plans = code.needs_plan or planner is not None
+        assigns = code.needs_plan or (planner is not None and planner.lost is not None)
+        self._num_planned = code.num_workers - code.num_data if assigns else 0
 
-    def encode(
-        self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]
-    ) -> tuple[Layout, PyTree[np.ndarray]]:
-        """Encodes a padded batch.
+    def encode(self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]) -> EncodedBatch:
+        """Encodes a padded batch: those coded inputs that need no plan.
 
         Args:
             padded: The finite inputs as `pad_inputs` returns them, leaves (places, ...).
             finite: Which inputs of the batch are encoded, shape (B,).
 
         Returns:
-            The layout, and the coded inputs, leaves (N, groups, ...).
+            The batch in groups.
         """
         num_data = self._code.code.num_data
         padded = jax.device_put(padded)
         permutation = None if self._order is None else jax.device_get(_permute(self._order, num_data, padded))
-        layout = lay_out(finite, num_data, permutation)
-        return layout, jax.device_get(_encode(self._code, padded, jax.device_put(layout.index)))
+        layout = lay_out(finite, num_data, permutation, rounds=self.rounds)
+        index = jax.device_put(layout.index)
+        grouped = _group(num_data, padded, index) if self.needs_plans else None
+        coded_inputs = grouped if self._num_planned else _encode(self._code, padded, index)
+        return EncodedBatch(layout, grouped, jax.device_get(coded_inputs), self._num_planned)
+
+    def plan(self, batch: EncodedBatch, planner: PriorPlanner | None) -> PyTree[np.ndarray] | None:
+        """Plans the groups of a batch.
+
+        Args:
+            batch: The batch, whose plans are set.
+            planner: Has the prior; None without one.
+
+        Returns:
+            The coded inputs that need a plan, leaves (num_planned, groups, ...); None if there are none.
+        """
+        occupied = jax.device_put(batch.layout.occupied)
+        batch.plans, others = _plan(self._code, self._num_planned, planner, batch.grouped, occupied)
+        return None if others is None else jax.device_get(others)
 
     def decode(
-        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], num_occupied: int
+        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], batch: EncodedBatch
     ) -> tuple[PyTree[np.ndarray], Detection | None, Bool[np.ndarray, "workers"]]:
         """Decodes answers, leaves (N, groups, ...).
 
         Args:
             answers: What workers answered.
             returned: Which workers returned.
-            num_occupied: How many groups hold inputs. The others repeat these, and are no further evidence for the
+            batch: The batch. Groups that hold none of its inputs repeat others, and are no further evidence for the
                 defence.
 
         Returns:
@@ -72,20 +134,30 @@ class Codec:
         detection = None
         if self._defence is not None:
             # A power of two, so that few programs are compiled.
-            num_examined = 1 << (num_occupied.bit_length() - 1)
+            num_examined = 1 << (batch.layout.num_occupied.bit_length() - 1)
             examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
             detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
             returned = jax.device_get(detection.trusted)
-        decoder = find_decoder(self._code, returned.tobytes(), self._x64)
-        results = _decode(self._code, self._output, decoder, jax.device_put(answers))
+        answers = jax.device_put(answers)
+        if batch.plans is None:
+            decoder = find_decoder(self._code, returned.tobytes(), self._x64)
+            results = _decode(self._code, self._output, decoder, answers)
+        else:
+            results = _decode_planned(self._code, self._output, answers, jax.device_put(returned), batch.plans)
         return jax.device_get(results), detection, returned
 
     def predict_errors(
-        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"]
+        self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], batch: EncodedBatch
     ) -> Float[np.ndarray, "places"]:
         """Predicts the error of each result from answers, leaves (N, groups, ...)."""
-        errors = _predict_errors(self._code, self._output, jax.device_put(answers), jax.device_put(returned))
-        return jax.device_get(errors)
+        arguments = jax.device_put((answers, returned))
+        return jax.device_get(_predict_errors(self._code, self._output, *arguments, batch.plans))
+
+    def find_exact(self, returned: Bool[np.ndarray, "workers"], batch: EncodedBatch) -> Bool[np.ndarray, "places"]:
+        """Finds the results that are f's answers to the inputs themselves."""
+        if batch.plans is None:
+            return np.resize(np.asarray(self._code.code.exact(returned)), len(batch.layout.index))
+        return jax.device_get(_find_exact(self._code, jax.device_put(returned), batch.plans))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -95,20 +167,46 @@ def _permute(order, num_data, x):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _group(num_data, x, index):
+    """Groups inputs, leaves (inputs, ...); `index` has the input of each place, shape (places,)."""
+    return group(jax.tree.map(lambda leaf: leaf[index], x), num_data, None)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _encode(static_code, x, index):
-    """Encodes inputs, leaves (inputs, ...), in groups; `index` has the input of each place, shape (places,)."""
+    """Encodes inputs, leaves (inputs, ...), in groups, as `_group` makes them."""
+    return encode(static_code.code, None, _group(static_code.code.num_data, x, index))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _plan(static_code, num_planned, planner, grouped, occupied):
+    """Returns the plans of all groups, and the last coded inputs, leaves (num_planned, groups, ...)."""
     code = static_code.code
-    grouped, _ = group(jax.tree.map(lambda leaf: leaf[index], x), code.num_data, None)
-    return encode(code, None, grouped)
+    if planner is None:
+        plans = make_plans(code, None, grouped)
+    else:
+        guesses = unflatten_groups(planner.guess(flatten_groups(grouped)), code.num_data)
+        plans = plan_groups(code, planner, grouped, guesses, occupied)
+    if not num_planned:
+        return plans, None
+    return plans, jax.tree.map(lambda leaf: leaf[-num_planned:], encode(code, None, grouped, plans))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(static_code, output, decoder, answers):
     """Decodes answers, leaves (N, groups, ...), to results, leaves (places, ...)."""
-    code = static_code.code
-    results = decode(code, decoder, answers, output)
-    num_groups = jax.tree.leaves(results)[0].shape[1]
-    return ungroup(results, Grouping(None, code.num_data * num_groups, code.num_data, num_groups))
+    return _to_places(decode(static_code.code, decoder, answers, output))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode_planned(static_code, output, answers, returned, plans):
+    return _to_places(decode(static_code.code, None, answers, output, returned, plans))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _find_exact(static_code, returned, plans):
+    """Finds exact results, shape (places,)."""
+    return jax.vmap(lambda plan: static_code.code.exact(returned, plan))(plans).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -117,6 +215,12 @@ def _detect(static_code, output, defence, answers, returned):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _predict_errors(static_code, output, answers, returned):
+def _predict_errors(static_code, output, answers, returned, plans):
     """Predicts the errors of results, shape (places,)."""
-    return predict_errors(static_code.code, answers, returned, output).T.reshape(-1)
+    return predict_errors(static_code.code, answers, returned, output, plans).T.reshape(-1)
+
+
+def _to_places(results):
+    """Brings results of groups, leaves (K, groups, ...), to their places, leaves (places, ...)."""
+    num_data, num_groups = jax.tree.leaves(results)[0].shape[:2]
+    return ungroup(results, Grouping(None, num_data * num_groups, num_data, num_groups))

@@ -1,7 +1,7 @@
 """Assigns the inputs of a request to groups, and brings results back to the order of the request.
 
 So that few shapes are compiled, the number of groups is rounded up to a power of two. The added groups are copies of
-the batch's own.
+the batch's own. Codes that read all groups together would take these for evidence: for them nothing is rounded.
 """
 
 import dataclasses
@@ -35,6 +35,13 @@ class Layout:
     place: Int[np.ndarray, "finite"]
     index: Int[np.ndarray, "places"]
 
+    @property
+    def occupied(self) -> Bool[np.ndarray, "data groups"]:
+        """Which places hold inputs, the others hold copies of them."""
+        occupied = np.zeros(len(self.index), bool)
+        occupied[self.place] = True
+        return occupied.reshape(-1, self.num_data).T
+
     def restore(self, results: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
         """Brings results from their places, leaves (places, ...), to the order of the batch, leaves (B, ...).
 
@@ -47,9 +54,9 @@ class Layout:
         """Brings predicted errors, shape (places,), to the order of the batch; infinite for inputs not finite."""
         return self._restore(errors, lambda dtype: np.inf)
 
-    def restore_members(self, members: Bool[np.ndarray, "data"]) -> Bool[np.ndarray, "batch"]:
-        """Brings a mask over the K places of every group, shape (K,), to the batch's order; False if not finite."""
-        return self._restore(np.resize(members, len(self.index)), lambda dtype: False)
+    def restore_mask(self, mask: Bool[np.ndarray, "places"]) -> Bool[np.ndarray, "batch"]:
+        """Brings a mask over the places to the order of the batch; False for inputs not finite."""
+        return self._restore(mask, lambda dtype: False)
 
     def _restore(self, rows, missing):
         """Brings rows to the order of the batch; `missing` maps a dtype to the value of rows without a result."""
@@ -62,13 +69,16 @@ class Layout:
         return results
 
 
-def count_padded_groups(size: int, num_data: int) -> int:
+def count_padded_groups(size: int, num_data: int, *, rounds: bool = True) -> int:
     """Returns how many groups are encoded for a batch: those that hold inputs, rounded up to a power of two.
+
+    If `rounds` is False, just those.
 
     >>> [count_padded_groups(size, num_data=4) for size in (1, 4, 5, 9, 17)]
     [1, 1, 2, 4, 8]
     """
-    return 1 << (-(-size // num_data) - 1).bit_length()
+    num_occupied = -(-size // num_data)
+    return 1 << (num_occupied - 1).bit_length() if rounds else num_occupied
 
 
 def fetch_arrays(x: PyTree[Any]) -> PyTree[np.ndarray]:
@@ -99,15 +109,21 @@ def find_finite(x: PyTree[Any]) -> Bool[np.ndarray, "batch"]:
     return finite
 
 
-def pad_inputs(x: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"], num_data: int) -> PyTree[np.ndarray]:
+def pad_inputs(
+    x: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"], num_data: int, *, rounds: bool = True
+) -> PyTree[np.ndarray]:
     """Takes the finite inputs of a batch, padded with copies of the last one to the groups that are encoded."""
     size = int(finite.sum())
-    rows = num_data * count_padded_groups(size, num_data)
+    rows = num_data * count_padded_groups(size, num_data, rounds=rounds)
     return jax.tree.map(lambda leaf: pad(leaf if size == len(finite) else leaf[finite], rows), x)
 
 
 def lay_out(
-    finite: Bool[np.ndarray, "batch"], num_data: int, permutation: Int[np.ndarray | Array, "places"] | None
+    finite: Bool[np.ndarray, "batch"],
+    num_data: int,
+    permutation: Int[np.ndarray | Array, "places"] | None,
+    *,
+    rounds: bool = True,
 ) -> Layout:
     """Assigns inputs to the places of groups.
 
@@ -115,6 +131,7 @@ def lay_out(
         finite: Which inputs are encoded.
         num_data: K.
         permutation: A permutation of the padded inputs, of which the padding is removed; their own order if None.
+        rounds: As for `count_padded_groups`.
 
     Returns:
         The layout.
@@ -132,7 +149,8 @@ def lay_out(
     place = np.empty(size, np.int64)
     place[inputs] = np.arange(size)
     num_occupied = -(-size // num_data)
-    index = np.resize(pad(inputs, num_data * num_occupied), num_data * count_padded_groups(size, num_data))
+    num_groups = count_padded_groups(size, num_data, rounds=rounds)
+    index = np.resize(pad(inputs, num_data * num_occupied), num_data * num_groups)
     return Layout(finite, num_data, num_occupied, place, index.astype(np.int32))
 
 

@@ -4,10 +4,10 @@
     GET  /healthz   200 while at least two workers are ready to answer, else 503
     GET  /metrics   counters in Prometheus' format
 
-The response to JSON is JSON: "outputs", "error" (predicted, for each input; null where none can be), "returned" (how
-many answers were used) and "latency" in seconds. The response to a NumPy file is a NumPy file of the outputs. Invalid
-requests get status 400, 404, 405, 413 or 415; those that are refused as too few answers came in time, or rejected as
-the queue is full, 503. Errors are JSON: "error", a message.
+The response to JSON is JSON: "outputs", "error" (predicted, for each input; null where none can be), "exact" (whether
+each output is the model's own), "returned" (how many answers were used) and "latency" in seconds. The response to a
+NumPy file is a NumPy file of the outputs. Invalid requests get status 400, 404, 405, 413 or 415; those that are refused
+as too few answers came in time, or rejected as the queue is full, 503. Errors are JSON: "error", a message.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import operator
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from ..checks import batch_size
 from ..codes import ReplicationCode, SplineCode
 from ..pools import NotEnoughAnswers, PoolClosed, RayPool
 from ..pools.ray_actors import connect
+from ..tuning import load_tuned
 from ._queue import QueueFull
 from .server import CodedServer
 
@@ -63,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         _load_model(args.model, factory=False)
-        _make_policy(args).check(args.num_workers, args.code != "replication")
-        _make_code(args)
+        code = _make_setup(args)["code"]
+        _make_policy(args, code).check(code.num_workers, code.predicts_error)
         np.dtype(args.dtype)
-    except (ImportError, AttributeError, ValueError, TypeError) as problem:
+    except (ImportError, AttributeError, ValueError, TypeError, OSError) as problem:
         parser.error(str(problem))
     cluster = connect(args.address)
     try:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal_number, lambda *_: stopped.set())
     try:
         _serve(serve, args)
-        print(f"Serving {args.model} at http://{args.host}:{args.port}/ with {args.num_workers} workers.", flush=True)
+        print(f"Serving {args.model} at http://{args.host}:{args.port}/ with {code.num_workers} workers.", flush=True)
         stopped.wait()
         print("Answering the requests in flight, then ending.", flush=True)
         # The replica answers its requests before it ends; the proxy must accept connections until then.
@@ -121,26 +123,26 @@ class Ingress:
         if args.address is None:
             _stay_on_loopback()
         self._limit, self._shape, self._dtype = int(args.max_body * 2**20), args.input_shape, args.dtype
+        setup = _make_setup(args)
+        code = setup["code"]
         self._pool = RayPool(
             _load_model(args.model, args.factory),
-            args.num_workers,
+            code.num_workers,
             num_cpus=args.num_cpus,
             num_gpus=args.num_gpus,
             progress=False,
         )
         self._server = CodedServer(
-            _make_code(args),
-            self._pool,
-            _make_policy(args),
+            pool=self._pool,
+            stop=_make_policy(args, code),
             time_limit=args.time_limit,
-            order=None if args.no_order else ordering.greedy,
-            output=_OUTPUTS[args.output],
             max_in_flight=args.max_in_flight,
+            **setup,
         )
         self._registry = CollectorRegistry()
         self._server.register_metrics(self._registry)
         if self._shape is not None:
-            self._server.warm_up(jax.ShapeDtypeStruct((args.num_data, *self._shape), np.dtype(self._dtype)))
+            self._server.warm_up(jax.ShapeDtypeStruct((code.num_data, *self._shape), np.dtype(self._dtype)))
 
     async def __call__(self, request):
         """Answers one HTTP request.
@@ -285,6 +287,7 @@ def _to_json(prediction):
     response = {
         "outputs": jax.tree.map(to_list, prediction.values),
         "error": None if prediction.error is None else to_list(prediction.error),
+        "exact": prediction.exact.tolist(),
         "returned": int(prediction.returned.sum()),
         "latency": prediction.latency,
     }
@@ -312,12 +315,19 @@ def _load_model(name: str, factory: bool):
     return model() if factory else model
 
 
-def _make_code(args):
-    return _CODES[args.code](args.num_data, args.num_workers)
+def _make_setup(args) -> dict[str, Any]:
+    """Makes the options of the server that say how batches are coded."""
+    if args.tuned is not None:
+        return load_tuned(args.tuned).setup()
+    return {
+        "code": _CODES[args.code](args.num_data, args.num_workers),
+        "order": None if args.no_order else ordering.greedy,
+        "output": _OUTPUTS[args.output],
+    }
 
 
-def _make_policy(args):
-    num_answers = args.answers or math.ceil((args.num_data + args.num_workers) / 2)
+def _make_policy(args, code):
+    num_answers = args.answers or math.ceil((code.num_data + code.num_workers) / 2)
     policy = stop.answers(num_answers)
     if args.deadline is not None:
         policy = policy | stop.deadline(args.deadline)
@@ -344,6 +354,13 @@ def _make_parser() -> argparse.ArgumentParser:
         help="a function of a batch, an nnx module or a pair (linen module, variables)",
     )
     add("--factory", action="store_true", help="the attribute is a function without arguments that returns the model")
+    add(
+        "--tuned",
+        type=lambda folder: str(Path(folder).resolve()),
+        metavar="folder",
+        help="where jaxcode.Tuned.save wrote what was chosen: code, order, output space, prior; instead of the options "
+        "for these",
+    )
     add(
         "--code",
         choices=sorted(_CODES),

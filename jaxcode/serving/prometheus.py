@@ -52,6 +52,16 @@ class _ServerCollector(Collector):
         for event, number in counters["workers"].items():
             events.add_metric([event], number)
         yield events
+        if prior := counters.get("prior"):
+            learned = CounterMetricFamily("jaxcode_prior_events", "Events of the prior's learner.", labels=["event"])
+            for event in ("observed", "rounds", "improved"):
+                learned.add_metric([event], prior[event])
+            yield learned
+            yield GaugeMetricFamily(
+                "jaxcode_prior_squared_error",
+                "Of guesses for answers not learned from, over the answers' variance.",
+                value=prior["squared_error"],
+            )
         workers = GaugeMetricFamily("jaxcode_workers", "Workers, by state.", labels=["state"])
         states = collections.Counter(self._pool.states())
         for state in STATES:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from .._float64 import x64_is_on
+from ..allocation import find_planner
 from ..checks import batch_size, check_count, is_static, list_indices
 from ..codes import AbstractCode
 from ..ordering import Ordering
@@ -21,6 +22,9 @@ from ..pipeline import StaticCode
 from ..pools import AbstractPool, Fault, NotEnoughAnswers, Responses
 from ..robust import Defence, Detection
 from ..stop import AbstractStop, answers
+from ..stragglers import AbstractStragglers
+from ..surrogates import Learner, Surrogate
+from ..surrogates.calibration import SQUARED_ERROR
 from ._assignment import assignment_order
 from ._codec import Codec
 from ._counters import Counters
@@ -67,6 +71,10 @@ class CodedServer:
     and when the stop policy is met the results are decoded from the answers that came. Workers that are slow,
     dead, stuck or faulty make a prediction less exact, not late.
 
+    With a prior, `jaxcode.surrogate(f, inputs)`, a result that cannot be recovered is the prior's guess, approximate.
+    The guesses are computed while workers compute; if stragglers are given too, workers first get one copy of each
+    input, and then, when the guesses are there, copies of those whose guesses are worst.
+
     The number of groups is rounded up to a power of two, and for each such number, as for each shape of inputs,
     programs are compiled on this host and on every worker. `warm_up` does that beforehand; a request that
     compiles is logged, and its time limit includes compilation.
@@ -87,6 +95,11 @@ class CodedServer:
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
         defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
+        prior: As for `jaxcode.coded`. Any answer is then enough to decode: the policy says how many to wait for, or
+            which predicted error to reach. A `jaxcode.surrogates.Learner` goes on learning from the answers that are
+            f's own; the server does not close it.
+        stragglers: As for `jaxcode.coded`; a batch of several groups keeps its order.
+        loss: As for `jaxcode.coded`.
         again_after: Seconds after which a coded input without an answer is assigned to a second worker too (hedging),
             if one is idle; never if not given.
         predict_error: Whether predictions have their predicted error, which costs some milliseconds. If not given, they
@@ -95,8 +108,9 @@ class CodedServer:
         max_queued: How many more of them may wait; any further one is rejected with `QueueFull`.
 
     Raises:
-        ValueError: If stop can never be reached, a number is out of range, code is no code, not a static one or
-            one that needs plans, or predict_error is True and the code predicts no errors.
+        ValueError: If stop can never be reached, a number is out of range, code is no code or not a static one,
+            predict_error is True and the code predicts no errors, or prior, stragglers or loss are not what
+            `jaxcode.coded` takes.
 
     >>> import jax.numpy as jnp
     >>> from jaxcode import SplineCode, stop
@@ -120,6 +134,9 @@ class CodedServer:
         order: Ordering | None = None,
         output: OutputSpace = as_returned,
         defence: Defence | None = None,
+        prior: Surrogate | Learner | None = None,
+        stragglers: AbstractStragglers | None = None,
+        loss: str = SQUARED_ERROR,
         again_after: float | None = None,
         predict_error: bool | None = None,
         max_in_flight: int = 8,
@@ -129,10 +146,10 @@ class CodedServer:
             raise ValueError(
                 f"code is {code!r}; expected a code such as SplineCode.chebyshev(num_data=20, num_workers=30)"
             )
-        if code.needs_plan:
+        if code.needs_plan and not code.inputs_first:
             raise ValueError(
-                f"code is a {type(code).__name__}, which needs a plan of each group; expected a code that needs none, "
-                "such as SplineCode.systematic(num_data=20, num_workers=30)"
+                f"code is a {type(code).__name__}, whose first workers wait for a plan; expected a code that needs "
+                "none, such as SplineCode.systematic(num_data=20, num_workers=30), or one whose inputs_first is True"
             )
         if not is_static(code):
             raise ValueError(
@@ -152,7 +169,10 @@ class CodedServer:
         self._code, self._pool, self._stop, self._time_limit = code, pool, stop, float(time_limit)
         self._again_after, self._assignment_order = again_after, assignment_order(code)
         self._x64 = x64_is_on()
-        self._codec = Codec(StaticCode(code), order, output, defence, self._x64)
+        self._learner = prior if isinstance(prior, Learner) else None
+        surrogate = prior.surrogate if isinstance(prior, Learner) else prior
+        self._planner = find_planner(code, surrogate, stragglers, loss)
+        self._codec = Codec(StaticCode(code), order, output, defence, self._planner, self._x64)
         self._queue = BoundedQueue(
             check_count("max_in_flight", max_in_flight), check_count("max_queued", max_queued, least=0)
         )
@@ -224,20 +244,20 @@ class CodedServer:
         with jax.enable_x64(self._x64):
             zeros = fetch_arrays(jax.tree.map(lambda leaf: np.zeros(np.shape(leaf), leaf.dtype), x))
             all_finite = np.ones(batch_size("x", x), bool)
-            padded = pad_inputs(zeros, all_finite, self._code.num_data)
-            _, coded_inputs = self._codec.encode(padded, all_finite)
-            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], coded_inputs))
+            padded = pad_inputs(zeros, all_finite, self._code.num_data, rounds=self._codec.rounds)
+            batch = self._codec.encode(padded, all_finite)
+            self._pool.warm_up(jax.tree.map(lambda leaf: leaf[0], batch.coded_inputs))
             # No answer is needed: those to zeros may all be invalid, such as NaN.
-            values = self._pool.run(
-                coded_inputs, answers(1), time_limit=self._time_limit, can_decode=lambda returned: True
-            ).values
-            num_padded = jax.tree.leaves(coded_inputs)[0].shape[1]
+            values = self._run(batch, answers(1), can_decode=lambda returned: True).values
+            num_padded = jax.tree.leaves(batch.coded_inputs)[0].shape[1]
             # Decoding may be another program where every worker answered. A defence examines all groups, or half.
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
                 for num_occupied in {num_padded, -(-num_padded // 2)}:
-                    self._codec.decode(values, returned, num_occupied)
+                    batch.layout = dataclasses.replace(batch.layout, num_occupied=num_occupied)
+                    self._codec.decode(values, returned, batch)
+                self._codec.find_exact(returned, batch)
                 if self._predicts_error:
-                    self._codec.predict_errors(values, returned)
+                    self._codec.predict_errors(values, returned, batch)
             self._compiled_shapes.add(_shape_key(padded))
 
     def counters(self) -> dict[str, Any]:
@@ -246,9 +266,11 @@ class CodedServer:
         Requests that were "answered", "refused" as too few answers came (`NotEnoughAnswers`) and "rejected" as the
         queue was full (`QueueFull`); "stragglers", the coded inputs that answered requests did not wait for; "latency",
         a cumulative histogram: the number of predictions that took at most as many seconds as each key; "latency_sum",
-        their seconds in total; and "workers", the counters of the pool, since it was made.
+        their seconds in total; "workers", the counters of the pool, since it was made; and "prior", those of the
+        learner, if there is one.
         """
-        return {**self._counters.snapshot(), "workers": self._pool.counters()}
+        counters = {**self._counters.snapshot(), "workers": self._pool.counters()}
+        return counters if self._learner is None else {**counters, "prior": self._learner.counters()}
 
     def register_metrics(self, registry: Any = None) -> None:
         """Exports the counters to Prometheus, as metrics named jaxcode_..., which are read at each collection.
@@ -297,7 +319,6 @@ class CodedServer:
         return prediction
 
     def _answer(self, x, submit_time):
-        code = self._code
         batch_size("x", x)
         if time.monotonic() - submit_time >= self._time_limit:
             raise self._queue_timeout()
@@ -305,26 +326,25 @@ class CodedServer:
         finite = find_finite(x)
         if not finite.all():
             _log_not_finite(finite)
-        padded = pad_inputs(x, finite, code.num_data)
+        padded = pad_inputs(x, finite, self._code.num_data, rounds=self._codec.rounds)
         shape_key = _shape_key(padded)
         is_cold = shape_key not in self._compiled_shapes
         if is_cold:
             log.warning("compiles for batches of %s: call warm_up beforehand", _describe(padded))
-        predict_errors = _keep_latest(self._codec.predict_errors)
         encode_start = time.monotonic()
-        layout, coded_inputs = self._codec.encode(padded, finite)
+        batch = self._codec.encode(padded, finite)
+        layout = batch.layout
         seconds_to_encode = time.monotonic() - encode_start
+        predict_errors = _keep_latest(functools.partial(self._codec.predict_errors, batch=batch))
         try:
-            responses = self._pool.run(
-                coded_inputs,
+            responses = self._run(
+                batch,
                 self._stop,
-                time_limit=self._time_limit,
+                can_decode=self._can_decode,
                 start_time=submit_time,
-                can_decode=lambda returned: bool(np.all(code.recovered(returned))),
                 error=(lambda values, mask: predict_errors(values, mask)[layout.place])
                 if self._predicts_error
                 else None,
-                order=self._assignment_order,
                 again_after=self._again_after,
             )
         except NotEnoughAnswers as shortage:
@@ -335,17 +355,41 @@ class CodedServer:
                 f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
             )
             raise NotEnoughAnswers(message, shortage.responses) from shortage
-        values, detection, returned = self._codec.decode(responses.values, responses.returned, layout.num_occupied)
+        values, detection, returned = self._codec.decode(responses.values, responses.returned, batch)
         self._compiled_shapes.add(shape_key)
-        return Prediction(
+        prediction = Prediction(
             values=layout.restore(values),
             error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts_error else None,
-            exact=layout.restore_members(np.asarray(code.exact(returned))),
+            exact=layout.restore_mask(self._codec.find_exact(returned, batch)),
             returned=_freeze(returned),
             latency=time.monotonic() - submit_time,
             faults=responses.faults,
             detection=detection,
         )
+        if self._learner is not None and prediction.exact.any():
+            own = jax.tree.map(lambda leaf: leaf[prediction.exact], (x, prediction.values))
+            self._learner.observe(*own)
+        return prediction
+
+    def _run(self, batch, stop, **options):
+        """Has workers compute a batch; those of its coded inputs that need a plan follow when that is made."""
+        order = None if batch.num_planned else self._assignment_order
+        planner = self._planner
+        if planner is not None and self._learner is not None:
+            planner = dataclasses.replace(planner, prior=self._learner.surrogate)
+        more = functools.partial(self._codec.plan, batch, planner) if self._codec.needs_plans else None
+        return self._pool.run(
+            batch.coded_inputs,
+            stop,
+            time_limit=self._time_limit,
+            order=order,
+            num_more=batch.num_planned,
+            more=more,
+            **options,
+        )
+
+    def _can_decode(self, returned):
+        return bool(np.all(self._code.recovered(returned)) if self._planner is None else returned.any())
 
     def _queue_timeout(self):
         """Returns the exception for a request that is refused as it used up its time limit in the queue."""

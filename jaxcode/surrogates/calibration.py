@@ -79,7 +79,8 @@ def _fit(scores, losses, parametric) -> tuple[np.ndarray, np.ndarray]:
     """Averages losses in bins of equal counts, shrinks the means to a parametric curve and makes them monotone.
 
     Returns:
-        The bins' mean scores and losses.
+        The bins' mean scores and losses, as knots of which there are always 64, so that programs that read them need
+        not compile again. Those added below the lowest score have its loss, which is expected there anyway.
     """
     order = np.argsort(scores, kind="stable")
     bins = np.array_split(order, int(np.clip(len(order) // _BIN, 1, _MAX_BINS)))
@@ -90,7 +91,11 @@ def _fit(scores, losses, parametric) -> tuple[np.ndarray, np.ndarray]:
     counts = np.array([len(members) for members in bins], np.float64)
     means = (counts * bin_means(losses) + _PARAMETRIC_WEIGHT * bin_means(parametric)) / (counts + _PARAMETRIC_WEIGHT)
     monotone = optimize.isotonic_regression(means, weights=counts).x
-    return bin_means(scores).astype(np.float32), monotone.astype(np.float32)
+    knots = bin_means(scores)
+    num_added = _MAX_BINS - len(knots)
+    below = knots[0] - 1e-3 * max(1.0, abs(knots[0])) * np.arange(num_added, 0, -1)
+    losses = np.pad(monotone, (num_added, 0), mode="edge")
+    return np.concatenate([below, knots]).astype(np.float32), losses.astype(np.float32)
 
 
 def _fit_logistic(scores, wrong):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays import pad
 from .._batched_model import BatchedModel
-from ..allocation import PriorPlanner
+from ..allocation import Guesses, PriorPlanner
 from ..checks import batch_size
 from ..codes import AbstractCode
 from ..linops import Dense, split
@@ -146,7 +146,7 @@ class PlannedAnswers:
         planner: Plans with a prior; None without one.
         x: The groups of whole batches, leaves (batches, K, groups, ...).
         targets: The model's answers to them, leaves (batches, K, groups, ...).
-        predictions: The prior's guesses of these, and their risks; None without a prior.
+        guesses: The prior's guesses of these; None without a prior.
 
     Attributes:
         targets: As above.
@@ -160,10 +160,10 @@ class PlannedAnswers:
         planner: PriorPlanner | None,
         x: PyTree[np.ndarray],
         targets: PyTree[np.ndarray],
-        predictions: tuple[PyTree[np.ndarray], Float[np.ndarray, "batches data groups"]] | None,
+        guesses: Guesses | None,
     ):
         self._model, self.targets = model, targets
-        self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, predictions))
+        self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, guesses))
         self._answers: list[PyTree[np.ndarray]] = []
 
     def of_first(self, num_groups: int) -> tuple[PyTree[np.ndarray], PyTree[np.ndarray], PyTree[np.ndarray]]:
@@ -183,18 +183,18 @@ class PlannedAnswers:
 
 
 @jax.jit
-def _encode_batches(code, planner, x, predictions):
+def _encode_batches(code, planner, x, guesses):
     """Plans and encodes the groups of several batches."""
 
     def encode_batch(batch):
-        x, predictions = batch
+        x, guesses = batch
         if planner is None:
             plans = make_plans(code, None, x)
         else:
-            plans = jax.vmap(functools.partial(planner.plan, code), in_axes=1)(x, *predictions)
+            plans = jax.vmap(functools.partial(planner.plan, code), in_axes=1)(x, guesses)
         return encode(code, None, x, plans), plans
 
-    return jax.lax.map(encode_batch, (x, predictions))
+    return jax.lax.map(encode_batch, (x, guesses))
 
 
 def _encoder_matrix(code: AbstractCode) -> Float[np.ndarray, "workers data"]:

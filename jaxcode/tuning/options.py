@@ -55,10 +55,10 @@ def make_options(
     Returns:
         The options, those without a prior first.
     """
-    guess = guesses = risk = None
+    guess = guesses = None
     if prior is not None:
         guess = BatchedModel(call, prior, _GUESS_BATCH)
-        guesses, risk = BatchedModel(_guess_and_risk(loss), prior, _GUESS_BATCH)(x)
+        guesses = BatchedModel(_guess_with(loss), prior, _GUESS_BATCH)(x)
     group_sample = functools.partial(_group_sample, batch_size=batch_size, num_data=num_data)
     options, options_with_prior = [], []
     planned = {layout: code for layout, code in layouts.items() if code.needs_plan}
@@ -69,7 +69,7 @@ def make_options(
         cache = AnswerCache(model, grouped_x, grouped_targets)
         options += [Option(layout, name, code, cache) for layout, code in layouts.items()]
         if guess is not None:
-            guess_cache = AnswerCache(guess, grouped_x, grouped_guesses)
+            guess_cache = AnswerCache(guess, grouped_x, grouped_guesses.values)
             options_with_prior += [
                 Option(layout, name, code, cache, guess_cache)
                 for layout, code in layouts.items()
@@ -79,20 +79,20 @@ def make_options(
         # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
         in_own_order = batch_size < 2 * num_data or "greedy" not in orders
         name = next(iter(orders)) if in_own_order else "greedy"
-        sample = group_sample((x, targets, guesses, risk), orders[name], keep_batches=True)
-        grouped_x, grouped_targets, *predictions = sample
+        sample = group_sample((x, targets, guesses), orders[name], keep_batches=True)
+        grouped_x, grouped_targets, grouped_guesses = sample
         for layout, code in planned.items():
             answers = PlannedAnswers(model, code, None, grouped_x, grouped_targets, None)
             options.append(Option(layout, name, code, None, planned=answers))
             if prior is not None:
                 planner = PriorPlanner(prior, None, loss)
-                answers = PlannedAnswers(model, code, planner, grouped_x, grouped_targets, tuple(predictions))
+                answers = PlannedAnswers(model, code, planner, grouped_x, grouped_targets, grouped_guesses)
                 options_with_prior.append(Option(layout, name, code, None, planned=answers))
     replications = {layout: code for layout, code in layouts.items() if isinstance(code, ReplicationCode)}
-    if guess is not None and replications:
+    if guess is not None and guesses is not None and replications:
         # The order reads the first element.
-        risk, x, targets, guesses = group_sample((risk, x, targets, guesses), spread)
-        caches = AnswerCache(model, x, targets), AnswerCache(guess, x, guesses)
+        risk, x, targets, values = group_sample((guesses.risk, x, targets, guesses.values), spread)
+        caches = AnswerCache(model, x, targets), AnswerCache(guess, x, values)
         for layout, code in replications.items():
             lost = lost_probability(stragglers, code.num_workers)
             assignments = np.asarray(jax.vmap(assign, (1, None))(jnp.asarray(risk), lost))
@@ -123,6 +123,6 @@ def _group_sample(tree, order, *, batch_size, num_data, keep_batches=False):
 
 
 @functools.cache
-def _guess_and_risk(loss):
+def _guess_with(loss):
     """Returns one function for each loss, so that it compiles once."""
-    return lambda prior, x: prior.with_risk(x, loss)
+    return lambda prior, x: PriorPlanner(prior, None, loss).guess(x)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from flax import nnx
@@ -13,6 +13,9 @@ from ..codes import AbstractCode
 from ..functions import Model
 from ..ordering import Ordering
 from ..outputs import OutputSpace
+from ..pools import AbstractPool
+from ..serving.server import CodedServer
+from ..stop import AbstractStop
 from ..stragglers import AbstractStragglers
 from ..surrogates import Surrogate
 from .smoothing import smoothing_of
@@ -91,15 +94,28 @@ class Tuned:
         Raises:
             ValueError: As for `jaxcode.coded`.
         """
-        return coded(
-            f,
-            self.code,
-            order=self.order,
-            output=self.output,
-            prior=self.prior,
-            stragglers=self.stragglers,
-            loss=self.loss,
-        )
+        return coded(f, **self.setup())
+
+    def server(self, pool: AbstractPool, stop: AbstractStop, **options: Any) -> CodedServer:
+        """Makes a server with the chosen code, order, output space and prior.
+
+        Args:
+            pool: The workers that compute the model.
+            stop: As for `jaxcode.CodedServer`.
+            **options: Its other options, such as time_limit.
+
+        Returns:
+            The server.
+
+        Raises:
+            TypeError: If options has one that was chosen.
+            ValueError: As for `jaxcode.CodedServer`.
+        """
+        return CodedServer(pool=pool, stop=stop, **self.setup(), **options)
+
+    def setup(self) -> dict[str, Any]:
+        """Returns what was chosen, as keyword arguments that `jaxcode.coded` and `jaxcode.CodedServer` share."""
+        return {name: getattr(self, name) for name in ("code", "order", "output", "prior", "stragglers", "loss")}
 
     def save(self, folder: str | Path) -> None:
         """Writes it to `tuned.safetensors` in a folder, from which `jaxcode.load_tuned` reads it.

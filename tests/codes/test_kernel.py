@@ -272,8 +272,6 @@ def test_errors_of_plans():
         CODE.encode(X[:K])
     with pytest.raises(ValueError, match="plan is None; expected"):
         CODE.encoder_matrix()
-    with jc.pools.ThreadPool(jnp.sin, N) as pool, pytest.raises(ValueError, match="needs a plan of each group"):
-        jc.CodedServer(CODE, pool, jc.stop.answers(5))
     with pytest.raises(ValueError, match="expected a group of num_data, 6"):
         CODE.plan(X)
     with pytest.raises(ValueError, match="dtype bool; expected real numbers"):

@@ -172,7 +172,7 @@ def test_sigterm_answers_requests_in_flight_and_leaves_no_process(server):
         ("--model tests.serving.model", "expected module:attribute"),
         ("--model tests.serving.model:scores --num-workers 0", "above zero"),
         ("--model tests.serving.model:scores --answers 31", "expected at most as many"),
-        ("--model tests.serving.model:scores --code replication --error-below 1", "predicts no error"),
+        ("--model tests.serving.model:scores --tuned nowhere", "nowhere"),
         ("--model tests.serving.model:scores --input-shape 3,x", "whole numbers such as"),
         ("--model tests.serving.model:scores --num-data 1", "num_data"),
     ],

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jaxcode as jc
 from jaxcode import (
+    BerrutCode,
     CodedServer,
     ReplicationCode,
     SplineCode,
@@ -291,7 +292,10 @@ def test_prometheus_parses_the_metrics(pool, faults):
     [
         (lambda pool: make_server(pool, stop.answers(13)), "expected at most as many"),
         (lambda pool: make_server(pool, stop.error_below(0.1)), "predicts no error"),
-        (lambda pool: CodedServer(ReplicationCode(4, 9), pool, stop.answers(3), predict_error=True), "ReplicationCode"),
+        (
+            lambda pool: CodedServer(BerrutCode.chebyshev(4, 9), pool, stop.answers(3), predict_error=True),
+            "InterpolatingCode predicts no errors",
+        ),
         (lambda pool: make_server(pool, stop.answers(3), time_limit=0), "time_limit is 0"),
         (lambda pool: make_server(pool, stop.answers(3), again_after=-1.0), r"again_after is -1\.0"),
         (lambda pool: make_server(pool, stop.answers(3), max_in_flight=0), "max_in_flight is 0"),
