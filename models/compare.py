@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet20 for cifar10, else lenet5")
     parser.add_argument(
         "--setting",
-        type=_setting,
+        type=read_setting,
         action="append",
         metavar="N,K,S",
         help="workers, inputs of a request, stragglers; may be given several times (default: "
@@ -150,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _setting(text: str) -> Setting:
+def read_setting(text: str) -> Setting:
+    """Reads N, K and S from an argument such as 30,20,5."""
     try:
         num_workers, num_data, num_stragglers = map(int, text.split(","))
     except ValueError:

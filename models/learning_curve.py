@@ -1,0 +1,249 @@
+"""Measures what guesses by a surrogate leave of replication's loss: `python -m models.learning_curve`.
+
+By how many answers it was distilled from, by how many of them passed through a server after it was made, and for inputs
+that the network was not trained on.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+
+import jaxcode as jc
+
+from . import datasets, plots
+from .compare import Setting, read_setting
+from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .training import compute_logits
+
+_SETTINGS = ((30, 20, 5), (20, 8, 3), (12, 8, 2), (10, 8, 1), (12, 10, 1), (60, 20, 20), (100, 20, 60), (9, 8, 1))
+_BATCH_SIZE = 400
+# Answers in a request whose answers a learner observes.
+_REQUEST = 100
+_FOOTNOTE = """\
+Loss: the expected share of answers of another class than the network's, over all sets of S late workers, as a multiple
+of replication's at the same N, where a lost input counts as wrong; at half of the test images, which nothing was
+learned from. Every input has a worker of its own, and copies go where the surrogate is least sure
+(`jaxcode.allocation`). Behind "=": the multiple of the loss of replication that has as many more workers as the
+surrogate costs. Intervals: 95 %, by bootstrap over requests. Expected: the share that the surrogate expects to be of
+another class. Cost: operations of the surrogate over the network's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds a surrogate and where it comes from.
+
+    Attributes:
+        label: Says what it was learned from.
+        count: From how many answers.
+        prior: The surrogate.
+        seconds: That learning took.
+    """
+
+    label: str
+    count: int
+    prior: jc.Surrogate
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Holds the expected losses of requests.
+
+    Attributes:
+        guessed: With the surrogate, (requests,).
+        replication: Of replication, the mean of all requests.
+        same_work: Of replication with as many more workers as the surrogate costs.
+    """
+
+    guessed: Float[np.ndarray, "requests"]
+    replication: float
+    same_work: float
+
+    def format(self) -> str:
+        """Formats the multiple of replication's loss, its interval, and that of the same work."""
+        rows = np.random.default_rng(0).integers(len(self.guessed), size=(2000, len(self.guessed)))
+        half_width = np.ptp(np.quantile(self.guessed[rows].mean(axis=1), (0.025, 0.975))) / 2 / self.replication
+        mean = self.guessed.mean()
+        return f"{mean / self.replication:.4f} ± {half_width:.4f} = {mean / self.same_work:.4f}"
+
+
+def expected_loss(
+    prior: jc.Surrogate,
+    images: Float[np.ndarray, "images height width channels"],
+    is_wrong: Bool[np.ndarray, "images"],
+    setting: Setting,
+    batch_size: int,
+) -> Loss:
+    """Computes the expected share of wrong classes with copies placed by a surrogate's risks.
+
+    Args:
+        prior: The surrogate.
+        images: Whole batches are used.
+        is_wrong: Where its guess is of another class than the network's.
+        setting: N, K, S.
+        batch_size: B, a multiple of K.
+    """
+    num_workers, num_data, num_late = setting
+    stragglers = jc.stragglers.Uniform(num_late)
+    lost = jc.allocation.lost_probability(stragglers, num_workers)
+    risk = np.concatenate([prior.with_risk(part, "disagreement")[1] for part in _batches(images, 500)])
+    size = len(images) // batch_size * batch_size
+    batches = jnp.asarray(risk[:size]).reshape(-1, batch_size)
+    order = jax.vmap(lambda risk: jc.allocation.spread(risk, num_data))(batches)
+    order = np.asarray(order) + np.arange(len(order))[:, None] * batch_size
+    requests = order.reshape(-1, num_data)
+    assignments = jax.vmap(lambda risk: jc.allocation.assign(risk, lost))(jnp.asarray(risk[requests]))
+    counts = jax.vmap(lambda assignment: jnp.bincount(assignment, length=num_data))(assignments)
+    guessed = np.asarray(jnp.sum(lost[counts] * is_wrong[requests], axis=1)) / num_data
+
+    def of_replication(num_workers):
+        lost = jc.allocation.lost_probability(stragglers, num_workers)
+        return float(np.mean(lost[np.bincount(np.arange(num_workers) % num_data)]))
+
+    workers = num_workers + prior.cost * num_data
+    whole = [of_replication(int(workers)), of_replication(int(workers) + 1)]
+    return Loss(guessed, of_replication(num_workers), float(np.interp(workers % 1, (0, 1), whole)))
+
+
+def distil(
+    model: nnx.Module, data: datasets.Dataset, args: argparse.Namespace, apply: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[Row]:
+    """Learns surrogates in all the ways that are compared."""
+
+    def learn(label, images):
+        start = time.perf_counter()
+        prior = jc.surrogate(model, images, cost=args.cost, seed=args.seed)
+        return Row(label, len(images), prior, time.perf_counter() - start)
+
+    first = learn("the network's training images", data.x_train[: args.inputs[0]])
+    yield first
+    for count in args.inputs[1:]:
+        yield learn("the network's training images", data.x_train[:count])
+    yield learn("images it was not trained on", data.x_test[: min(args.inputs[-1], len(data.x_test) // 2)])
+    start = time.perf_counter()
+    with jc.surrogates.Learner(first.prior, seed=args.seed) as learner:
+        total = args.inputs[0]
+        for count in args.inputs[1:]:
+            for images in _batches(data.x_train[total:count], _REQUEST):
+                learner.observe(images, apply(images))
+                learner.wait()
+            total = count
+            yield Row(
+                f"{args.inputs[0]:,}, then passing answers", count, learner.surrogate, time.perf_counter() - start
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Learns surrogates of a network and prints what each leaves of replication's loss.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    try:
+        data = datasets.load(args.dataset, args.data_dir)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    if sorted(args.inputs) != args.inputs or not 20 <= args.inputs[0] <= args.inputs[-1] <= len(data.x_train):
+        parser.error(f"--inputs must be numbers from 20 to {len(data.x_train)}, ascending; got {args.inputs}")
+    settings = args.setting or list(_SETTINGS)
+    name = args.network or DEFAULT_NETWORKS[args.dataset]
+    model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
+    images = data.x_test[len(data.x_test) // 2 :]
+
+    def apply(images):
+        return np.asarray(compute_logits(model, images))
+
+    classes = apply(images).argmax(axis=1)
+    print(f"{name} on {args.dataset}, {len(images):,} test images.\n")
+    table, losses = [], {}
+    for row in distil(model, data, args, apply):
+        guesses, risk = (
+            np.concatenate(parts)
+            for parts in zip(
+                *(row.prior.with_risk(part, "disagreement") for part in _batches(images, 500)), strict=True
+            )
+        )
+        is_wrong = guesses.argmax(axis=1) != classes
+        print(
+            f"{row.count:,} answers, {row.label}: learned in {row.seconds:.0f} s, cost {row.prior.cost:.3f}; "
+            f"of another class {is_wrong.mean():.4f}, expected {risk.mean():.4f}",
+            flush=True,
+        )
+        for setting in settings:
+            num_data = setting[1]
+            for batch_size in (num_data, max(1, min(_BATCH_SIZE, len(images)) // num_data) * num_data):
+                loss = expected_loss(row.prior, images, is_wrong, setting, batch_size)
+                losses[row.label, row.count, setting, batch_size == num_data] = loss
+                table.append([row.label, row.count, *setting, batch_size, *_numbers(loss, row), is_wrong.mean()])
+            single, together = (losses[row.label, row.count, setting, is_single] for is_single in (True, False))
+            print(f"  {','.join(map(str, setting)):>10}  B = K: {single.format()}   batches: {together.format()}")
+    with (args.out / "figures.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        heads = "learned from", "answers", "N", "K", "S", "B", "multiple of replication's loss", "at the same work"
+        writer.writerow([*heads, "cost", "seconds", "of another class"])
+        writer.writerows(table)
+    _plot(losses, settings[0], f"{name} on {args.dataset}", args.out / "curve.png")
+    print(f"\n{_FOOTNOTE}\nIn {args.out}/: figures.csv, curve.png")
+
+
+def _numbers(loss, row):
+    mean = loss.guessed.mean()
+    return mean / loss.replication, mean / loss.same_work, row.prior.cost, row.seconds
+
+
+def _batches(images, size):
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _plot(losses, setting, title, path):
+    """Draws the loss at one size against the number of answers."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for (label, count, other, is_single), loss in losses.items():
+        if other == setting and is_single:
+            curves.setdefault(label, []).append((count, loss.guessed.mean() / loss.replication))
+    for (label, points), color in zip(curves.items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
+        axes.plot(*np.transpose(points), color=color, marker="o", label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("answers learned from")
+    axes.set_ylabel("loss over replication's")
+    axes.set_title(f"{title}, (N, K, S) = {setting}, one request at a time", fontsize=10)
+    axes.legend(frameon=False)
+    plots.tidy(axes)
+    plots.save(figure, path)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.learning_curve", description=__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=datasets.NAMES, default="digits", help="images (default: %(default)s)")
+    add("--network", help="network; that of the stored weights if not given")
+    add("--inputs", type=int, nargs="+", default=[400, 1000], metavar="n", help="answers (default: 400 1000)")
+    add("--setting", type=read_setting, action="append", metavar="N,K,S", help="workers, inputs, late; may be repeated")
+    add("--cost", type=float, default=0.1, help="of a surrogate, over the network's (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--data-dir", help="folder of the data sets; JAXCODE_DATA if not given")
+    add("--out", type=Path, default=Path("out/learning_curve"), help="folder to write to (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
