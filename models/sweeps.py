@@ -128,8 +128,11 @@ def compare(
     targets = np.stack([jax.jit(fn)(params, request) for request in requests])
     variance = targets.reshape(-1, targets.shape[-1]).var(axis=0)
     masks = jax.vmap(lambda key: stragglers.sample(key, num_workers))(jax.random.split(jax.random.key(seed), num_sets))
-    kernels = jc.tuning.kernel_layouts(num_data, num_workers, late=num_late / num_workers)
-    layouts = jc.tuning.standard_layouts(num_data, num_workers) | kernels
+    layouts = {
+        **jc.tuning.standard_layouts(num_data, num_workers),
+        **jc.tuning.kernel_layouts(num_data, num_workers, late=num_late / num_workers),
+        "kernel, copies": jc.KernelCode(num_data, num_workers, midpoints=False),
+    }
     errors = {}
     for kind, chosen in _kinds(layouts).items():
         tuned = jc.tune(sweep.f, tuning_sample, num_data, num_workers, stragglers, layouts=chosen, progress=False)

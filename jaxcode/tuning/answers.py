@@ -164,22 +164,14 @@ class PlannedAnswers:
     ):
         self._model, self.targets = model, targets
         self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, guesses))
-        self._answers: list[PyTree[np.ndarray]] = []
 
-    def of_first(self, num_groups: int) -> tuple[PyTree[np.ndarray], PyTree[np.ndarray], PyTree[np.ndarray]]:
-        """Returns plans, answers and targets of the batches that hold the first groups, leaves (batches, ...)."""
-        groups_in_batch = jax.tree.leaves(self.targets)[0].shape[2]
-        num_batches = -(-num_groups // groups_in_batch)
-        plans, targets = jax.tree.map(lambda leaf: leaf[:num_batches], (self.plans, self.targets))
-        return plans, self._compute_answers(num_batches), targets
-
-    def _compute_answers(self, num_batches: int) -> PyTree[np.ndarray]:
-        """Computes the answers to the first batches, leaves (num_batches, N, groups, ...)."""
-        while len(self._answers) < num_batches:
-            coded = jax.tree.map(lambda leaf: leaf[len(self._answers)], self._coded)
-            answers = self._model(flatten_groups(coded))
-            self._answers.append(unflatten_groups(answers, jax.tree.leaves(coded)[0].shape[0]))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *self._answers[:num_batches])
+    def answers(self) -> PyTree[np.ndarray]:
+        """Computes the workers' answers, leaves (batches, N, groups, ...)."""
+        num_batches, num_workers, num_groups = jax.tree.leaves(self._coded)[0].shape[:3]
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), self._coded)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(num_batches, num_workers, num_groups, *leaf.shape[1:]), self._model(rows)
+        )
 
 
 @jax.jit

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._arrays import pad
 from ..codes import AbstractCode, Plan, Prior, ReplicationCode
 from ..linops import Dense, DoubleSingle
 from ..outputs import OutputSpace, as_returned
@@ -22,8 +21,10 @@ from .smoothing import smoothing_of, with_smoothing
 _MASKS_IN_A_BATCH = 32
 # The same where a decoder is prepared for each, of which one of hundreds of workers fills the processor.
 _PLANNED_MASKS_IN_A_BATCH = 4
-# Straggler sets for codes that are fitted to the answers under each of them, which takes as long as decoding dozens.
-_MAX_PLANNED_MASKS = 64
+# Codes that are fitted to the answers under each straggler set, which takes as long as decoding dozens, are measured
+# under so many sets, in total over groups, and so few and many of them.
+_PLANNED_CASES = 1500
+_PLANNED_MASKS = 16, 64
 
 
 @final
@@ -151,7 +152,6 @@ class Evaluator:
         plans: PyTree[np.ndarray],
         answers: PyTree[np.ndarray],
         targets: PyTree[np.ndarray],
-        num_groups: int,
     ) -> list[Measurement]:
         """Measures a code whose groups have plans, and whose batches are decoded together, in several output spaces.
 
@@ -161,18 +161,15 @@ class Evaluator:
             plans: Of each group, leaves (batches, groups, ...).
             answers: Its workers' answers, leaves (batches, N, groups, ...).
             targets: As for `measure`, leaves (batches, K, groups, ...).
-            num_groups: How many of the groups count.
 
         Returns:
             A measurement for each space.
         """
-        groups_in_batch = jax.tree.leaves(targets)[0].shape[2]
-        num_batches = -(-self._num_groups // groups_in_batch)
-        batches = jax.tree.map(lambda leaf: pad(leaf, num_batches), (plans, answers, targets))
+        num_masks = int(np.clip(_PLANNED_CASES // self._num_groups, *_PLANNED_MASKS))
         measurements = []
         for output in outputs:
-            values = _measure_planned(code, self.masks[:_MAX_PLANNED_MASKS], *batches, self._loss, output)
-            measurements.append(_measurement(code, output, values, num_groups))
+            values = _measure_planned(code, self.masks[:num_masks], plans, answers, targets, self._loss, output)
+            measurements.append(_measurement(code, output, values, self._num_groups))
         return measurements
 
     def squared_error_slopes(

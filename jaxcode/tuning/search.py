@@ -1,5 +1,6 @@
 """Chooses the code, order and output space for a model by measurement on a sample of its inputs, without labels."""
 
+import functools
 import time
 from collections.abc import Mapping
 
@@ -25,7 +26,7 @@ from .evaluation import Evaluator, standard_error
 from .losses import LOSSES, Loss
 from .options import make_options
 from .report import Candidate, Tuned
-from .trials import Trial, select
+from .trials import Trial, merge, select
 
 __all__ = ["kernel_layouts", "standard_layouts", "standard_orders", "tune"]
 
@@ -34,6 +35,9 @@ __all__ = ["kernel_layouts", "standard_layouts", "standard_orders", "tune"]
 _SHARES_BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Degrees of models that Lagrange codes make exact; higher ones need more workers than there are.
 _DEGREES = (1, 2)
+# Errors of the best curve, over those of replication whose lost inputs are the mean, between which kernel codes are
+# worth trying.
+_EXACT, _SMOOTH = 1e-5, 0.7
 # Lengths by which kernel codes place workers, in units of a group's extent.
 _LENGTHS = (0.15, 0.3, 0.6)
 
@@ -90,8 +94,9 @@ def tune(
             the share of inputs that get another class than the model gives them; or a function of results and the
             model's own answers, leaves (K, ...), traced, under vmap. An input that a code loses has the result NaN: it
             counts as a disagreement, and makes any other loss infinite.
-        layouts: Candidates by name, codes of K and N; `standard_layouts` if not given. Add `kernel_layouts` for smooth
-            models. Smoothing is tuned for those whose interpolants have it.
+        layouts: Candidates by name, codes of K and N. If not given, `standard_layouts` and, where these tell that the
+            model is smooth on the scale of a group, `kernel_layouts`. Smoothing is tuned for those whose interpolants
+            have it.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over, at least 2. Those with fewer than two answers, from which no curve
             can be decoded, are left out.
@@ -137,6 +142,7 @@ def tune(
     if prior is not None and not isinstance(prior, Surrogate):
         raise ValueError(f"prior is {prior!r}; expected a surrogate, such as jaxcode.surrogate(f, inputs)")
     orders = standard_orders(f, x_sample, model_batch) if orders is None else orders
+    tries_kernels = layouts is None and num_workers >= num_data
     layouts = standard_layouts(num_data, num_workers) if layouts is None else layouts
     _check_candidates(layouts, orders, num_data, num_workers)
 
@@ -156,20 +162,24 @@ def tune(
             f"batch_size, {batch_size}"
         )
     loss_name = loss if isinstance(loss, str) else SQUARED_ERROR
-    options = make_options(
+    make_options_of = functools.partial(
+        make_options,
         model,
         x_sample,
         targets,
-        layouts,
-        orders,
+        orders=orders,
         batch_size=batch_size,
         num_data=num_data,
         prior=prior,
         stragglers=stragglers,
         loss=loss_name,
     )
-    evaluator = Evaluator(masks, loss_function, num_groups)
-    ranked = select(evaluator, options, _output_spaces(targets), num_groups, deadline, progress)
+    evaluator, output_spaces = Evaluator(masks, loss_function, num_groups), _output_spaces(targets)
+    ranked = select(evaluator, make_options_of(layouts), output_spaces, num_groups, deadline, progress)
+    if tries_kernels and _is_smooth(ranked, targets, num_data, masks) and time.monotonic() < deadline:
+        kernels = kernel_layouts(num_data, num_workers, late=1 - float(np.mean(masks)))
+        trials = select(evaluator, make_options_of(kernels), output_spaces, num_groups, deadline, progress)
+        ranked = merge((ranked, trials), num_groups)
     chosen = _prefer_copies(ranked)
     ranked.sort(key=lambda trial: trial is not chosen)
     has_prior, places_copies = chosen.option.has_prior, chosen.option.assignments is not None
@@ -226,13 +236,11 @@ def kernel_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dic
         late: The share of workers that are late, such as S / N.
 
     Returns:
-        Kernel codes of copies, and with midpoints for models of several lengths.
+        Kernel codes with midpoints for models of several lengths; of the inputs alone where N is K.
     """
-    layouts: dict[str, AbstractCode] = {"kernel, copies": KernelCode(num_data, num_workers, midpoints=False)}
-    if num_workers > num_data:
-        for length in _LENGTHS:
-            layouts[f"kernel, length {length}"] = KernelCode(num_data, num_workers, length, late)
-    return layouts
+    if num_workers == num_data:
+        return {"kernel": KernelCode(num_data, num_workers, midpoints=False)}
+    return {f"kernel, length {length}": KernelCode(num_data, num_workers, length, late) for length in _LENGTHS}
 
 
 def standard_orders(
@@ -259,6 +267,16 @@ def standard_orders(
     if jnp.all(jnp.isfinite(features)) and jnp.any(features != features[:1]):
         orders["greedy by sensitivity"] = ordering.Greedy(key=sensitivity)
     return orders
+
+
+def _is_smooth(ranked: list[Trial], targets: PyTree[np.ndarray], num_data: int, masks) -> bool:
+    """Returns whether curves tell more about the inputs that replication loses than the mean answer, but not all."""
+    replication = ReplicationCode(num_data, masks.shape[1])
+    share_lost = 1 - float(jnp.mean(jax.vmap(replication.recovered)(jnp.asarray(masks))))
+    variance = sum(np.var(leaf, axis=0).sum() for leaf in jax.tree.leaves(targets))
+    error_of_mean = np.sqrt(share_lost * variance)
+    errors = [trial.measurement.rmse for trial in ranked if not (trial.option.copies_only or trial.option.has_prior)]
+    return bool(errors) and bool(_EXACT * error_of_mean < min(errors) < _SMOOTH * error_of_mean)
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:

@@ -83,9 +83,15 @@ class Trial:
 
 
 def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace], num_groups: int) -> Trial:
-    """Measures an option on the first groups, in the best of some output spaces."""
+    """Measures an option on the first groups, in the best of some output spaces; one with plans on all groups.
+
+    Its batches are decoded as a whole, and few groups would take as long as all.
+    """
     if option.planned is not None:
-        measurements = evaluator.measure_planned(option.code, outputs, *option.planned.of_first(num_groups), num_groups)
+        planned = option.planned
+        measurements = evaluator.measure_planned(
+            option.code, outputs, planned.plans, planned.answers(), planned.targets
+        )
     elif option.assignments is not None:
         assert option.cache is not None
         assert isinstance(option.code, ReplicationCode)
@@ -165,6 +171,14 @@ def select(
     return sorted(finalists + others, key=lambda trial: trial.rank) + dropped
 
 
+def merge(rankings: Sequence[Sequence[Trial]], num_groups: int) -> list[Trial]:
+    """Merges rankings that `select` returned: those measured on all groups by rank, then the dropped ones."""
+    trials = [trial for ranking in rankings for trial in ranking]
+    complete = [trial for trial in trials if trial.measurement.num_groups == num_groups]
+    dropped = [trial for trial in trials if trial.measurement.num_groups < num_groups]
+    return sorted(complete, key=lambda trial: trial.rank) + dropped
+
+
 def smooth_decoder(evaluator: Evaluator, trial: Trial) -> Trial:
     """Tries smoothings of the decoder, on a grid and then by the gradient of the squared error.
 
@@ -199,7 +213,9 @@ def smooth_encoder(evaluator: Evaluator, trial: Trial) -> Trial:
 
 
 def _measure_again(evaluator, trial, num_groups):
-    """Measures an option on more groups, in the space that was best."""
+    """Measures an option on more groups, in the space that was best, unless it has been."""
+    if trial.measurement.num_groups >= num_groups:
+        return trial
     return measure(evaluator, trial.option, [trial.measurement.output], num_groups)
 
 

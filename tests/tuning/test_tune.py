@@ -55,7 +55,15 @@ def test_replication_is_chosen_unless_another_loses_less():
 def test_the_reported_loss_is_that_of_the_tuned_code():
     x = inputs()
     tuned = tune_classes(
-        smooth_classifier, x, K, N, LATE, orders={"as given": None}, key=jax.random.key(3), model_batch=7
+        smooth_classifier,
+        x,
+        K,
+        N,
+        LATE,
+        layouts=tuning.standard_layouts(K, N),
+        orders={"as given": None},
+        key=jax.random.key(3),
+        model_batch=7,
     )
     predict, masks = tuned.coded(smooth_classifier), sample_masks(256, seed=3)
     np.testing.assert_allclose(tuned.candidates[0].loss, mean_loss(predict, smooth_classifier, x, masks), atol=1e-6)
@@ -65,7 +73,7 @@ def test_the_reported_loss_is_that_of_the_tuned_code():
 
 
 def test_replication_is_measured_on_all_groups_and_its_loss_is_the_share_of_lost_inputs():
-    tuned = tune_classes(smooth_classifier, inputs(), K, N, LATE)
+    tuned = tune_classes(smooth_classifier, inputs(), K, N, LATE, layouts=tuning.standard_layouts(K, N))
     replications = [c for c in tuned.candidates if c.layout == "replication"]
     assert {c.num_groups for c in replications} == {12}
     lost = 1 - np.mean(jax.vmap(ReplicationCode(K, N).recovered)(sample_masks(256, seed=0)))
@@ -353,7 +361,8 @@ def test_what_a_prior_explains_is_not_decoded():
 def test_a_prior_that_knows_nothing_is_not_used():
     x = jnp.linspace(0, 3, 60)[:, None]
     useless = jc.surrogate(jnp.sin, x, features=lambda x: 0 * x, progress=False)
-    tuned = tune(jnp.sin, x, K, N, LATE, prior=useless, batch_size=60)
+    layouts = tuning.standard_layouts(K, N)
+    tuned = tune(jnp.sin, x, K, N, LATE, layouts=layouts, prior=useless, batch_size=60)
     assert tuned.candidates[0].loss < 1e-3
     assert tuned.coded(jnp.sin).prior_planner is None or tuned.candidates[0].layout != "replication"
 
@@ -388,9 +397,12 @@ def test_the_report(tmp_path, capsys):
     tuned = tuning.tune(smooth_classifier, inputs(), K, N, LATE, loss="disagreement", batch_size=60)
     assert "candidate" in capsys.readouterr().err
     lines = tuned.table().splitlines()
-    assert len(lines) == len(tuned.candidates) + 1 == 3 * len(tuning.standard_layouts(K, N)) + 1
+    assert len(lines) == len(tuned.candidates) + 1
+    kernels = [candidate for candidate in tuned.candidates if isinstance(candidate.code, jc.KernelCode)]
+    assert len(kernels) == len(tuning.kernel_layouts(K, N))
+    assert len(tuned.candidates) == 3 * len(tuning.standard_layouts(K, N)) + len(kernels)
     assert lines[1].startswith(tuned.candidates[0].layout)
-    assert f"{tuned.candidates[0].loss:.4f}" in lines[1]
+    assert f"{tuned.candidates[0].loss:.4g}" in lines[1]
     assert str(tuned.num_evaluations) in str(tuned).replace(",", "")
     tuned.plot(tmp_path / "tuned.png")
     assert (tmp_path / "tuned.png").stat().st_size > 1000
