@@ -24,9 +24,9 @@ Ordering = Callable[[PyTree[Array], int], Int[Array, "batch"]]
 # Maps the features of two inputs, without batch axis, to their distance.
 Metric = Callable[[Any, Any], Float[Array, ""]]
 
-# Inputs in a path. Longer batches are split into parts, which keeps the matrix of distances to 16 MB of float32 and the
-# time linear in B; each split costs the path one long step.
-MAX_PATH_LENGTH = 2048
+# Inputs in a path. Longer batches are split into parts, which keeps the time linear in B. Of 2,000 images, parts of 512
+# take a third to a fifth of the time of one path, which is 1 to 3 % shorter; what codes lose is the same.
+MAX_PATH_LENGTH = 512
 # Passes of 2-opt over all edges. A pass that finds nothing ends the search; the limit bounds the time.
 MAX_PASSES = 16
 
@@ -44,8 +44,8 @@ def greedy(
     none helps or after 16 passes. Closed by a step from its end to its start it can be split into groups in num_data
     ways; the one with the longest steps between groups is returned.
 
-    A batch of more than 2048 is first split into parts of similar inputs, by repeated bisection across the direction of
-    largest variance, and each part gets its own path: memory O(B D + 2048^2), time O(2048 B D).
+    A batch of more than 512 is first split into parts of similar inputs, by repeated bisection across the direction of
+    largest variance, and each part gets its own path: memory O(B D + 512^2), time O(512 B D).
 
     Jittable and vmappable; a permutation has no derivatives. Inputs sharded along explicit mesh axes are ordered on
     every device, by their features alone.
