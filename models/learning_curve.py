@@ -27,6 +27,7 @@ from .training import compute_logits
 
 _SETTINGS = ((30, 20, 5), (20, 8, 3), (12, 8, 2), (10, 8, 1), (12, 10, 1), (60, 20, 20), (100, 20, 60), (9, 8, 1))
 _BATCH_SIZE = 400
+_PASSING = "then passing answers"
 # Answers in a request whose answers a learner observes.
 _REQUEST = 100
 _FOOTNOTE = """\
@@ -138,9 +139,7 @@ def distil(
                 learner.observe(images, apply(images))
                 learner.wait()
             total = count
-            yield Row(
-                f"{args.inputs[0]:,}, then passing answers", count, learner.surrogate, time.perf_counter() - start
-            )
+            yield Row(f"{args.inputs[0]:,}, {_PASSING}", count, learner.surrogate, time.perf_counter() - start)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,10 +217,14 @@ def _plot(losses, setting, title, path):
     curves: dict[str, list[tuple[int, float]]] = {}
     for (label, count, other, is_single), loss in losses.items():
         if other == setting and is_single:
-            curves.setdefault(label, []).append((count, loss.guessed.mean() / loss.replication))
+            first = next(iter(curves.values()))[:1] if label.endswith(_PASSING) else []
+            curves.setdefault(label, first).append((count, loss.guessed.mean() / loss.replication))
     for (label, points), color in zip(curves.items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
         axes.plot(*np.transpose(points), color=color, marker="o", label=label)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    counts = sorted({count for points in curves.values() for count, _ in points})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("answers learned from")
     axes.set_ylabel("loss over replication's")

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen, nnx
 
 import jaxcode as jc
+from jaxcode.pipeline import decode, encode, group, plan_groups
 from models.lenet5 import LeNet5
 
 from .timing import Report, progress, run_script, time_programs
@@ -18,6 +19,7 @@ from .timing import Report, progress, run_script, time_programs
 def measure(report: Report):
     measure_lenet5(report)
     measure_vision_transformer(report)
+    measure_prior(report)
     measure_dispatch(report)
     measure_first_call(report)
 
@@ -40,12 +42,12 @@ def measure_parts(report, name, model, x, code, upper_limits, *, rounds=7):
     predict = jc.coded(model, code)
     groups = -(-x.shape[0] // code.num_data)
     by_group = x.reshape(code.num_data, groups, *x.shape[1:])
-    encode, decode = jax.jit(code.encode), jax.jit(code.decode)
+    encode_group, decode_group = jax.jit(code.encode), jax.jit(code.decode)
     order = jax.jit(lambda x: jc.ordering.greedy(x, code.num_data))
     traced_decoder = jax.jit(code.decoder_linop)
     graph, params = nnx.split(model)
     model_only = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
-    coded_inputs = encode(by_group).reshape(groups * code.num_workers, *x.shape[1:])
+    coded_inputs = encode_group(by_group).reshape(groups * code.num_workers, *x.shape[1:])
     answers = model_only(params, coded_inputs).reshape(code.num_workers, groups, -1)
     mask = np.arange(code.num_workers) % 5 != 0
     on_device = jnp.asarray(mask)
@@ -54,8 +56,8 @@ def measure_parts(report, name, model, x, code, upper_limits, *, rounds=7):
             "coded call": lambda: predict(x, mask),
             f"the model alone on {len(coded_inputs)} inputs": lambda: model_only(params, coded_inputs),
             "order": lambda: order(x),
-            "encode": lambda: encode(by_group),
-            "mask to decoder and decode, compiled": lambda: decode(answers, on_device),
+            "encode": lambda: encode_group(by_group),
+            "mask to decoder and decode, compiled": lambda: decode_group(answers, on_device),
             "mask to decoder in float64, compiled": lambda: traced_decoder(on_device),
             "mask to decoder in float64, on the host": lambda: code.decoder_linop(mask),
         },
@@ -69,6 +71,72 @@ def measure_parts(report, name, model, x, code, upper_limits, *, rounds=7):
         share = times[f"mask to decoder in float64, {place}"] / call_times
         report.add(f"  the algebra in float64, {place}", 100 * share, "%", upper_limit=2)
     report.add_times(times)
+
+
+def measure_prior(report):
+    """Measures LeNet5 with a prior, N = 30, K = 20, copies by risk; and what the same takes of a call of ViT-B/16."""
+    model, x = LeNet5(rngs=nnx.Rngs(0)), normal(400, 28, 28, 1)
+    code, stragglers = jc.ReplicationCode(20, 30), jc.stragglers.Uniform(5)
+    prior = jc.surrogate(model, np.asarray(normal(600, 28, 28, 1)))
+    predict = jc.coded(model, code, prior=prior, stragglers=stragglers, loss="disagreement")
+    guess = jax.jit(lambda prior, x: prior.with_risk(x, "disagreement"))
+    mask = np.arange(30) % 6 != 0
+    times = time_programs(
+        {
+            "coded call with a prior": lambda: predict(x, mask),
+            "surrogate": lambda: guess(prior, x),
+            **prior_programs(code, prior, stragglers, x, num_classes=10),
+        }
+    )
+    report_prior(report, "LeNet5, batch 400, (N, K) = (30, 20), prior", times, "coded call with a prior", 5)
+    report.add("  the surrogate", 100 * times["surrogate"] / times["coded call with a prior"], "%")
+    report.add_times(times)
+    model, x = VisionTransformer(nnx.Rngs(0)), normal(8, 224, 224, 3)
+    code = jc.ReplicationCode(8, 12)
+    graph, params = nnx.split(model)
+    model_only = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
+    coded_inputs = jnp.concatenate([x, x[:4]])
+    times = time_programs(
+        {
+            "the model alone on 12 inputs": lambda: model_only(params, coded_inputs),
+            **prior_programs(code, prior, jc.stragglers.Uniform(3), x, num_classes=1000),
+        },
+        rounds=3,
+    )
+    report_prior(report, "ViT-B/16, batch 8, (N, K) = (12, 8), prior", times, "the model alone on 12 inputs", 1)
+    report.add_times(times)
+
+
+def prior_programs(code, prior, stragglers, x, num_classes):
+    """Makes the programs of a call with a prior but for the model's and the surrogate's."""
+    planner = jc.allocation.PriorPlanner(prior, jc.allocation.lost_probability(stragglers, code.num_workers), "loss")
+    size = len(x)
+    risk = jnp.abs(normal(size))
+    guesses = jc.allocation.Guesses(normal(size, num_classes), risk, risk)
+
+    @jax.jit
+    def plan_and_encode(x, guesses):
+        order = jc.allocation.spread(guesses.risk, code.num_data)
+        (x, guesses), _ = group((x, guesses), code.num_data, lambda tree, num_data: order)
+        plans = plan_groups(code, planner, x, guesses, np.ones(x.shape[:2], bool))
+        return encode(code, None, x, plans), plans
+
+    @jax.jit
+    def decode_planned(answers, returned, plans):
+        return decode(code, None, answers, jc.outputs.as_returned, returned, plans)
+
+    coded_inputs, plans = plan_and_encode(x, guesses)
+    answers = normal(*coded_inputs.shape[:2], num_classes)
+    returned = jnp.arange(code.num_workers) % 6 != 0
+    return {
+        "allocate and encode": lambda: plan_and_encode(x, guesses),
+        "decode with a prior": lambda: decode_planned(answers, returned, plans),
+    }
+
+
+def report_prior(report, name, times, call, upper_limit):
+    coding = times["allocate and encode"] + times["decode with a prior"]
+    report.add(f"{name}: allocate to decode", 100 * coding / times[call], "%", upper_limit=upper_limit)
 
 
 def measure_dispatch(report):
