@@ -31,7 +31,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_collection_modifyitems(config, items):
     """Starts with the tests that wait for other processes, as others run meanwhile, then with the longest files.
 
-    Where JAXCODE_TEST_EVERY is 2, every test runs, but only every second case of it.
+    Where JAXCODE_TEST_EVERY is 4, every test runs, but only every fourth case of it.
     """
     every, counts, kept = int(os.environ.get("JAXCODE_TEST_EVERY", "1")), collections.Counter(), []
     for item in items:
