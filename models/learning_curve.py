@@ -79,8 +79,8 @@ class Loss:
 
 
 def expected_loss(
-    prior: jc.Surrogate,
-    images: Float[np.ndarray, "images height width channels"],
+    risk: Float[np.ndarray, "images"],
+    cost: float,
     is_wrong: Bool[np.ndarray, "images"],
     setting: Setting,
     batch_size: int,
@@ -88,17 +88,16 @@ def expected_loss(
     """Computes the expected share of wrong classes with copies placed by a surrogate's risks.
 
     Args:
-        prior: The surrogate.
-        images: Whole batches are used.
-        is_wrong: Where its guess is of another class than the network's.
+        risk: That each guess of the surrogate is of another class, as it expects. Whole batches are used.
+        cost: Of the surrogate, over the network's.
+        is_wrong: Where a guess is of another class than the network's.
         setting: N, K, S.
         batch_size: B, a multiple of K.
     """
     num_workers, num_data, num_late = setting
     stragglers = jc.stragglers.Uniform(num_late)
     lost = jc.allocation.lost_probability(stragglers, num_workers)
-    risk = np.concatenate([prior.with_risk(part, "disagreement")[1] for part in _batches(images, 500)])
-    size = len(images) // batch_size * batch_size
+    size = len(risk) // batch_size * batch_size
     batches = jnp.asarray(risk[:size]).reshape(-1, batch_size)
     order = jax.vmap(lambda risk: jc.allocation.spread(risk, num_data))(batches)
     order = np.asarray(order) + np.arange(len(order))[:, None] * batch_size
@@ -111,7 +110,7 @@ def expected_loss(
         lost = jc.allocation.lost_probability(stragglers, num_workers)
         return float(np.mean(lost[np.bincount(np.arange(num_workers) % num_data)]))
 
-    workers = num_workers + prior.cost * num_data
+    workers = num_workers + cost * num_data
     whole = [of_replication(int(workers)), of_replication(int(workers) + 1)]
     return Loss(guessed, of_replication(num_workers), float(np.interp(workers % 1, (0, 1), whole)))
 
@@ -187,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for setting in settings:
             num_data = setting[1]
             for batch_size in (num_data, max(1, min(_BATCH_SIZE, len(images)) // num_data) * num_data):
-                loss = expected_loss(row.prior, images, is_wrong, setting, batch_size)
+                loss = expected_loss(risk, row.prior.cost, is_wrong, setting, batch_size)
                 losses[row.label, row.count, setting, batch_size == num_data] = loss
                 table.append([row.label, row.count, *setting, batch_size, *_numbers(loss, row), is_wrong.mean()])
             single, together = (losses[row.label, row.count, setting, is_single] for is_single in (True, False))

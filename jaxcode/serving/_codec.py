@@ -39,14 +39,12 @@ class EncodedBatch:
         layout: The places of its inputs.
         grouped: Its inputs, leaves (K, groups, ...); None if the server needs no plans.
         coded_inputs: Those that need no plan, leaves (N, groups, ...) or the first K of them.
-        num_planned: How many more there are, which need a plan.
         plans: The plans of all groups, once they are made; None for codes and servers that need none.
     """
 
     layout: Layout
     grouped: PyTree[Array] | None
     coded_inputs: PyTree[np.ndarray]
-    num_planned: int
     plans: Plan | None = None
 
 
@@ -64,6 +62,7 @@ class Codec:
 
     Attributes:
         needs_plans: Whether groups are planned.
+        num_planned: How many of the N coded inputs need a plan, the last ones.
         rounds: Whether the number of groups is rounded up to a power of two.
     """
 
@@ -81,7 +80,7 @@ class Codec:
         self.rounds = not code.adapts
         self.needs_plans = code.needs_plan or planner is not None
         assigns = code.needs_plan or (planner is not None and planner.lost is not None)
-        self._num_planned = code.num_workers - code.num_data if assigns else 0
+        self.num_planned = code.num_workers - code.num_data if assigns else 0
 
     def encode(self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]) -> EncodedBatch:
         """Encodes a padded batch: those coded inputs that need no plan.
@@ -99,8 +98,8 @@ class Codec:
         layout = lay_out(finite, num_data, permutation, rounds=self.rounds)
         index = jax.device_put(layout.index)
         grouped = _group(num_data, padded, index) if self.needs_plans else None
-        coded_inputs = grouped if self._num_planned else _encode(self._code, padded, index)
-        return EncodedBatch(layout, grouped, jax.device_get(coded_inputs), self._num_planned)
+        coded_inputs = grouped if self.num_planned else _encode(self._code, padded, index)
+        return EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
 
     def plan(self, batch: EncodedBatch, planner: PriorPlanner | None) -> PyTree[np.ndarray] | None:
         """Plans the groups of a batch.
@@ -113,7 +112,7 @@ class Codec:
             The coded inputs that need a plan, leaves (num_planned, groups, ...); None if there are none.
         """
         occupied = jax.device_put(batch.layout.occupied)
-        batch.plans, others = _plan(self._code, self._num_planned, planner, batch.grouped, occupied)
+        batch.plans, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
         return None if others is None else jax.device_get(others)
 
     def decode(

@@ -373,7 +373,7 @@ class CodedServer:
 
     def _run(self, batch, stop, **options):
         """Has workers compute a batch; those of its coded inputs that need a plan follow when that is made."""
-        order = None if batch.num_planned else self._assignment_order
+        order = None if self._codec.num_planned else self._assignment_order
         planner = self._planner
         if planner is not None and self._learner is not None:
             planner = dataclasses.replace(planner, prior=self._learner.surrogate)
@@ -383,7 +383,7 @@ class CodedServer:
             stop,
             time_limit=self._time_limit,
             order=order,
-            num_more=batch.num_planned,
+            num_more=self._codec.num_planned,
             more=more,
             **options,
         )

@@ -24,7 +24,8 @@ def test_the_expected_loss_is_the_mean_over_straggler_sets(setting, batch_size):
     is_wrong = rng.uniform(size=60) < 0.3
     guesses = prior(x)
     answers = jnp.where(is_wrong[:, None], guesses[:, ::-1], guesses)
-    found = expected_loss(prior, x, is_wrong, setting, batch_size)
+    risk = np.asarray(prior.with_risk(x, "disagreement")[1])
+    found = expected_loss(risk, prior.cost, is_wrong, setting, batch_size)
 
     def f(batch):
         """Looks answers up by the inputs themselves."""
