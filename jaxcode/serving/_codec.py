@@ -79,8 +79,8 @@ class Codec:
         code = static_code.code
         self.rounds = not code.adapts
         self.needs_plans = code.needs_plan or planner is not None
-        assigns = code.needs_plan or (planner is not None and planner.lost is not None)
-        self.num_planned = code.num_workers - code.num_data if assigns else 0
+        self._assigns = code.needs_plan or (planner is not None and planner.lost is not None)
+        self.num_planned = code.num_workers - code.num_data if self._assigns else 0
 
     def encode(self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]) -> EncodedBatch:
         """Encodes a padded batch: those coded inputs that need no plan.
@@ -98,7 +98,7 @@ class Codec:
         layout = lay_out(finite, num_data, permutation, rounds=self.rounds)
         index = jax.device_put(layout.index)
         grouped = _group(num_data, padded, index) if self.needs_plans else None
-        coded_inputs = grouped if self.num_planned else _encode(self._code, padded, index)
+        coded_inputs = grouped if self._assigns else _encode(self._code, padded, index)
         return EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
 
     def plan(self, batch: EncodedBatch, planner: PriorPlanner | None) -> PyTree[np.ndarray] | None:

@@ -91,6 +91,13 @@ def test_a_server_stops_as_soon_as_every_guess_that_is_left_is_sure_enough(pool,
     assert prediction.latency < 20
 
 
+def test_a_kernel_code_without_redundancy_is_served(pool):
+    code = jc.KernelCode(K, K, midpoints=False)
+    prediction = jc.CodedServer(code, pool, stop.answers(K))(X[:K])
+    np.testing.assert_allclose(prediction.values, curve(X[:K]), atol=1e-5)
+    assert prediction.exact.all()
+
+
 def test_one_answer_is_enough_with_a_prior_and_none_is_not(pool, faults):
     faults.block(*range(1, N))
     server = jc.CodedServer(COPIES, pool, stop.answers(N), prior=PRIOR, time_limit=1.0)
