@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ._float64 import x64_is_on
 from ._pytree import pytree
@@ -31,10 +31,12 @@ from .pipeline import (
     group,
     group_with_prior,
     make_plans,
+    transform_prior,
     ungroup,
 )
 from .placement import AbstractPlacement, vmap
 from .robust import Defence, Detection
+from .robust.detection import detect, keeps_evidence
 from .stragglers import AbstractStragglers
 from .surrogates import Surrogate
 from .surrogates.calibration import SQUARED_ERROR
@@ -217,21 +219,31 @@ class Coded:
         return self._compute(x, returned)[0]
 
     def inspect(
-        self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None
+        self,
+        x: PyTree[ArrayLike],
+        returned: Bool[ArrayLike, "workers"] | None = None,
+        evidence: Float[ArrayLike, "workers"] | None = None,
     ) -> tuple[PyTree[Array], Detection | None]:
         """Computes a batch's results and returns which workers the defence flagged.
 
         Args:
             x: As for a call.
             returned: As for a call.
+            evidence: What earlier calls said about each worker, the `evidence` of the last detection, for a defence
+                that gathers it (`jaxcode.robust.SequentialTest`); None for the first call.
 
         Returns:
             The results, and the defence's detection; None without a defence.
 
         Raises:
-            ValueError: As for a call.
+            ValueError: As for a call, or if there is evidence and the defence gathers none.
         """
-        return self._compute(x, returned)
+        if evidence is not None and not keeps_evidence(self.setting.defence):
+            raise ValueError(
+                f"evidence is given, but defence is {_name_of(self.setting.defence)}; expected one that gathers it, "
+                "such as jaxcode.robust.SequentialTest()"
+            )
+        return self._compute(x, returned, evidence)
 
     def exact(self, x: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"] | None = None) -> Bool[Array, "batch"]:
         """Returns which results of a call are f's answers to the inputs themselves, all others being approximate.
@@ -264,12 +276,16 @@ class Coded:
     def _is_planned(self):
         return self.setting.planner is not None or self.prior_planner is not None or self.code.needs_plan
 
-    def _compute(self, x, returned):
+    def _compute(self, x, returned, evidence=None):
         setting = self.setting
         num_workers = self.code.num_workers
         if returned is None:
             returned = _all_workers(num_workers)
         check_mask("returned", returned, num_workers)
+        if evidence is None and keeps_evidence(setting.defence):
+            evidence = np.zeros(num_workers, np.float32)
+        # It may be the host's.
+        evidence = None if evidence is None else jax.device_put(evidence)
         warn_not_finite("x", x, lambda: mixes_inputs(self.code), stacklevel=4)
         # A copy: what is dispatched may run after the caller has changed the array.
         mask = static_value(returned)
@@ -279,7 +295,7 @@ class Coded:
             decoder, mask = None, jax.device_put(mask)
         else:
             decoder, mask = find_decoder(setting.static_code, mask.tobytes(), x64_is_on()), None
-        return _run(setting, self.params, self.traced_code, self.prior_planner, x, decoder, mask)
+        return _run(setting, self.params, self.traced_code, self.prior_planner, x, decoder, mask, evidence)
 
 
 @functools.cache
@@ -292,7 +308,7 @@ def _name_of(option):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(setting, params, traced_code, prior_planner, x, decoder, returned):
+def _run(setting, params, traced_code, prior_planner, x, decoder, returned, evidence):
     def specs(batch):
         # Results are sharded along the batch as the inputs are; the detection is on every device.
         return PartitionSpec(*jax.tree.leaves(batch)[0][:1]), PartitionSpec()
@@ -300,7 +316,7 @@ def _run(setting, params, traced_code, prior_planner, x, decoder, returned):
     def run(x, *arguments):
         return _run_with_auto_axes(setting, x, *arguments)
 
-    return call_with_auto_axes(run, x, params, traced_code, prior_planner, decoder, returned, specs=specs)
+    return call_with_auto_axes(run, x, params, traced_code, prior_planner, decoder, returned, evidence, specs=specs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -328,7 +344,7 @@ def _group(setting, code, prior_planner, x):
     return group_with_prior(code, prior_planner, x, setting.order)
 
 
-def _run_with_auto_axes(setting, x, params, traced_code, prior_planner, decoder, returned):
+def _run_with_auto_axes(setting, x, params, traced_code, prior_planner, decoder, returned, evidence):
     code = traced_code if setting.static_code is None else setting.static_code.code
     placement = setting.placement
     grouped, grouping, plans = _group(setting, code, prior_planner, placement.place(x))
@@ -336,7 +352,8 @@ def _run_with_auto_axes(setting, x, params, traced_code, prior_planner, decoder,
     answers = placement.answer(setting.fn, params, coded_inputs)
     detection = None
     if setting.defence is not None:
-        detection = setting.defence(code, setting.output.transform(answers), returned)
+        transformed, own_plans = setting.output.transform(answers), transform_prior(plans, setting.output)
+        detection = detect(setting.defence, code, transformed, returned, plans=own_plans, evidence=evidence)
         returned = detection.trusted
     results = decode(code, decoder, answers, setting.output, returned, plans, one_pass=placement.is_distributed)
     return ungroup(results, grouping), detection

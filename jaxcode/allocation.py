@@ -266,5 +266,9 @@ class PriorPlanner:
         assignment = None if self.lost is None else assign(guesses.risk, self.lost)
         plan = code.plan(group, guesses.risk) if code.needs_plan else Plan(assignment=assignment)  # pyright: ignore[reportAttributeAccessIssue]
         mixes = code.encoder_linop(plan).mixes
-        workers = self.prior(code.encode(group, plan)) if mixes else code.encode(guesses.values, plan)
-        return dataclasses.replace(plan, prior=Prior(workers, guesses.values, guesses.errors))
+        if mixes:
+            workers = self.guess(code.encode(group, plan))
+            values, errors = workers.values, workers.errors
+        else:
+            values, errors = code.encode((guesses.values, guesses.errors), plan)
+        return dataclasses.replace(plan, prior=Prior(values, guesses.values, guesses.errors, errors))

@@ -237,7 +237,7 @@ def decode(
         )
     else:
         assert returned is not None
-        plans = _transform_prior(plans, output)
+        plans = transform_prior(plans, output)
         if code.adapts:
             results = _decode_jointly(code, answers, returned, plans)
         else:
@@ -301,15 +301,15 @@ def predict_errors(
         _, errors = code.decode_with_error(answers, returned)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         decode_group = code.decode_with_error  # pyright: ignore[reportAttributeAccessIssue]
-        plans = _transform_prior(plans, output)
+        plans = transform_prior(plans, output)
         _, errors = jax.vmap(decode_group, in_axes=(1, None, 0), out_axes=1)(answers, returned, plans)
     rows = [jnp.square(leaf).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(errors)]
     return jnp.sqrt(jnp.mean(jnp.concatenate(rows, axis=-1), axis=-1))
 
 
-def _transform_prior(plans, output):
+def transform_prior(plans: Plan | None, output: OutputSpace) -> Plan | None:
     """Brings the prior of plans to the space in which answers are decoded; its errors are known in the model's."""
-    if plans.prior is None or output is as_returned:
+    if plans is None or plans.prior is None or output is as_returned:
         return plans
     prior = Prior(output.transform(plans.prior.workers), output.transform(plans.prior.data))
     return dataclasses.replace(plans, prior=prior)

@@ -120,12 +120,15 @@ def test_models_of_one_structure_share_a_program():
 @pytest.mark.parametrize("place", ["shard_map", "pmap"])
 @pytest.mark.parametrize("name", ["replication", "spline"])
 def test_placements_agree(place, name):
+    """Also on what a sequential test says of the workers."""
     mesh = jax.make_mesh((4,), ("workers",))
     where = {"shard_map": placement.shard_map(mesh), "pmap": placement.pmap(jax.devices()[:4])}[place]
     stragglers = Uniform(3) if name == "replication" else None
-    expected = jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers)(X, ~LATE)
-    found = jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers, placement=where)(X, ~LATE)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    defence = jc.robust.SequentialTest() if name == "replication" else None
+    options = {"prior": PRIOR, "stragglers": stragglers, "defence": defence}
+    expected = jc.coded(curve, CODES[name], **options).inspect(X, ~LATE)
+    found = jc.coded(curve, CODES[name], **options, placement=where).inspect(X, ~LATE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("name", ["replication", "spline"])
@@ -187,10 +190,12 @@ def test_arguments_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_strict_modes(name, x64, dtype):
     stragglers = Uniform(3) if name == "replication" else None
+    defence = jc.robust.SequentialTest() if name == "replication" else None
+    options = {"prior": PRIOR, "stragglers": stragglers, "defence": defence}
     # The prior's own parameters are in float32.
-    predict = jax.device_put(jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers))
+    predict = jax.device_put(jc.coded(curve, CODES[name], **options))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.enable_x64(x64):
-        made = jc.coded(curve, CODES[name], prior=PRIOR, stragglers=stragglers)
+        made = jc.coded(curve, CODES[name], **options)
         assert repr(made) == repr(predict)
         x, returned = jax.device_put((X.astype(dtype), ~LATE))
         with jax.transfer_guard("disallow"):

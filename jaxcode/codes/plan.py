@@ -21,11 +21,13 @@ class Prior:
         data: Prior means of the results, leaves (K, ...) like the results.
         errors: Expected error of each of these, root mean square over its numbers, in the unit of the results, (K,);
             None if unknown.
+        worker_errors: The same of the workers' answers, (N,); None if unknown.
     """
 
     workers: PyTree[Array | np.ndarray]
     data: PyTree[Array | np.ndarray]
-    errors: Float[Array | np.ndarray, "data"] | None = None
+    errors: Float[Array | np.ndarray, "*groups data"] | None = None
+    worker_errors: Float[Array | np.ndarray, "*groups workers"] | None = None
 
     def residuals(self, answers: PyTree[ArrayLike]) -> PyTree[Array]:
         """Subtracts the workers' means from their answers, in the answers' dtypes."""

@@ -16,7 +16,7 @@ from ..functions import PureFunction
 from ..stop import AbstractStop
 from .compute import Signature, answer_shapes, shapes_of
 from .request import Request
-from .responses import CanDecode, PredictedError, Responses
+from .responses import CanDecode, PredictedError, Responses, Worth
 from .scheduler import Scheduler
 from .worker import AbstractWorker
 
@@ -50,6 +50,7 @@ class AbstractPool(abc.ABC):
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
+        worth: Worth | None = None,
         start_time: float | None = None,
         num_more: int = 0,
         more: Callable[[], PyTree[Any]] | None = None,
@@ -70,6 +71,9 @@ class AbstractPool(abc.ABC):
             again_after: Seconds after which a share without an answer is assigned to a second worker too (hedging), if
                 one is idle; the first answer counts. Never if not given. A share that failed, or whose worker died, is
                 assigned once more in any case.
+            worth: Called with the mask of the shares that returned, on the scheduler's thread; returns how much an
+                answer to each of the others is worth, shape (N,). Of overdue shares, those worth most are assigned
+                again first. If not given, those assigned longest ago.
             start_time: When the request was made, a reading of `time.monotonic` in seconds, from which the limit, the
                 policy's deadlines and latencies count. The time of the call if not given.
             num_more: How many shares there are besides `shares`; N counts them too.
@@ -188,6 +192,7 @@ class WorkerPool(AbstractPool):
         error: PredictedError | None = None,
         order: Sequence[int] | None = None,
         again_after: float | None = None,
+        worth: Worth | None = None,
         start_time: float | None = None,
         num_more: int = 0,
         more: Callable[[], PyTree[Any]] | None = None,
@@ -203,7 +208,7 @@ class WorkerPool(AbstractPool):
             raise ValueError(f"order is {order}; expected the numbers of the {num_shares} shares, each once")
         stop.check(num_shares + num_more, error is not None)
         signature = self._signature(jax.tree.map(lambda leaf: leaf[0], shares))
-        request = Request(shares, signature, order, num_more, again_after, start_time)
+        request = Request(shares, signature, order, num_more, again_after, worth, start_time)
         with self._scheduler.schedule(request):
             if more is not None:
                 others = more()

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from ..stop import AbstractStop, Progress
 from .compute import Signature
-from .responses import CanDecode, Fault, NotEnoughAnswers, PredictedError, Responses
+from .responses import CanDecode, Fault, NotEnoughAnswers, PredictedError, Responses, Worth
 
 # When a request can make progress: "soon", as shares are being computed or can be assigned; "later", as a worker must
 # be restarted first; "never", as no share is left that could still be answered.
@@ -35,6 +35,7 @@ class Request:
         order: The numbers of these shares, in the order in which they are assigned.
         num_more: How many shares are added later.
         again_after: Seconds after which a share that has no answer is assigned once more; None for never.
+        worth: Which of these shares come first, as for `AbstractPool`.
         start_time: Monotonic time at which the request was made, in seconds; that of the call if None.
 
     Attributes:
@@ -53,12 +54,13 @@ class Request:
         order: Sequence[int],
         num_more: int = 0,
         again_after: float | None = None,
+        worth: Worth | None = None,
         start_time: float | None = None,
     ):
         num_shares = len(order) + num_more
         self.signature = signature
         self._batches = _split(shares)
-        self.again_after = again_after
+        self.again_after, self._worth = again_after, worth
         self.returned = np.zeros(num_shares, bool)
         self.faults: list[Fault] = []
         self.compiling_workers: set[int] = set()
@@ -67,6 +69,7 @@ class Request:
         self.is_finished = False
         self._values = jax.tree.map(lambda leaf: np.zeros((num_shares, *leaf.shape), leaf.dtype), signature.answers)
         self._latency = np.full(num_shares, np.inf)
+        self._worker = np.full(num_shares, -1)
         self._queue = collections.deque(int(share) for share in order)
         self._attempts = np.zeros(num_shares, int)
         self._assigned_at = np.full(num_shares, np.inf)
@@ -108,14 +111,20 @@ class Request:
         return None
 
     def overdue_shares(self) -> list[int]:
-        """Returns the shares whose answers are overdue, those assigned longest ago first."""
+        """Returns the shares whose answers are overdue, those worth most first.
+
+        Those worth the same, as all are if nothing tells, come in the order in which they were assigned.
+        """
         if self.is_finished or self.again_after is None:
             return []
         latest_assignment = time.monotonic() - self.again_after
         is_overdue = ~self.returned & (self._attempts < _MAX_ATTEMPTS) & (self._assigned_at <= latest_assignment)
         is_overdue[list(self._queue)] = False
+        if not is_overdue.any():
+            return []
+        worth = np.ones(len(is_overdue)) if self._worth is None else self._worth(self.returned)
         shares = np.flatnonzero(is_overdue)
-        return shares[np.argsort(self._assigned_at[shares], kind="stable")].tolist()
+        return shares[np.lexsort((self._assigned_at[shares], -worth[shares]))].tolist()
 
     def add(self, shares: PyTree[np.ndarray]) -> None:
         """Adds the shares that are missing, leaves (missing, batch, ...), behind those that are queued."""
@@ -138,8 +147,8 @@ class Request:
         """Returns whether an answer to this share would be late: it has one, or no thread waits for the request."""
         return self.is_finished or bool(self.returned[share])
 
-    def accept(self, share: int, answer: PyTree[np.ndarray]) -> None:
-        """Stores a valid answer, unless it is late."""
+    def accept(self, share: int, answer: PyTree[np.ndarray], worker: int) -> None:
+        """Stores a worker's valid answer, unless it is late."""
         self.in_flight -= 1
         with self._changed:
             if self.is_late(share):
@@ -147,6 +156,7 @@ class Request:
             for rows, leaf in zip(jax.tree.leaves(self._values), jax.tree.leaves(answer), strict=True):
                 rows[share] = leaf
             self._latency[share] = time.monotonic() - self._start_time
+            self._worker[share] = worker
             self.returned[share] = True
             self._notify()
 
@@ -240,6 +250,7 @@ class Request:
             values=self._values,
             returned=returned,
             latency=np.where(returned, self._latency, np.inf),
+            worker=np.where(returned, self._worker, -1),
             faults=tuple(self.faults),
             seconds=elapsed,
         )

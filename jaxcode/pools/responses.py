@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 
 class PoolClosed(RuntimeError):
@@ -50,6 +50,7 @@ class Responses:
         values: Answers, NumPy arrays, leaves (N, batch, ...); zeros where none came.
         returned: Which shares have a valid answer, bool, shape (N,).
         latency: Seconds from the request to each answer, shape (N,); infinite where none came.
+        worker: The index of the worker that gave each answer, shape (N,); -1 where none came.
         faults: The failures of workers.
         seconds: Seconds from the request to the decision to stop waiting.
     """
@@ -57,11 +58,14 @@ class Responses:
     values: PyTree[np.ndarray]
     returned: Bool[np.ndarray, "workers"]
     latency: Float[np.ndarray, "workers"]
+    worker: Int[np.ndarray, "workers"]
     faults: tuple[Fault, ...]
     seconds: float
 
 
 # Returns whether the answers of the shares that returned can be decoded.
 CanDecode = Callable[[Bool[np.ndarray, "workers"]], bool | np.bool_]
+# From the shares that returned to how much an answer to each of the others is worth, shape (N,), not negative.
+Worth = Callable[[Bool[np.ndarray, "workers"]], Float[np.ndarray, "workers"]]
 # Predicts the error of each input of the batch, from the answers and the shares that returned.
 PredictedError = Callable[[PyTree[np.ndarray], Bool[np.ndarray, "workers"]], Float[np.ndarray, "batch"]]

@@ -210,7 +210,7 @@ class Scheduler:
             problem = find_invalid(future.result(), request.signature.answers)
             fault = None if problem is None else Fault(slot.number, "invalid", problem)
         if fault is None:
-            request.accept(share, future.result())
+            request.accept(share, future.result(), slot.number)
             self._counters["late" if is_late else "answers"] += 1
             self._supervisor.record_success(slot)
             self._update_outlooks([request])

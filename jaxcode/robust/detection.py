@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._float64 import constant_in_float64
 from ..checks import check_count, check_mask
-from ..codes import AbstractCode
+from ..codes import AbstractCode, Plan
 from .search import find_outliers
 
 # Outputs examined, of all groups together and evenly spaced among all: more are more evidence, and take more time.
@@ -35,18 +35,46 @@ class Detection(NamedTuple):
 
     Attributes:
         trusted: Which workers returned and are trusted, bool, shape (N,): a mask for `code.decode`.
-        flagged: Which workers returned and are not trusted, bool, shape (N,).
+        flagged: Which workers returned and are found faulty, bool, shape (N,); they are not trusted.
         score: How far a worker's answers are from what is expected of a correct one, float32, shape (N,), in units
             that depend on the defence. Infinite for answers that are not finite, zero for workers that did not return.
+        unresolved: Which workers returned answers of which it cannot be told whether they are wrong, bool, shape (N,);
+            None where the defence does not tell.
+        evidence: What all requests so far say about each worker, float32, one number each; None for defences that look
+            at one request only.
     """
 
     trusted: Bool[Array, "workers"]
     flagged: Bool[Array, "workers"]
     score: Float[Array, "workers"]
+    unresolved: Bool[Array, "workers"] | None = None
+    evidence: Float[Array, "machines"] | None = None
 
 
-# Maps a code, answers as leaves (N, groups, ...) and the mask of the workers that returned to a detection.
-Defence = Callable[[AbstractCode, PyTree[Array], Bool[ArrayLike, "workers"]], Detection]
+# Maps a code, answers as leaves (N, groups, ...) and the mask of the workers that returned to a detection. One with an
+# attribute `keeps_evidence`, which is True, also takes `plans`, `evidence` and `worker`, as `SequentialTest` does.
+Defence = Callable[..., Detection]
+
+
+def detect(
+    defence: Defence,
+    code: AbstractCode,
+    answers: PyTree[Array],
+    returned: Bool[ArrayLike, "workers"],
+    *,
+    plans: Plan | None,
+    evidence: Float[ArrayLike, "machines"] | None,
+    worker: Int[ArrayLike, "workers"] | None = None,
+) -> Detection:
+    """Calls a defence with what it takes; the last three are as for `SequentialTest`."""
+    if keeps_evidence(defence):
+        return defence(code, answers, returned, plans=plans, evidence=evidence, worker=worker)
+    return defence(code, answers, returned)
+
+
+def keeps_evidence(defence: Defence | None) -> bool:
+    """Returns whether a defence takes the evidence of earlier requests."""
+    return bool(getattr(defence, "keeps_evidence", False))
 
 
 def finite(answers: PyTree[Array], returned: Bool[ArrayLike, "workers"]) -> Bool[Array, "workers"]:

@@ -5,11 +5,12 @@ import functools
 from typing import final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..allocation import PriorPlanner
-from ..codes import Plan
+from ..codes import Plan, ReplicationCode
 from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..pipeline import (
@@ -23,10 +24,12 @@ from ..pipeline import (
     make_plans,
     plan_groups,
     predict_errors,
+    transform_prior,
     unflatten_groups,
     ungroup,
 )
 from ..robust import Defence, Detection
+from ..robust.detection import detect, keeps_evidence
 from ._layout import Layout, lay_out
 
 
@@ -40,12 +43,16 @@ class EncodedBatch:
         grouped: Its inputs, leaves (K, groups, ...); None if the server needs no plans.
         coded_inputs: Those that need no plan, leaves (N, groups, ...) or the first K of them.
         plans: The plans of all groups, once they are made; None for codes and servers that need none.
+        assignment: Which input each worker serves, (N, groups), for codes that assign inputs to workers; else None.
+        risk: What each input costs if it is lost, (K, groups), for the same codes: 1, or as planned with a prior.
     """
 
     layout: Layout
     grouped: PyTree[Array] | None
     coded_inputs: PyTree[np.ndarray]
     plans: Plan | None = None
+    assignment: Int[np.ndarray, "workers groups"] | None = None
+    risk: Float[np.ndarray, "data groups"] | None = None
 
 
 @final
@@ -62,7 +69,9 @@ class Codec:
 
     Attributes:
         needs_plans: Whether groups are planned.
+        assigns: Whether the code assigns inputs to workers.
         num_planned: How many of the N coded inputs need a plan, the last ones.
+        gathers_evidence: Whether the defence takes what earlier requests say about workers.
         rounds: Whether the number of groups is rounded up to a power of two.
     """
 
@@ -77,10 +86,11 @@ class Codec:
     ):
         self._code, self._order, self._output, self._defence, self._x64 = static_code, order, output, defence, x64
         code = static_code.code
-        self.rounds = not code.adapts
+        self.rounds, self.gathers_evidence = not code.adapts, keeps_evidence(defence)
         self.needs_plans = code.needs_plan or planner is not None
-        self._assigns = code.needs_plan or (planner is not None and planner.lost is not None)
-        self.num_planned = code.num_workers - code.num_data if self._assigns else 0
+        self.assigns = isinstance(code, ReplicationCode)
+        self._first_are_inputs = code.needs_plan or (planner is not None and planner.lost is not None)
+        self.num_planned = code.num_workers - code.num_data if self._first_are_inputs else 0
 
     def encode(self, padded: PyTree[np.ndarray], finite: Bool[np.ndarray, "batch"]) -> EncodedBatch:
         """Encodes a padded batch: those coded inputs that need no plan.
@@ -98,8 +108,13 @@ class Codec:
         layout = lay_out(finite, num_data, permutation, rounds=self.rounds)
         index = jax.device_put(layout.index)
         grouped = _group(num_data, padded, index) if self.needs_plans else None
-        coded_inputs = grouped if self._assigns else _encode(self._code, padded, index)
-        return EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
+        coded_inputs = grouped if self._first_are_inputs else _encode(self._code, padded, index)
+        batch = EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
+        if self.assigns:
+            batch.risk = layout.occupied.astype(np.float32)
+            assignment = np.asarray(self._code.code.assignment())  # pyright: ignore[reportAttributeAccessIssue]
+            batch.assignment = np.broadcast_to(assignment[:, None], (len(assignment), batch.risk.shape[1]))
+        return batch
 
     def plan(self, batch: EncodedBatch, planner: PriorPlanner | None) -> PyTree[np.ndarray] | None:
         """Plans the groups of a batch.
@@ -112,38 +127,65 @@ class Codec:
             The coded inputs that need a plan, leaves (num_planned, groups, ...); None if there are none.
         """
         occupied = jax.device_put(batch.layout.occupied)
-        batch.plans, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
+        batch.plans, risk, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
+        if self.assigns:
+            batch.risk = jax.device_get(risk)
+            assignment = batch.plans.assignment  # pyright: ignore[reportOptionalMemberAccess]
+            if assignment is not None:
+                batch.assignment = jax.device_get(assignment).T
         return None if others is None else jax.device_get(others)
+
+    def detect(
+        self,
+        answers: PyTree[np.ndarray],
+        returned: Bool[np.ndarray, "workers"],
+        batch: EncodedBatch,
+        evidence: Float[np.ndarray | Array, "machines"] | None,
+        worker: Int[np.ndarray, "workers"],
+    ) -> Detection | None:
+        """Detects faulty workers.
+
+        Args:
+            answers: What workers answered, leaves (N, groups, ...).
+            returned: Which workers returned.
+            batch: The batch. Groups that hold none of its inputs repeat others, and are no further evidence.
+            evidence: What earlier requests say about each worker of the pool, for defences that gather it.
+            worker: Which of them gave each answer, -1 for none, (N,).
+
+        Returns:
+            The detection, in NumPy arrays; None without a defence.
+        """
+        if self._defence is None:
+            return None
+        # A power of two, so that few programs are compiled.
+        num_examined = 1 << (batch.layout.num_occupied.bit_length() - 1)
+        examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
+        history = None, None, None
+        if self.gathers_evidence:
+            plans = None if batch.plans is None else _take_groups(num_examined, batch.plans)
+            history = plans, *jax.device_put((evidence, worker.astype(np.int32)))
+        arguments = examined, jax.device_put(returned), *history
+        return jax.device_get(_detect(self._code, self._output, self._defence, *arguments))
 
     def decode(
         self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], batch: EncodedBatch
-    ) -> tuple[PyTree[np.ndarray], Detection | None, Bool[np.ndarray, "workers"]]:
+    ) -> PyTree[np.ndarray]:
         """Decodes answers, leaves (N, groups, ...).
 
         Args:
             answers: What workers answered.
-            returned: Which workers returned.
-            batch: The batch. Groups that hold none of its inputs repeat others, and are no further evidence for the
-                defence.
+            returned: Whose answers are decoded.
+            batch: The batch.
 
         Returns:
-            Results, leaves (places, ...); the detection, None without a defence; and the mask of the workers that the
-            results are decoded from.
+            Results, leaves (places, ...).
         """
-        detection = None
-        if self._defence is not None:
-            # A power of two, so that few programs are compiled.
-            num_examined = 1 << (batch.layout.num_occupied.bit_length() - 1)
-            examined = jax.device_put(jax.tree.map(lambda leaf: leaf[:, :num_examined], answers))
-            detection = _detect(self._code, self._output, self._defence, examined, jax.device_put(returned))
-            returned = jax.device_get(detection.trusted)
         answers = jax.device_put(answers)
         if batch.plans is None:
             decoder = find_decoder(self._code, returned.tobytes(), self._x64)
-            results = _decode(self._code, self._output, decoder, answers)
-        else:
-            results = _decode_planned(self._code, self._output, answers, jax.device_put(returned), batch.plans)
-        return jax.device_get(results), detection, returned
+            return jax.device_get(_decode(self._code, self._output, decoder, answers))
+        returned = jax.device_put(returned)
+        return jax.device_get(_decode_planned(self._code, self._output, answers, returned, batch.plans))
 
     def predict_errors(
         self, answers: PyTree[np.ndarray], returned: Bool[np.ndarray, "workers"], batch: EncodedBatch
@@ -151,6 +193,18 @@ class Codec:
         """Predicts the error of each result from answers, leaves (N, groups, ...)."""
         arguments = jax.device_put((answers, returned))
         return jax.device_get(_predict_errors(self._code, self._output, *arguments, batch.plans))
+
+    def worth(self, returned: Bool[np.ndarray, "workers"], batch: EncodedBatch) -> Float[np.ndarray, "workers"]:
+        """Computes by how much an answer of each worker would lower a batch's expected loss, for a code that assigns.
+
+        It is the sum of the risks of the worker's inputs that no worker has answered.
+        """
+        assert batch.assignment is not None
+        assert batch.risk is not None
+        group = np.arange(batch.risk.shape[1])[None]
+        is_answered = np.zeros(batch.risk.shape, bool)
+        is_answered[batch.assignment[returned], group] = True
+        return np.where(is_answered, 0, batch.risk)[batch.assignment, group].sum(axis=1)
 
     def find_exact(self, returned: Bool[np.ndarray, "workers"], batch: EncodedBatch) -> Bool[np.ndarray, "places"]:
         """Finds the results that are f's answers to the inputs themselves."""
@@ -179,16 +233,21 @@ def _encode(static_code, x, index):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _plan(static_code, num_planned, planner, grouped, occupied):
-    """Returns the plans of all groups, and the last coded inputs, leaves (num_planned, groups, ...)."""
+    """Returns the plans of all groups, the risks of their inputs, and the last coded inputs, leaves (num_planned, ...).
+
+    Risks, (K, groups), are None without a prior.
+    """
     code = static_code.code
+    risk = None
     if planner is None:
         plans = make_plans(code, None, grouped)
     else:
         guesses = unflatten_groups(planner.guess(flatten_groups(grouped)), code.num_data)
+        risk = jnp.where(occupied, guesses.risk, 0)
         plans = plan_groups(code, planner, grouped, guesses, occupied)
     if not num_planned:
-        return plans, None
-    return plans, jax.tree.map(lambda leaf: leaf[-num_planned:], encode(code, None, grouped, plans))
+        return plans, risk, None
+    return plans, risk, jax.tree.map(lambda leaf: leaf[-num_planned:], encode(code, None, grouped, plans))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -208,9 +267,16 @@ def _find_exact(static_code, returned, plans):
     return jax.vmap(lambda plan: static_code.code.exact(returned, plan))(plans).reshape(-1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _take_groups(count, plans):
+    """Returns the plans of the first groups."""
+    return jax.tree.map(lambda leaf: leaf[:count], plans)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _detect(static_code, output, defence, answers, returned):
-    return defence(static_code.code, output.transform(answers), returned)
+def _detect(static_code, output, defence, answers, returned, plans, evidence, worker):
+    answers, plans = output.transform(answers), transform_prior(plans, output)
+    return detect(defence, static_code.code, answers, returned, plans=plans, evidence=evidence, worker=worker)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -28,6 +28,7 @@ from ..surrogates.calibration import SQUARED_ERROR
 from ._assignment import assignment_order
 from ._codec import Codec
 from ._counters import Counters
+from ._detector import Detector
 from ._layout import fetch_arrays, find_finite, pad_inputs
 from ._queue import BoundedQueue, QueueFull
 
@@ -48,6 +49,7 @@ class Prediction:
             `decode_with_error`, in the space in which answers are decoded; infinite where none can be predicted. None
             if the server predicts no errors.
         exact: Which results are f's own, as a worker computed the input itself and its answer is the result, bool (B,).
+            Not those of workers whose answers the defence calls unresolved.
         returned: Coded inputs whose answers the results are decoded from, bool, shape (N,).
         latency: Seconds from the submission of the request to this prediction, time in the queue included.
         faults: The failures of workers during the request.
@@ -101,7 +103,8 @@ class CodedServer:
         stragglers: As for `jaxcode.coded`; a batch of several groups keeps its order.
         loss: As for `jaxcode.coded`.
         again_after: Seconds after which a coded input without an answer is assigned to a second worker too (hedging),
-            if one is idle; never if not given.
+            if one is idle; never if not given. Where the code assigns inputs to workers, those come first whose loss
+            would cost most: inputs without any answer, by the prior's risk.
         predict_error: Whether predictions have their predicted error, which costs some milliseconds. If not given, they
             do where the code predicts errors.
         max_in_flight: How many requests of `submit` and `predict_async` are processed concurrently.
@@ -177,6 +180,7 @@ class CodedServer:
             check_count("max_in_flight", max_in_flight), check_count("max_queued", max_queued, least=0)
         )
         self._counters = Counters()
+        self._detector = Detector(self._codec, pool.num_workers)
         # Structures, shapes and dtypes of padded batches for which everything is compiled.
         self._compiled_shapes: set[Any] = set()
 
@@ -254,7 +258,8 @@ class CodedServer:
             for returned in np.arange(self._code.num_workers) >= np.arange(2)[:, None]:
                 for num_occupied in {num_padded, -(-num_padded // 2)}:
                     batch.layout = dataclasses.replace(batch.layout, num_occupied=num_occupied)
-                    self._codec.decode(values, returned, batch)
+                    self._detector.compile(values, batch)
+                self._codec.decode(values, returned, batch)
                 self._codec.find_exact(returned, batch)
                 if self._predicts_error:
                     self._codec.predict_errors(values, returned, batch)
@@ -355,16 +360,19 @@ class CodedServer:
                 f"{seconds_to_encode:.3g} s and then the workers did: call warm_up beforehand"
             )
             raise NotEnoughAnswers(message, shortage.responses) from shortage
-        values, detection, returned = self._codec.decode(responses.values, responses.returned, batch)
+        examined = self._detector.examine(responses, batch)
+        values = self._codec.decode(responses.values, examined.trusted, batch)
         self._compiled_shapes.add(shape_key)
+        # What is known of the results where answers may be wrong is what is known without these.
+        certain = examined.certain
         prediction = Prediction(
             values=layout.restore(values),
-            error=layout.restore_errors(predict_errors(responses.values, returned)) if self._predicts_error else None,
-            exact=layout.restore_mask(self._codec.find_exact(returned, batch)),
-            returned=_freeze(returned),
+            error=layout.restore_errors(predict_errors(responses.values, certain)) if self._predicts_error else None,
+            exact=layout.restore_mask(self._codec.find_exact(certain, batch)),
+            returned=_freeze(examined.trusted),
             latency=time.monotonic() - submit_time,
             faults=responses.faults,
-            detection=detection,
+            detection=examined.detection,
         )
         if self._learner is not None and prediction.exact.any():
             own = jax.tree.map(lambda leaf: leaf[prediction.exact], (x, prediction.values))
@@ -385,6 +393,7 @@ class CodedServer:
             order=order,
             num_more=self._codec.num_planned,
             more=more,
+            worth=functools.partial(self._codec.worth, batch=batch) if self._codec.assigns else None,
             **options,
         )
 
@@ -394,7 +403,14 @@ class CodedServer:
     def _queue_timeout(self):
         """Returns the exception for a request that is refused as it used up its time limit in the queue."""
         num_workers = self._code.num_workers
-        no_responses = Responses((), np.zeros(num_workers, bool), np.full(num_workers, np.inf), (), self._time_limit)
+        no_responses = Responses(
+            (),
+            np.zeros(num_workers, bool),
+            np.full(num_workers, np.inf),
+            np.full(num_workers, -1),
+            (),
+            self._time_limit,
+        )
         message = (
             f"the request waited in the queue for its whole time limit of {self._time_limit:.3g} s; allow more in "
             "flight, or fewer to wait"

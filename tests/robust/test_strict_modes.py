@@ -8,21 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcode.robust import error_locator, finite, leave_one_out, only_finite
+from jaxcode import ReplicationCode
+from jaxcode.robust import SequentialTest, error_locator, finite, leave_one_out, only_finite
 
-from .cases import LAYOUTS, N
+from .cases import LAYOUTS, K, N
 
 CODE = LAYOUTS["repeated"]
 RETURNED = np.arange(N) % 6 != 1
 FAULTY = 21
 ANSWERS = np.sin(2 * CODE.nodes.workers[:, None, None] + np.arange(8)[None, :, None] + np.arange(3)[None, None])
 ANSWERS[FAULTY] += 3
+COPIES, SEQUENTIAL = ReplicationCode(K, N), SequentialTest()
 
 COMPUTATIONS = {
     "finite": lambda y, returned: finite(y, returned),
     "only_finite": lambda y, returned: only_finite(CODE, y, returned).trusted,
     "leave_one_out": lambda y, returned: leave_one_out(CODE, y, returned).trusted,
     "error_locator": lambda y, returned: error_locator(CODE, y, returned, num_faulty=1).trusted,
+    "sequential": lambda y, returned: SEQUENTIAL(COPIES, y, returned).evidence,
     "standard_errors": lambda y, returned: CODE.decoder.standard_errors(
         CODE.nodes.workers, y.reshape(N, -1), CODE.nodes.data, returned
     ),
