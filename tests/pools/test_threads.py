@@ -85,6 +85,20 @@ def test_shares_whose_answers_are_overdue_are_assigned_to_another_worker_too(poo
     np.testing.assert_allclose(responses.values, np.sin(BATCH), rtol=1e-6)
 
 
+def test_the_overdue_share_that_is_worth_most_is_assigned_again_first(pool, faults):
+    """One worker is idle when all others' shares are overdue, and it computes two of these, one after the other."""
+    faults.block(0, 1, 3, 4)
+    worth = np.array([1.0, 3.0, 9.0, 0.0, 2.0])
+
+    def value(returned):
+        return np.where(returned, -1, worth)
+
+    responses = pool.run(BATCH, stop.answers(3), again_after=0.1, worth=value)
+    assert np.flatnonzero(responses.returned).tolist() == [1, 2, 4]
+    assert responses.latency[1] < responses.latency[4]
+    assert responses.worker.tolist() == [-1, 2, 2, -1, 2]
+
+
 def test_a_deadline_is_kept_and_extended_only_until_answers_are_enough(pool, faults):
     faults.block(*range(N))
     threading.Timer(0.4, faults.release).start()

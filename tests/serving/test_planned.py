@@ -158,6 +158,24 @@ def _count_programs():
     return sum(fn._cache_size() for fn in vars(_codec).values() if hasattr(fn, "_cache_size"))
 
 
+def test_of_overdue_inputs_the_lost_one_that_is_guessed_worst_is_sent_again_first():
+    """Three of four workers never answer; the other one computes all else, and then what is overdue."""
+    x = np.stack([[-3.6, -3.0, -3.3, -3.9, 3.9], np.zeros(5)], axis=1).astype(np.float32)
+    copies = np.asarray(jc.allocation.plan(COPIES, x, prior=PRIOR, stragglers=Uniform(2)).assignment)[K:]
+    lost = np.setdiff1d([0, 1, 2], copies)
+    worst = lost[np.argmax(np.asarray(PRIOR.with_risk(x)[1])[lost])]
+    assert len(lost) == 2
+    faults = Faults()
+    with pools.ThreadPool(curve, 4, interceptor=faults) as pool:
+        server = jc.CodedServer(COPIES, pool, stop.answers(6), prior=PRIOR, stragglers=Uniform(2), again_after=0.3)
+        server.warm_up(x)
+        faults.block(0, 1, 2)
+        prediction = server(x)
+        faults.release()
+    assert np.flatnonzero(prediction.returned[:3]).tolist() == [worst]
+    assert prediction.exact[worst]
+
+
 def test_what_was_tuned_is_served(pool, faults, tmp_path):
     tuned = jc.tune(
         curve,
