@@ -4,7 +4,7 @@ K inputs are encoded, by a closed-form smoothing spline for instance, into N cod
 model on one of them, and the K results are decoded from the answers that came.
 
 Every public name is reachable from here; what only a module with a leading underscore holds is private, except for
-`coded`, `Coded` and `pytree`, which are imported below. By purpose:
+`coded`, `Coded`, `pytree` and `SideInput`, which are imported below. By purpose:
 
 * `codes`, `nodes`, `ordering`, `allocation`: which coded inputs there are.
 * `placement`, `pools`: where workers run; `stragglers` models their latencies.
@@ -35,6 +35,7 @@ from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded
 from ._pytree import pytree as pytree
+from ._side_input import SideInput as SideInput
 from .codes import AbstractCode as AbstractCode
 from .codes import BerrutCode as BerrutCode
 from .codes import BSplineCode as BSplineCode

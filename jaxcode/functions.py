@@ -13,6 +13,8 @@ import numpy as np
 from flax import linen, nnx
 from jaxtyping import PyTree
 
+from ._side_input import without_marks
+
 __all__ = [
     "NO_DERIVATIVES",
     "Model",
@@ -42,6 +44,8 @@ def as_pure_function(f: Model) -> tuple[PureFunction, Params]:
     Dropout is off and batch normalisation uses its running averages. An nnx module is copied and the copy is put in
     evaluation mode (`module.eval()`); the given one is not changed. No collection of a linen module is mutable; where
     its fields ask for training behaviour (`deterministic=False`, `use_running_average=False`), set them in the module.
+
+    Parts of the batch that are marked as `jaxcode.SideInput` reach the model without the mark.
 
     A `functools.partial` of any of these passes further arguments. Arrays among them, wherever they are in pytrees, are
     parameters; everything else, such as `train=False`, is part of the function.
@@ -205,7 +209,7 @@ class _NnxApply:
     def __call__(self, state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         module = nnx.merge(self.graphdef.value, state)
         before = jax.tree_util.tree_leaves_with_path(nnx.state(module))
-        answers = getattr(module, self.method)(*args, **kwargs)
+        answers = getattr(module, self.method)(*without_marks(args), **kwargs)
         after = dict(jax.tree_util.tree_leaves_with_path(nnx.state(module)))
         changed = [path for path, leaf in before if after.pop(path, None) is not leaf] + list(after)
         if changed:
@@ -224,7 +228,7 @@ class _LinenApply:
     module: _Static
 
     def __call__(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> PyTree:
-        return self.module.value.apply(variables, *args, **kwargs)
+        return self.module.value.apply(variables, *without_marks(args), **kwargs)
 
 
 @final
@@ -235,7 +239,7 @@ class _PlainApply:
     f: _Static
 
     def __call__(self, params: tuple[()], *args: Any, **kwargs: Any) -> PyTree:
-        return self.f.value(*args, **kwargs)
+        return self.f.value(*without_marks(args), **kwargs)
 
 
 @final

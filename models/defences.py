@@ -68,17 +68,15 @@ class Outcome:
     @property
     def first(self) -> Float[np.ndarray, "runs workers"]:
         """The number of the request, from 1, by which each worker is flagged first; infinite if never."""
-        first = 1.0 + self.flagged.argmax(axis=1)
-        return np.where(self.flagged.any(axis=1), first, np.inf)
+        return np.where(self.flagged.any(axis=1), 1.0 + np.argmax(self.flagged, axis=1), np.inf)
 
     def format(self) -> str:
         """Formats one row of the table."""
         first = self.first[self.faulty]
-        correct = int(self.flagged.any(axis=1)[~self.faulty].sum())
+        correct = int(np.isfinite(self.first[~self.faulty]).sum())
         if not self.faulty.any():
             return f"{'':>8}{'':>12}{'':>11}{correct:>10}{self.undefended.mean():>18.4f}{self.lost.mean():>10.4f}"
-        runs = zip(self.first, self.faulty, strict=True)
-        all_found = np.mean([np.isfinite(row[faulty]).all() for row, faulty in runs])
+        all_found = np.mean((np.isfinite(self.first) | ~self.faulty).all(axis=1))
         return (
             f"{np.isfinite(first).mean():>8.3f}{np.median(first):>12.0f}{all_found:>11.2f}{correct:>10}"
             f"{self.undefended.mean():>18.4f}{self.lost.mean():>10.4f}"

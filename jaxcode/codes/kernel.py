@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._arrays import as_arrays, concatenate_rows
 from .._float64 import in_float64
 from .._pytree import pytree
+from .._side_input import SideInput, is_side_input, without_marks
 from ..checks import batch_size, check_count, check_mask, check_scalar, is_real, static_value
 from ..interpolants.kernel import JITTER, Process, Sites, eliminate, fit_process, posterior, spread_of
 from ..linops import AbstractLinop, Dense, Gather, split
@@ -272,11 +273,13 @@ class KernelCode(AbstractCode):
 
     def _features_of(self, x):
         x = as_arrays("x", x)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-            if not is_real(leaf.dtype):
+        for path, node in jax.tree_util.tree_leaves_with_path(x, is_leaf=is_side_input):
+            if not is_side_input(node) and not is_real(node.dtype):
                 raise ValueError(
-                    f"x{jax.tree_util.keystr(path)} has dtype {leaf.dtype}; expected real numbers, which have midpoints"
+                    f"x{jax.tree_util.keystr(path)} has dtype {node.dtype}; expected real numbers, which have "
+                    "midpoints: mark what is not to be mixed, such as a mask, as jaxcode.SideInput"
                 )
+        x = without_marks(x)
         if self.features is not None:
             features = jnp.asarray(self.features(x))
             if features.ndim != 2 or features.shape[0] != batch_size("x", x):
@@ -308,11 +311,15 @@ def _has_mean(plan):
 
 
 def _midpoints(x, pairs):
-    def midpoints(leaf):
-        leaf = jnp.asarray(leaf)
+    """Returns midpoints of pairs; of side inputs those of the first."""
+
+    def midpoints(node):
+        if is_side_input(node):
+            return SideInput(jax.tree.map(lambda leaf: jnp.asarray(leaf)[pairs[:, 0]], node.values))
+        leaf = jnp.asarray(node)
         return (leaf[pairs[:, 0]] + leaf[pairs[:, 1]]) / 2
 
-    return jax.tree.map(midpoints, x)
+    return jax.tree.map(midpoints, x, is_leaf=is_side_input)
 
 
 def _weigh(weights, rows):

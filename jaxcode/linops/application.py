@@ -10,8 +10,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from .._float64 import double_precision
+from .._side_input import SideInput, is_side_input
 from .abstract import AbstractLinop, Results, Rows, allow_transfers, apply_in_one_pass, has_numpy_leaves
 from .double_single import as_arguments
+from .gather import Gather
 
 # Rounding errors of float32 products grow with the sum of magnitudes in a row of the matrix. Where that exceeds this
 # bound the product is computed again in float64: up to it at most four binary digits are lost, and a lower bound would
@@ -118,7 +120,8 @@ def apply_to_tree(
     Args:
         name: Name of the tree, for errors.
         linop: The operator.
-        tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows.
+        tree: Leaves (n, ...). Unsigned bytes become float32 where the operator mixes rows. Of a `SideInput` nothing is
+            mixed: each of its rows is the one with the largest weight.
         num_rows: n.
         float64_fallback: As for `apply`.
         one_pass: Whether to compute one masked product, without the passes of `apply`; for data sharded over devices.
@@ -141,7 +144,16 @@ def apply_to_tree(
         results = apply(linop, rows, float64_fallback=float64_fallback)
         return results.reshape(results.shape[0], *leaf.shape[1:])
 
-    return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)
+    if not linop.mixes:
+        return jax.tree_util.tree_map_with_path(apply_to_leaf, tree)
+
+    def apply_to_node(path, node):
+        if not is_side_input(node):
+            return apply_to_leaf(path, node)
+        heaviest = Gather(jnp.argmax(jnp.abs(linop.matrix()), axis=1).astype(jnp.int32), num_rows)
+        return SideInput(apply_to_tree(name + jax.tree_util.keystr(path), heaviest, node.values, num_rows))
+
+    return jax.tree_util.tree_map_with_path(apply_to_node, tree, is_leaf=is_side_input)
 
 
 def _apply_along_axes(linop, leaf):
@@ -165,8 +177,12 @@ def as_mixable(name: str, leaf: Array | np.ndarray) -> Array:
         raise ValueError(
             f"{name} has dtype {leaf.dtype}; expected real numbers, because this code mixes inputs and a mixture of "
             "tokens or classes means nothing: code the embeddings (let f begin behind its embedding layer), use a code "
-            "that mixes nothing such as ReplicationCode, or convert numbers that may be mixed with .astype('float32')"
+            "that mixes nothing such as ReplicationCode, mark what is not to be mixed as jaxcode.SideInput, or convert "
+            "numbers that may be mixed with .astype('float32')"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {leaf.dtype}; expected real numbers, which can be mixed")
+        raise ValueError(
+            f"{name} has dtype {leaf.dtype}; expected real numbers, which can be mixed: mark what is not to be mixed, "
+            "such as a mask, as jaxcode.SideInput"
+        )
     return leaf

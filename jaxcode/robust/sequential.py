@@ -139,7 +139,7 @@ class SequentialTest:
         evidence = jnp.zeros(num_workers, jnp.float32) if evidence is None else jnp.asarray(evidence, jnp.float32)
         valid = finite(answers, returned)
         limit = math.log(evidence.shape[0] * self.run_length)
-        baseline = np.tile(np.float32([0, 1]), (num_workers, 1)) if self.baseline is None else np.float32(self.baseline)
+        baseline = _no_baseline(num_workers) if self.baseline is None else np.asarray(self.baseline, np.float32)
         returned = jnp.asarray(returned) & (worker >= 0)
         return _test(
             *_compare(code, answers, valid, plans, baseline),
@@ -215,11 +215,16 @@ def calibrate(
     coded_inputs = jax.device_get(flatten_groups(encode(code, None, grouped, plans)))
     answers = BatchedModel(fn, params, min(_MODEL_BATCH, code.num_workers * grouping.num_groups))(coded_inputs)
     answers = output.transform(unflatten_groups(answers, code.num_workers))
-    everyone, unit = np.ones(code.num_workers, bool), np.tile(np.float32([0, 1]), (code.num_workers, 1))
-    scores = np.float64(_compare(code, answers, everyone, transform_prior(plans, output), unit).log_score)
+    everyone = np.ones(code.num_workers, bool)
+    plans = transform_prior(plans, output)
+    scores = np.float64(_compare(code, answers, everyone, plans, _no_baseline(code.num_workers)).log_score)
     spread = np.maximum(scores.std(axis=1, ddof=1), np.finfo(np.float32).eps)
     baseline = zip(scores.mean(axis=1).tolist(), spread.tolist(), strict=True)
     return SequentialTest(memory, run_length, tuple(baseline))
+
+
+def _no_baseline(num_workers):
+    return np.tile(np.array([0, 1], np.float32), (num_workers, 1))
 
 
 class _Comparison(NamedTuple):

@@ -53,6 +53,7 @@ class Detector:
         else:
             with self._lock:
                 detection = self._codec.detect(responses.values, returned, batch, self._evidence, responses.worker)
+                assert detection is not None
                 self._evidence = detection.evidence
                 self._log_flagged(responses, detection)
         if detection is None:
