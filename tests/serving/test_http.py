@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxcode as jc
 from jaxcode.serving import Prediction
 from jaxcode.serving.http import _to_json, _to_npy
 
@@ -25,12 +26,11 @@ INPUTS = np.linspace(-1, 1, 5 * 4, dtype=np.float32).reshape(5, 4)
 JSON, NPY = "application/json", "application/x-npy"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    port = free_port()
-    log = tmp_path_factory.mktemp("serve") / "log"
-    arguments = f"--model tests.serving.model:scores --num-data 4 --num-workers 6 --input-shape 4 --port {port}"
-    arguments += " --max-body 0.1 --time-limit 20 --no-order"
+@contextlib.contextmanager
+def serve(arguments, folder):
+    """Serves the model in another process; yields its port, the process and its log."""
+    port, log = free_port(), folder / "log"
+    arguments = f"--model tests.serving.model:scores --input-shape 4 --port {port} {arguments}"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxcode.serving", *arguments.split()],
@@ -48,6 +48,13 @@ def server(tmp_path_factory):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    arguments = "--num-data 4 --num-workers 6 --max-body 0.1 --time-limit 20 --no-order"
+    with serve(arguments, tmp_path_factory.mktemp("serve")) as started:
+        yield started
 
 
 def send(server, method="POST", path="/", body=b"", kind=JSON, headers=()):
@@ -162,6 +169,34 @@ def test_sigterm_answers_requests_in_flight_and_leaves_no_process(server):
         send(server, "GET", "/healthz")
     # Processes may take a moment to end.
     wait_until(lambda: not running_processes(process.pid), 20)
+
+
+@pytest.mark.long
+def test_what_was_tuned_is_served_from_its_folder(tmp_path):
+    """A code with a prior, of which one of four workers is enough: what it does not answer is guessed."""
+    x = np.random.default_rng(0).uniform(-1, 1, (400, 4)).astype(np.float32)
+    stragglers = jc.stragglers.Uniform(2)
+    tuned = jc.tune(
+        scores,
+        x[:40],
+        num_data=4,
+        num_workers=6,
+        stragglers=stragglers,
+        prior=jc.surrogate(scores, x, cost=100.0, progress=False),
+        layouts={"replication": jc.ReplicationCode(4, 6)},
+        orders={"as given": None},
+        progress=False,
+    )
+    assert tuned.prior is not None
+    tuned.save(tmp_path / "tuned")
+    with serve(f"--tuned {tmp_path / 'tuned'} --answers 4 --time-limit 20", tmp_path) as started:
+        status, _, body = send(started, body=as_json(INPUTS))
+    answer = json.loads(body)
+    assert status == 200
+    exact = np.array(answer["exact"])
+    assert 0 < exact.sum() <= 5
+    np.testing.assert_allclose(np.array(answer["outputs"])[exact], scores(INPUTS)[exact], atol=1e-5)
+    np.testing.assert_allclose(answer["outputs"], scores(INPUTS), atol=0.2)
 
 
 @pytest.mark.parametrize(
