@@ -167,20 +167,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     def apply(images):
         return np.asarray(compute_logits(model, images))
 
-    classes = apply(images).argmax(axis=1)
+    logits = apply(images)
+    classes = logits.argmax(axis=1)
     print(f"{name} on {args.dataset}, {len(images):,} test images.\n")
     table, losses = [], {}
     for row in distil(model, data, args, apply):
-        guesses, risk = (
+        guesses, risk, squares = (
             np.concatenate(parts)
             for parts in zip(
-                *(row.prior.with_risk(part, "disagreement") for part in _batches(images, 500)), strict=True
+                *(
+                    (*row.prior.with_risk(part, "disagreement"), row.prior.with_risk(part)[1])
+                    for part in _batches(images, 500)
+                ),
+                strict=True,
             )
         )
         is_wrong = guesses.argmax(axis=1) != classes
+        covered = np.mean(np.abs(guesses - logits) <= 1.645 * np.sqrt(squares)[:, None])
+        error = np.sqrt(np.mean((guesses - logits) ** 2) / logits.var())
         print(
             f"{row.count:,} answers, {row.label}: learned in {row.seconds:.0f} s, cost {row.prior.cost:.3f}; "
-            f"of another class {is_wrong.mean():.4f}, expected {risk.mean():.4f}",
+            f"of another class {is_wrong.mean():.4f}, expected {risk.mean():.4f}; RMSE of logits {error:.3f} of their "
+            f"standard deviation, {covered:.3f} within 1.645 expected errors",
             flush=True,
         )
         for setting in settings:
