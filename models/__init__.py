@@ -15,6 +15,7 @@
 `resnet`         residual networks for CIFAR-10, such as ResNet-20 and ResNet-56
 `repvgg`         RepVGG, from a small one to A2, for training and merged for inference
 `vit`            vision transformers, from a small one to ViT-B/16
+`text_encoder`   a small transformer for texts, in two parts: what it embeds, and what it makes of that
 `layers`         the convolution that the networks share
 `networks`       networks by name, with their weights and recipes
 `train`          `python -m models.train`: trains a network and writes its weights with a card
@@ -22,6 +23,6 @@
 `convert`        `python -m models.convert`: reads published checkpoints of PyTorch networks
 `serialization`  weights in safetensors files
 `weights/`       weights of the repository, each with a card
-`datasets`       scikit-learn's digits, MNIST, CIFAR-10 and LIBSVM's sets from files on disk
+`datasets`       scikit-learn's digits, names in Unicode, and MNIST, CIFAR-10 and LIBSVM's sets from files on disk
 ===============  =============================================================================================
 """

@@ -27,14 +27,14 @@ from .comparison import (
     tuned_scheme,
 )
 from .datasets import Dataset
-from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, stages, weights_path
 from .plots import save
 from .training import accuracy
 
 Setting = tuple[int, int, int]
 
 _SETTINGS = ((100, 20, 60), (60, 20, 20), (30, 20, 5), (20, 8, 3), (12, 8, 2))
-_SURROGATE_IMAGES = 3000
+_SURROGATE_INPUTS = 3000
 _TITLES = {
     "agreement": "same class as without stragglers",
     "accuracy": "accuracy",
@@ -42,13 +42,16 @@ _TITLES = {
 }
 
 _FOOTNOTE = """\
-Columns are N,K,S. Means over {num_batches} batches of {batch_size} test images and {num_sets} random straggler sets
-of each request, with 95 % intervals over batches (Student's t), of one trained network; the same images and sets
-for every scheme. One request at a time: as many images, of which a scheme sees those of one request only. Tuned on
-{batch_size} other test images. Published codes decode softmax outputs in the order of the batch. A lost input counts
-as wrong, and in the RMSE as equal probabilities. Orders and the nearest images are those of the batch or request. The
-surrogate is distilled from the network's answers to up to 3,000 training images; it takes {cost:.1%} of the network's
+Columns are N,K,S. Means over {num_batches} batches of {batch_size} test {noun} and {num_sets} random straggler sets
+of each request, with 95 % intervals over batches (Student's t), of one trained network; the same {noun} and sets
+for every scheme. One request at a time: as many {noun}, of which a scheme sees those of one request only. Tuned on
+{batch_size} other test {noun}. Published codes decode softmax outputs in the order of the batch. A lost input counts
+as wrong, and in the RMSE as equal probabilities. Orders and the nearest {noun} are those of the batch or request. The
+surrogate is distilled from the network's answers to up to 3,000 training {noun}; it takes {cost:.1%} of the network's
 operations."""
+_FOOTNOTE_OF_TEXTS = """\
+Codes that mix are applied after the embedding, which is computed where the texts are: a coded input is a mixture of
+embeddings, and workers compute what follows. Orders and distances are those of embeddings."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,18 +76,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--num-batches and --num-sets must be at least 2")
     if not 2 * largest <= args.batch_size <= len(data.x_test) // 2:
         parser.error(
-            f"--batch-size must be from two requests ({2 * largest} images) to half of the {len(data.x_test)} test "
-            f"images, got {args.batch_size}"
+            f"--batch-size must be from two requests ({2 * largest} inputs) to half of the {len(data.x_test)} test "
+            f"{data.noun}, got {args.batch_size}"
         )
     start = time.perf_counter()
     name = args.network or DEFAULT_NETWORKS[args.dataset]
     path = args.weights or weights_path(name, args.dataset, args.out)
-    model = load_or_train(name, data, args.dataset, path)
+    try:
+        model = load_or_train(name, data, args.dataset, path)
+    except ValueError as error:
+        parser.error(str(error))
     score = accuracy(model, data.x_test, data.y_test)
-    print(f"{name} on {args.dataset}: accuracy {score:.1%} on {len(data.x_test):,} test images.\n", flush=True)
+    print(f"{name} on {args.dataset}: accuracy {score:.1%} on {len(data.x_test):,} test {data.noun}.\n", flush=True)
 
     start_of_prior = time.perf_counter()
-    prior = jc.surrogate(model, data.x_train[:_SURROGATE_IMAGES], cost=args.cost)
+    prior = jc.surrogate(model, data.x_train[:_SURROGATE_INPUTS], cost=args.cost)
     seconds = time.perf_counter() - start_of_prior
     sample = data.x_test[:1000]
     score = jc.metrics.agreement(prior(sample), model(sample))
@@ -100,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     single = {setting: comparison for (setting, size), comparison in comparisons.items() if size == setting[1]}
     together = {setting: comparison for (setting, size), comparison in comparisons.items() if size != setting[1]}
     print("ONE REQUEST AT A TIME (B = K)\n\n" + _tables(single))
-    print(f"\nBATCHES OF {args.batch_size} IMAGES\n\n" + _tables(together))
-    print("\n" + _FOOTNOTE.format(**vars(args) | {"cost": prior.cost}))
+    print(f"\nBATCHES OF {args.batch_size} {data.noun.upper()}\n\n" + _tables(together))
+    print("\n" + _FOOTNOTE.format(**vars(args) | {"cost": prior.cost, "noun": data.noun}))
+    if data.noun == "texts":
+        print(_FOOTNOTE_OF_TEXTS)
     _write(comparisons, args.out / "figures.csv")
     _plot(single, together, f"{name} on {args.dataset}", args.out / "loss.png")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. In {args.out}/: figures.csv, loss.png, and for every size")
@@ -118,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(*names, type=int, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     parser.add_argument(
-        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, and unicode need no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet20 for cifar10, else lenet5")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: that of the stored weights")
     parser.add_argument(
         "--setting",
         type=read_setting,
@@ -131,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         + " ".join(",".join(map(str, setting)) for setting in _SETTINGS)
         + ")",
     )
-    add_number("--batch-size", "--batch", default=400, text="test images in a batch, beside single requests")
+    add_number("--batch-size", "--batch", default=400, text="test inputs in a batch, beside single requests")
     add_number("--num-batches", default=5, text="batches to average over")
     add_number("--num-sets", default=20, text="straggler sets for each request of a batch")
     add_number("--seed", default=0, text="seed of batches and stragglers")
@@ -169,14 +177,15 @@ def _compare(
     batch_size: int,
     args: argparse.Namespace,
 ) -> Comparison:
-    """Tunes codes on some test images, without and with the surrogate, and compares all schemes on the others."""
+    """Tunes codes on some test inputs, without and with the surrogate, and compares all schemes on the others."""
     num_workers, num_data, num_stragglers = setting
     print(f"(N, K, S) = {setting}, B = {batch_size}", flush=True)
     stragglers = jc.stragglers.Uniform(num_stragglers)
     sample = data.x_test[: args.batch_size]
-    options = {"batch_size": batch_size, "loss": "disagreement"}
-    tune = functools.partial(jc.tune, model, sample, num_data, num_workers, stragglers, **options)
-    tuned = tune(prior=prior)
+    sizes, options = (num_data, num_workers, stragglers), {"batch_size": batch_size, "loss": "disagreement"}
+    embed, body = stages(model)
+    tune = functools.partial(jc.tune, body, embed(sample), *sizes, **options)
+    tuned = jc.tune(model, sample, *sizes, prior=prior, **options)
     path = args.out / ("tuned-" + "-".join(map(str, (*setting, batch_size))))
     path.with_suffix(".txt").write_text(f"{tuned}\n")
     tuned.plot(path.with_suffix(".png"))

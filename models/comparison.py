@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray, Shaped
 from scipy import stats
 from tqdm import tqdm
 
 import jaxcode as jc
+from jaxcode.functions import Params, PureFunction, as_pure_function
+
+from .datasets import Inputs
+from .networks import stages
 
 Fill = Callable[
     [Float[Array, "batch classes"], Bool[Array, "batch"], Float[Array, "batch ..."]], Float[Array, "batch classes"]
@@ -27,16 +31,20 @@ METRICS = ("accuracy", "relative_accuracy", "agreement", "rmse", "mean_error_nor
 class Scheme:
     """Defines one way for N workers to answer K inputs.
 
+    Codes mix, order and compare the points that `networks.stages` makes of inputs: images themselves, or embeddings of
+    texts.
+
     Attributes:
         name: Short name, for files.
         label: Its name in tables and plots.
         code: The code; a code for fewer than N workers uses the first of them.
         output: What the code decodes, the model's logits or their softmax.
-        order: Orders the images of a batch before they are grouped into requests; None for their own order.
-        fill: Guesses the results of inputs that no worker returned from the results and inputs of the batch; None to
+        order: Orders the points of a batch before they are grouped into requests; None for their own order.
+        fill: Guesses the results of inputs that no worker returned from the results and points of the batch; None to
             leave them lost.
         prior: Guesses the model's answers; None for no prior.
-        stragglers: Which workers are late, where copies are placed by the prior's risks; else None.
+        stragglers: Which workers are late, where copies are placed by the prior's risks, of which each request of a
+            batch has its share; else None.
     """
 
     name: str
@@ -57,7 +65,7 @@ class Comparison:
         schemes: The schemes.
         straggler_counts: How many of the N workers did not reply.
         values: By name in `METRICS`, float32 of shape (schemes, straggler counts, seeds).
-        base_accuracy: Accuracy of the model itself, no stragglers, on the images of each seed.
+        base_accuracy: Accuracy of the model itself, no stragglers, on the inputs of each seed.
     """
 
     schemes: tuple[Scheme, ...]
@@ -123,13 +131,13 @@ def filled_schemes(num_data: int, num_workers: int) -> tuple[Scheme, ...]:
         num_workers: N, at least K.
 
     Returns:
-        Replication filled from the nearest answered image of the batch, from the nearest of the request, which is all
+        Replication filled from the nearest answered input of the batch, from the nearest of the request, which is all
         that a single request has, and by kernel ridge regression on the batch.
     """
     code = jc.ReplicationCode(num_data, num_workers)
     fill_in_request = partial(fill_from_nearest, group_size=num_data)
     return (
-        Scheme("nearest", "replication + nearest image", code, "logits", fill=fill_from_nearest),
+        Scheme("nearest", "replication + nearest input", code, "logits", fill=fill_from_nearest),
         Scheme("nearest_of_request", "replication + nearest of request", code, "logits", fill=fill_in_request),
         Scheme("ridge", "replication + kernel ridge", code, "logits", fill=fill_by_ridge),
     )
@@ -152,13 +160,8 @@ def prior_schemes(
     code = jc.ReplicationCode(num_data, num_workers)
     return (
         Scheme("surrogate", "replication + surrogate", code, "logits", prior=prior),
-        Scheme("placed", "replication + surrogate, placed", code, "logits", _by_risk(prior), None, prior, stragglers),
+        Scheme("placed", "replication + surrogate, placed", code, "logits", None, None, prior, stragglers),
     )
-
-
-def _by_risk(prior):
-    """Returns the order in which `jaxcode.coded` groups a batch whose copies are placed by risk."""
-    return lambda x, num_data: jc.allocation.spread(prior.with_risk(x, "disagreement")[1], num_data)
 
 
 def fill_from_nearest(
@@ -220,14 +223,13 @@ def _squared_distances(inputs):
 
 def tuned_scheme(tuned: jc.tuning.Tuned, name: str = "tuned", label: str = "tuned") -> Scheme:
     """Makes the scheme that tuning chose, for a model that returns logits."""
-    order = tuned.order if tuned.stragglers is None else _by_risk(tuned.prior)
-    return Scheme(name, label, tuned.code, "logits", order, None, tuned.prior, tuned.stragglers)
+    return Scheme(name, label, tuned.code, "logits", tuned.order, None, tuned.prior, tuned.stragglers)
 
 
 def compare(
     model: nnx.Module,
-    x: Float32[np.ndarray, "images height width channels"],
-    y: Int[np.ndarray, "images"],
+    x: Inputs,
+    y: Int[np.ndarray, "inputs"],
     schemes: Sequence[Scheme],
     straggler_counts: Sequence[int],
     *,
@@ -241,20 +243,20 @@ def compare(
 ) -> Comparison:
     """Measures every scheme on the same batches under the same stragglers.
 
-    For each seed a batch is drawn from the images and grouped into requests of K, and for each request random sets of
+    For each seed a batch is drawn from the inputs and grouped into requests of K, and for each request random sets of
     stragglers are drawn. The set of a smaller straggler count is a part of that of a larger one. The model runs once
     for each scheme and batch, since a worker's answer does not depend on which others reply; only the decoding is done
-    for every mask.
+    for every mask. Workers compute the second of the model's `networks.stages`; a prior guesses from the inputs.
 
     Args:
-        model: Classifier in evaluation mode, from images to logits.
-        x: Images to draw from.
+        model: Classifier in evaluation mode, from images or texts to logits.
+        x: Inputs to draw from.
         y: Their classes.
         schemes: The schemes.
         straggler_counts: How many of the N workers do not reply; each at most N - 2.
         num_data: K, inputs in a request.
         num_workers: N.
-        batch_size: Images in a batch, at most the number of images; rounded down to a multiple of K.
+        batch_size: Inputs in a batch, at most the number of inputs; rounded down to a multiple of K.
         num_seeds: Number of batches, at least 2 for an interval.
         num_sets: How many straggler sets are drawn for each request; figures of a batch are means over them.
         seed: Seed of batches and stragglers.
@@ -263,18 +265,15 @@ def compare(
     Returns:
         Metrics of every scheme, straggler count and seed.
     """
-    graph, state = nnx.split(model)
+    (embed, embed_params), (body, params) = (as_pure_function(stage) for stage in stages(model))
     requests = batch_size // num_data
-
-    def apply_model(state: nnx.State, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
-        return nnx.merge(graph, state)(images)
 
     # Batches are ordered outside of the compiled programs, so that schemes that differ in the order alone share one.
     def key(s: Scheme):
         return s.code, s.output, s.fill, s.prior, s.stragglers
 
-    programs = {key(s): jax.jit(partial(_measure, s, apply_model, num_data)) for s in schemes}
-    compiled_model = jax.jit(apply_model)
+    programs = {key(s): jax.jit(partial(_measure, s, body, num_data)) for s in schemes}
+    compiled_embed, compiled_body = jax.jit(embed), jax.jit(body)
     sample = jax.jit(partial(sample_masks, num_sets=num_sets, requests=requests, num_workers=num_workers))
     counts = jnp.asarray(straggler_counts)
     values = {m: np.zeros((len(schemes), len(straggler_counts), num_seeds), np.float32) for m in METRICS}
@@ -282,15 +281,19 @@ def compare(
     with tqdm(total=num_seeds * len(schemes), desc="comparing", unit="batch", disable=not progress) as bar:
         for i in range(num_seeds):
             indices = np.random.default_rng((seed, i)).choice(len(x), requests * num_data, replace=False)
-            images, labels = jnp.asarray(x[indices]), jnp.asarray(y[indices])
+            inputs, labels = jnp.asarray(x[indices]), jnp.asarray(y[indices])
             masks = sample(jax.random.fold_in(jax.random.key(seed), i), counts)
-            permutations = {order: np.asarray(order(images, num_data)) for order in {s.order for s in schemes} if order}
-            targets = compiled_model(state, images)
+            points = compiled_embed(embed_params, inputs)
+            targets = compiled_body(params, points)
             base_accuracy[i] = jc.metrics.accuracy(targets, labels)
+            permutations = {}
             for j, scheme in enumerate(schemes):
-                index = permutations[scheme.order] if scheme.order else np.arange(len(indices))
-                batch = images[index], labels[index], targets[index]
-                metrics = programs[key(scheme)](state, *batch, masks)
+                grouping = scheme.order, scheme.stragglers and scheme.prior
+                if grouping not in permutations:
+                    permutations[grouping] = _permutation(scheme, inputs, points, num_data)
+                index = permutations[grouping]
+                batch = inputs[index], points[index], labels[index], targets[index]
+                metrics = programs[key(scheme)](params, *batch, masks)
                 for metric in METRICS:
                     values[metric][j, :, i] = np.mean(metrics[metric].reshape(num_sets, -1), axis=0)
                 bar.update()
@@ -329,27 +332,42 @@ def sample_masks(
     return masks.reshape(-1, requests, num_workers)
 
 
+def _permutation(
+    scheme: Scheme, inputs: Shaped[Array, "batch ..."], points: Float[Array, "batch ..."], num_data: int
+) -> Int[np.ndarray, "batch"]:
+    """Orders a batch as `jaxcode.coded` does."""
+    if scheme.order is not None:
+        return np.asarray(scheme.order(points, num_data))
+    if scheme.stragglers is not None and scheme.prior is not None:
+        return np.asarray(jc.allocation.spread(scheme.prior.with_risk(inputs, "disagreement")[1], num_data))
+    return np.arange(len(points))
+
+
 def _measure(
     scheme: Scheme,
-    apply_model: Callable[[nnx.State, Float[Array, "batch ..."]], Float[Array, "batch classes"]],
+    body: PureFunction,
     num_data: int,
-    state: nnx.State,
-    images: Float[Array, "batch height width channels"],
+    params: Params,
+    inputs: Shaped[Array, "batch ..."],
+    points: Float[Array, "batch ..."],
     labels: Int[Array, "batch"],
     targets: Float[Array, "batch classes"],
     masks: Bool[Array, "masks requests workers"],
 ) -> dict[str, Float[Array, "masks"]]:
     """Measures one scheme on one batch, for each mask."""
-    requests = images.shape[0] // num_data
-    grouped = images.reshape(requests, num_data, *images.shape[1:])
+    requests = len(points) // num_data
+
+    def group(rows: Shaped[Array, "batch ..."]) -> Shaped[Array, "requests data ..."]:
+        return rows.reshape(requests, num_data, *rows.shape[1:])
+
     plans = None
     if scheme.prior is not None:
         planner = jc.allocation.make_planner(scheme.code, scheme.prior, scheme.stragglers, "disagreement")
-        guesses = jax.tree.map(lambda leaf: leaf.reshape(requests, num_data, *leaf.shape[1:]), planner.guess(images))
-        plans = jax.vmap(partial(planner.plan, scheme.code))(grouped, guesses)
-    coded = jax.vmap(scheme.code.encode, out_axes=1)(grouped, plans)
+        guesses = jax.tree.map(group, planner.guess(inputs))
+        plans = jax.vmap(partial(planner.plan, scheme.code))(group(inputs), guesses)
+    coded = jax.vmap(scheme.code.encode, out_axes=1)(group(points), plans)
     num_workers = coded.shape[0]
-    logits = apply_model(state, coded.reshape(-1, *images.shape[1:])).reshape(num_workers, requests, -1)
+    logits = body(params, coded.reshape(-1, *points.shape[1:])).reshape(num_workers, requests, -1)
     answers = logits if scheme.output == "logits" else jax.nn.softmax(logits)
 
     def measure_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
@@ -357,7 +375,7 @@ def _measure(
         decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0, 0))(answers, returned, plans).reshape(targets.shape)
         is_lost = jnp.logical_not(jax.vmap(scheme.code.recovered)(returned, plans)).reshape(-1)
         if scheme.fill is not None:
-            decoded = scheme.fill(decoded, is_lost, images)
+            decoded = scheme.fill(decoded, is_lost, points)
         probabilities = jax.nn.softmax(decoded) if scheme.output == "logits" else decoded
         # Where nothing is known, every class has the same probability.
         is_unknown = jnp.isnan(decoded).any(axis=-1)

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add_number("--num-workers", 60, "N, workers that a request is spread over")
     add_number("--num-stragglers", 20, "S, workers that never reply")
     parser.add_argument(
-        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+        "--dataset", choices=datasets.IMAGE_NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
     add_number("--batch-size", 400, "test images in a batch")

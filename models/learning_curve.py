@@ -32,7 +32,7 @@ _PASSING = "then passing answers"
 _REQUEST = 100
 _FOOTNOTE = """\
 Loss: the expected share of answers of another class than the network's, over all sets of S late workers, as a multiple
-of replication's at the same N, where a lost input counts as wrong; at half of the test images, which nothing was
+of replication's at the same N, where a lost input counts as wrong; at half of the test inputs, which nothing was
 learned from. Every input has a worker of its own, and copies go where the surrogate is least sure
 (`jaxcode.allocation`). Behind "=": the multiple of the loss of replication that has as many more workers as the
 surrogate costs. Intervals: 95 %, by bootstrap over requests. Expected: the share that the surrogate expects to be of
@@ -79,9 +79,9 @@ class Loss:
 
 
 def expected_loss(
-    risk: Float[np.ndarray, "images"],
+    risk: Float[np.ndarray, "inputs"],
     cost: float,
-    is_wrong: Bool[np.ndarray, "images"],
+    is_wrong: Bool[np.ndarray, "inputs"],
     setting: Setting,
     batch_size: int,
 ) -> Loss:
@@ -120,22 +120,22 @@ def distil(
 ) -> Iterator[Row]:
     """Learns surrogates in all the ways that are compared."""
 
-    def learn(label, images):
+    def learn(label, inputs):
         start = time.perf_counter()
-        prior = jc.surrogate(model, images, cost=args.cost, seed=args.seed)
-        return Row(label, len(images), prior, time.perf_counter() - start)
+        prior = jc.surrogate(model, inputs, cost=args.cost, seed=args.seed)
+        return Row(label, len(inputs), prior, time.perf_counter() - start)
 
-    first = learn("the network's training images", data.x_train[: args.inputs[0]])
+    first = learn(f"the network's training {data.noun}", data.x_train[: args.inputs[0]])
     yield first
     for count in args.inputs[1:]:
-        yield learn("the network's training images", data.x_train[:count])
-    yield learn("images it was not trained on", data.x_test[: min(args.inputs[-1], len(data.x_test) // 2)])
+        yield learn(f"the network's training {data.noun}", data.x_train[:count])
+    yield learn(f"{data.noun} it was not trained on", data.x_test[: min(args.inputs[-1], len(data.x_test) // 2)])
     start = time.perf_counter()
     with jc.surrogates.Learner(first.prior, seed=args.seed) as learner:
         total = args.inputs[0]
         for count in args.inputs[1:]:
-            for images in _batches(data.x_train[total:count], _REQUEST):
-                learner.observe(images, apply(images))
+            for inputs in _batches(data.x_train[total:count], _REQUEST):
+                learner.observe(inputs, apply(inputs))
                 learner.wait()
             total = count
             yield Row(f"{args.inputs[0]:,}, {_PASSING}", count, learner.surrogate, time.perf_counter() - start)
@@ -162,14 +162,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = args.setting or list(_SETTINGS)
     name = args.network or DEFAULT_NETWORKS[args.dataset]
     model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
-    images = data.x_test[len(data.x_test) // 2 :]
+    inputs = data.x_test[len(data.x_test) // 2 :]
 
-    def apply(images):
-        return np.asarray(compute_logits(model, images))
+    def apply(inputs):
+        return np.asarray(compute_logits(model, inputs))
 
-    logits = apply(images)
+    logits = apply(inputs)
     classes = logits.argmax(axis=1)
-    print(f"{name} on {args.dataset}, {len(images):,} test images.\n")
+    print(f"{name} on {args.dataset}, {len(inputs):,} test {data.noun}.\n")
     table, losses = [], {}
     for row in distil(model, data, args, apply):
         guesses, risk, squares = (
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for parts in zip(
                 *(
                     (*row.prior.with_risk(part, "disagreement"), row.prior.with_risk(part)[1])
-                    for part in _batches(images, 500)
+                    for part in _batches(inputs, 500)
                 ),
                 strict=True,
             )
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for setting in settings:
             num_data = setting[1]
-            for batch_size in (num_data, max(1, min(_BATCH_SIZE, len(images)) // num_data) * num_data):
+            for batch_size in (num_data, max(1, min(_BATCH_SIZE, len(inputs)) // num_data) * num_data):
                 loss = expected_loss(risk, row.prior.cost, is_wrong, setting, batch_size)
                 losses[row.label, row.count, setting, batch_size == num_data] = loss
                 table.append([row.label, row.count, *setting, batch_size, *_numbers(loss, row), is_wrong.mean()])
@@ -213,8 +213,8 @@ def _numbers(loss, row):
     return mean / loss.replication, mean / loss.same_work, row.prior.cost, row.seconds
 
 
-def _batches(images, size):
-    return [images[start : start + size] for start in range(0, len(images), size)]
+def _batches(inputs, size):
+    return [inputs[start : start + size] for start in range(0, len(inputs), size)]
 
 
 def _plot(losses, setting, title, path):
@@ -244,7 +244,7 @@ def _plot(losses, setting, title, path):
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.learning_curve", description=__doc__)
     add = parser.add_argument
-    add("--dataset", choices=datasets.NAMES, default="digits", help="images (default: %(default)s)")
+    add("--dataset", choices=datasets.NAMES, default="digits", help="inputs (default: %(default)s)")
     add("--network", help="network; that of the stored weights if not given")
     add("--inputs", type=int, nargs="+", default=[400, 1000], metavar="n", help="answers (default: 400 1000)")
     add("--setting", type=read_setting, action="append", metavar="N,K,S", help="workers, inputs, late; may be repeated")

@@ -12,6 +12,7 @@ from .datasets import Dataset
 from .lenet5 import LeNet5
 from .repvgg import RepVGG, RepVGGConfig, merge_branches
 from .resnet import ResNet, ResNetConfig
+from .text_encoder import TextEncoder, TextEncoderConfig
 from .training import Recipe, fit
 from .vit import ViT, ViTConfig
 
@@ -30,7 +31,7 @@ def _network(module, make_config, *, is_sized: bool = False, **options) -> Calla
 
 _CIFAR_STRIDES = (1, 1, 2, 2, 2)
 
-NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
+IMAGE_NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "lenet5": lambda shape, num_classes, rngs: LeNet5(shape, num_classes, rngs=rngs),
     "convnet": lambda shape, num_classes, rngs: ConvNet(shape[-1], num_classes, rngs=rngs),
     "resnet20": _network(ResNet, ResNetConfig.resnet20),
@@ -41,9 +42,15 @@ NETWORKS: dict[str, Callable[[ImageShape, int, nnx.Rngs], nnx.Module]] = {
     "repvgg_a2": _network(RepVGG, RepVGGConfig.a2, strides=_CIFAR_STRIDES),
     "vit_tiny": _network(ViT, ViTConfig.tiny, is_sized=True),
 }
+TEXT_NETWORKS: dict[str, Callable[[tuple[int], int, nnx.Rngs], nnx.Module]] = {
+    "text_encoder": lambda shape, num_classes, rngs: TextEncoder(
+        TextEncoderConfig(datasets.NUM_TOKENS, *shape, num_classes), rngs=rngs
+    ),
+}
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {**IMAGE_NETWORKS, **TEXT_NETWORKS}
 # Weights that are part of the repository, each with a card that says how they were made and how good they are.
 WEIGHTS = Path(__file__).parent / "weights"
-DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet20"}
+DEFAULT_NETWORKS = {"digits": "lenet5", "mnist": "lenet5", "cifar10": "resnet20", "unicode": "text_encoder"}
 
 _DIGITS = Recipe(epochs=15)
 _MNIST = Recipe(epochs=12, batch_size=128, label_smoothing=0.05, average=0.995, shift=2)
@@ -57,6 +64,7 @@ _CIFAR10 = Recipe(
     shift=4,
     mirror=True,
 )
+_UNICODE = Recipe(epochs=30, batch_size=64, learning_rate=2e-3, weight_decay=0.1, label_smoothing=0.05, average=0.995)
 _RECIPES = {
     ("convnet", "mnist"): dataclasses.replace(_MNIST, epochs=8),
     ("resnet20", "cifar10"): dataclasses.replace(_CIFAR10, epochs=24),
@@ -72,15 +80,16 @@ _RECIPES = {
         teacher="resnet20",
     ),
 }
+_RECIPES_BY_DATASET = {"digits": _DIGITS, "mnist": _MNIST, "cifar10": _CIFAR10, "unicode": _UNICODE}
 
 
 def recipe(name: str, dataset: str) -> Recipe:
     """Returns the settings by which a network is trained on a data set."""
-    return _RECIPES.get((name, dataset), {"digits": _DIGITS, "mnist": _MNIST, "cifar10": _CIFAR10}[dataset])
+    return _RECIPES.get((name, dataset), _RECIPES_BY_DATASET[dataset])
 
 
 def make(name: str, data: Dataset, *, seed: int) -> nnx.Module:
-    """Makes an untrained network for the images and classes of a data set.
+    """Makes an untrained network for the inputs and classes of a data set.
 
     Args:
         name: A name in `NETWORKS`.
@@ -88,10 +97,31 @@ def make(name: str, data: Dataset, *, seed: int) -> nnx.Module:
         seed: Seed of the weights.
 
     Raises:
-        ValueError: If the network does not take images of this size.
+        ValueError: If the network does not take images of this size, or takes no images or no texts at all.
     """
-    height, width, channels = data.x_train.shape[1:]
-    return NETWORKS[name]((height, width, channels), len(data.class_names), nnx.Rngs(seed))
+    fitting = TEXT_NETWORKS if data.noun == "texts" else IMAGE_NETWORKS
+    if name not in fitting:
+        raise ValueError(f"{name} takes no {data.noun}; expected one of {', '.join(fitting)}")
+    return fitting[name](data.x_train.shape[1:], len(data.class_names), nnx.Rngs(seed))
+
+
+def stages(model: nnx.Module) -> tuple[Callable, Callable]:
+    """Splits a network into what is computed where the inputs are, whose results can be mixed, and what workers do.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The methods `embed` and `body` of a network of texts. Images can be mixed: the first stage returns them, the
+        second is the network.
+    """
+    if hasattr(model, "embed"):
+        return model.embed, model.body  # pyright: ignore[reportAttributeAccessIssue]
+    return _return_inputs, model
+
+
+def _return_inputs(x):
+    return x
 
 
 def weights_path(name: str, dataset: str, folder: Path) -> Path:
@@ -111,7 +141,7 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
 
     Args:
         name: A name in `NETWORKS`.
-        data: The images and labels to train on.
+        data: The inputs and labels to train on.
         dataset: Their name, which decides how the network is trained.
         path: The file of the weights.
 
@@ -128,7 +158,7 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
     else:
         settings = recipe(name, dataset)
         teacher = load_teacher(settings, data, dataset, path.parent)
-        print(f"Training {name} on {len(data.x_train):,} images of {dataset}, once: {path}", flush=True)
+        print(f"Training {name} on {len(data.x_train):,} {data.noun} of {dataset}, once: {path}", flush=True)
         fit(model, data, settings, teacher=teacher)
         serialization.save(model, path)
     return merge_branches(model) if isinstance(model, RepVGG) else model
@@ -139,7 +169,7 @@ def load_teacher(recipe: Recipe, data: Dataset, dataset: str, folder: Path) -> n
 
     Args:
         recipe: The recipe.
-        data: The images and labels to train on.
+        data: The inputs and labels to train on.
         dataset: Their name.
         folder: Where the teacher's weights are, or are to be written, if the repository has none.
 

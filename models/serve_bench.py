@@ -15,7 +15,7 @@ from tqdm import tqdm
 import jaxcode as jc
 
 from . import datasets
-from .networks import DEFAULT_NETWORKS, NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, IMAGE_NETWORKS, load_or_train, weights_path
 from .plots import plot_latency
 from .training import predicted_classes
 
@@ -178,10 +178,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(name, type=kind, default=default, metavar="n", help=f"{text} (default: %(default)s)")
 
     parser.add_argument(
-        "--dataset", choices=datasets.NAMES, default="digits", help="digits, the default, needs no files"
+        "--dataset", choices=datasets.IMAGE_NAMES, default="digits", help="digits, the default, needs no files"
     )
     parser.add_argument("--data-dir", type=Path, help=f"folder with data files (default: ${datasets.VARIABLE})")
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: resnet20 for cifar10, else lenet5")
+    parser.add_argument("--network", choices=sorted(IMAGE_NETWORKS), help="default: resnet20 for cifar10, else lenet5")
     parser.add_argument(
         "--delays", choices=sorted(_TAILS), default="pareto", help="law of the delays (default: %(default)s)"
     )

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ImportError("argument --resume: needs orbax: pip install 'jaxcode[train]'")
             print("No checkpoints are written: orbax is not installed (pip install 'jaxcode[train]').", flush=True)
             checkpoint = None
-        print(f"{args.model} on {len(data.x_train):,} images of {args.dataset}: {recipe}", flush=True)
+        print(f"{args.model} on {len(data.x_train):,} {data.noun} of {args.dataset}: {recipe}", flush=True)
         teacher = networks.load_teacher(recipe, data, args.dataset, args.out)
         if checkpoint is not None and not args.resume:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "network": args.model,
         "dataset": args.dataset,
         "accuracy": round(accuracy(model, data.x_test, data.y_test), 4),
-        "test_images": len(data.x_test),
-        "training_images": len(data.x_train),
+        "test_inputs": len(data.x_test),
+        "training_inputs": len(data.x_train),
         "parameters": serialization.num_parameters(model),
         "seed": args.seed,
         "recipe": dataclasses.asdict(recipe),
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
     if checkpoint is not None:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    print(f"Accuracy {card['accuracy']:.2%} on {len(data.x_test):,} test images. Weights and card: {path}, .json")
+    print(f"Accuracy {card['accuracy']:.2%} on {len(data.x_test):,} test {data.noun}. Weights and card: {path}, .json")
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from tqdm import tqdm
 
-from .datasets import Dataset
+from .datasets import Dataset, Inputs
 from .serialization import num_parameters
 
 OPTIMIZERS = ("adamw", "muon")
@@ -25,8 +25,8 @@ class Recipe:
     """Holds the settings of a training run.
 
     Attributes:
-        epochs: Passes over the training images, at least 1.
-        batch_size: Images in a step, at most the number of training images.
+        epochs: Passes over the training inputs, at least 1.
+        batch_size: Inputs in a step, at most the number of training inputs.
         optimizer: `"adamw"`; or `"muon"`, which makes the steps of all kernels but the last layer's nearly orthogonal
             matrices, and leaves the other parameters to Adam, with Nesterov's momentum. It needs fewer epochs.
         learning_rate: The highest step size. Muon's steps are scaled to the root mean square of Adam's.
@@ -90,7 +90,7 @@ def fit(
 ) -> Float32[np.ndarray, "epochs"]:
     """Trains a classifier in place on the cross-entropy, with warm-up and a cosine schedule.
 
-    Each epoch takes the training images in a new order and leaves out the last incomplete batch. State other than
+    Each epoch takes the training inputs in a new order and leaves out the last incomplete batch. State other than
     parameters (running averages, dropout's keys) is updated too. Afterwards the model is in evaluation mode. Batches
     are split over as many devices as divide them, each of which has a copy of the model.
 
@@ -98,12 +98,12 @@ def fit(
     inside `lax.scan` (LeNet5 on two cores: 0.57 s an epoch of digits against 0.19 s).
 
     Args:
-        model: Nnx module from images (batch, height, width, channels) to logits (batch, classes); changed in
-            place.
-        dataset: The training images and labels.
+        model: Nnx module from images (batch, height, width, channels) or texts (batch, length) to logits (batch,
+            classes); changed in place.
+        dataset: The training inputs and labels.
         recipe: The settings.
         teacher: The network that the recipe names, in evaluation mode; None if it names none.
-        seed: Seed of the order and the augmentation of the images (the initial weights are the model's own).
+        seed: Seed of the order and the augmentation of the inputs (the initial weights are the model's own).
         progress: Whether to show a progress bar on standard error.
         checkpoint: A folder to write the state of the run to after each epoch. A run of the same recipe, seed and model
             that finds one there resumes from it, to the same weights as without interruption.
@@ -114,19 +114,25 @@ def fit(
         Mean loss in nats of each epoch, (epochs,) float32.
 
     Raises:
-        ValueError: If the batch is larger than the data, the checkpoint is of another run, or a teacher is named
-            and not given, or given and not named.
+        ValueError: If the batch is larger than the data, the checkpoint is of another run, a teacher is named
+            and not given, or given and not named, or texts are to be shifted, mirrored or mixed as images are.
         ImportError: If `checkpoint` is given and orbax is not installed.
     """
-    num_images = len(dataset.x_train)
-    if recipe.batch_size > num_images:
-        raise ValueError(f"batch_size must be from 1 to the {num_images} training images, got {recipe.batch_size}")
+    num_inputs = len(dataset.x_train)
+    if recipe.batch_size > num_inputs:
+        raise ValueError(
+            f"batch_size must be from 1 to the {num_inputs} training {dataset.noun}, got {recipe.batch_size}"
+        )
     if bool(recipe.teacher) != (teacher is not None):
         raise ValueError(
             f"teacher must be the network that the recipe names, {recipe.teacher or None!r}, got "
             f"{None if teacher is None else type(teacher).__name__}; `networks.load_teacher` loads it"
         )
-    num_steps = num_images // recipe.batch_size
+    if dataset.noun == "texts" and (recipe.shift or recipe.mirror or recipe.mixup):
+        raise ValueError(
+            f"shift, mirror and mixup are for images, got {recipe.shift}, {recipe.mirror} and {recipe.mixup} for texts"
+        )
+    num_steps = num_inputs // recipe.batch_size
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     num_classes = len(dataset.class_names)
@@ -147,7 +153,8 @@ def fit(
         checkpoints = _Checkpoints(
             checkpoint,
             f"{type(model).__name__} of {num_parameters(model)} parameters, "
-            f"{num_images} images of shape {dataset.x_train.shape[1:]}, {jnp.dtype(dtype).name}, seed {seed}, {recipe}",
+            f"{num_inputs} {dataset.noun} of shape {dataset.x_train.shape[1:]}, {jnp.dtype(dtype).name}, "
+            f"seed {seed}, {recipe}",
         )
         first_epoch, state = checkpoints.restore(state)
     batch_axis, replicated = _shardings(recipe.batch_size)
@@ -162,7 +169,7 @@ def fit(
         mininterval=1.0,
     ) as bar:
         for epoch in range(first_epoch, recipe.epochs):
-            order = np.random.default_rng((seed, epoch)).permutation(num_images)
+            order = np.random.default_rng((seed, epoch)).permutation(num_inputs)
             for index in range(num_steps):
                 batch = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
                 x, y = jax.device_put((dataset.x_train[batch], targets[batch]), batch_axis)
@@ -225,7 +232,8 @@ def _step(graph, optimizer, recipe, num_steps, dtype, state, key, index, x, targ
         # Rebuilt, because Flax lets a variable change only under the transformation that made it.
         narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         module = nnx.merge(graph, narrow, jax.tree.map(lambda leaf: leaf, rest))
-        logits = module(x.astype(dtype)).astype(jnp.float32)
+        is_image = jnp.issubdtype(x.dtype, jnp.floating)
+        logits = module(x.astype(dtype) if is_image else x).astype(jnp.float32)
         return optax.softmax_cross_entropy(logits, targets).mean(), nnx.split(module, nnx.Param, ...)[2]
 
     (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -340,25 +348,19 @@ def _from_data(data, leaf):
     return data
 
 
-def compute_logits(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"]
-) -> Float32[np.ndarray, "images classes"]:
-    """Computes a classifier's logits of any number of images, 500 at a time."""
+def compute_logits(model: nnx.Module, x: Inputs) -> Float32[np.ndarray, "inputs classes"]:
+    """Computes a classifier's logits of any number of inputs, 500 at a time."""
     graph, state = nnx.split(model)
     apply = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     parts = [apply(state, x[start : start + 500]) for start in range(0, len(x), 500)]
     return np.concatenate([np.asarray(part) for part in parts])
 
 
-def predicted_classes(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"]
-) -> Int[np.ndarray, "images"]:
-    """Computes the class with the highest logit, for every image."""
+def predicted_classes(model: nnx.Module, x: Inputs) -> Int[np.ndarray, "inputs"]:
+    """Computes the class with the highest logit, for every input."""
     return np.argmax(compute_logits(model, x), axis=-1)
 
 
-def accuracy(
-    model: nnx.Module, x: Float32[np.ndarray, "images height width channels"], y: Int[np.ndarray, "images"]
-) -> float:
-    """Computes the share of images whose highest logit is that of their class, in [0, 1]."""
+def accuracy(model: nnx.Module, x: Inputs, y: Int[np.ndarray, "inputs"]) -> float:
+    """Computes the share of inputs whose highest logit is that of their class, in [0, 1]."""
     return float(np.mean(predicted_classes(model, x) == y))

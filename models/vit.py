@@ -89,7 +89,12 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(jnp.zeros((1, 1, config.width))) if config.has_class_token else None
         num_tokens = config.num_patches + config.has_class_token
         self.position_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, num_tokens, config.width)))
-        self.blocks = nnx.List([TransformerBlock(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List(
+            [
+                TransformerBlock(config.width, config.num_heads, config.mlp_width, epsilon=config.epsilon, rngs=rngs)
+                for _ in range(config.depth)
+            ]
+        )
         self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
@@ -118,16 +123,19 @@ class TransformerBlock(nnx.Module):
     """Applies self-attention, then an MLP, each to the normalised tokens and added to them.
 
     Args:
-        config: The sizes.
+        width: Features of a token.
+        num_heads: Attention heads, a divisor of `width`.
+        mlp_width: Hidden features of the MLP.
+        epsilon: Added to variances by layer normalisation.
         rngs: Flax's random streams, for the initial weights.
     """
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        self.attention = SelfAttention(config.width, config.num_heads, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        self.dense1 = nnx.Linear(config.width, config.mlp_width, rngs=rngs)
-        self.dense2 = nnx.Linear(config.mlp_width, config.width, rngs=rngs)
+    def __init__(self, width: int, num_heads: int, mlp_width: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.attention = SelfAttention(width, num_heads, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.dense1 = nnx.Linear(width, mlp_width, rngs=rngs)
+        self.dense2 = nnx.Linear(mlp_width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Computes the block's tokens."""

@@ -164,6 +164,11 @@ def _apply_along_axes(linop, leaf):
     return product(leaf)
 
 
+def is_mixable(leaf: Array | np.ndarray) -> bool:
+    """Returns whether a leaf holds real numbers, or unsigned bytes, which are images: these can be mixed."""
+    return leaf.dtype == jnp.uint8 or jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def as_mixable(name: str, leaf: Array | np.ndarray) -> Array:
     """Converts a leaf to real numbers that can be mixed: unsigned bytes, which are images, become float32.
 

@@ -17,6 +17,7 @@ from ..checks import check_count
 from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from ..codes.abstract import mixes_inputs
 from ..functions import NO_DERIVATIVES, Model, as_pure_function
+from ..linops.application import is_mixable
 from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..stragglers import AbstractStragglers
@@ -96,7 +97,7 @@ def tune(
             counts as a disagreement, and makes any other loss infinite.
         layouts: Candidates by name, codes of K and N. If not given, `standard_layouts` and, where these tell that the
             model is smooth on the scale of a group, `kernel_layouts`. Smoothing is tuned for those whose interpolants
-            have it.
+            have it. With a prior, inputs that cannot be mixed, such as tokens, get replication alone.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over, at least 2. Those with fewer than two answers, from which no curve
             can be decoded, are left out.
@@ -141,9 +142,14 @@ def tune(
         raise ValueError(f"stragglers is {stragglers!r}; expected a model such as jaxcode.stragglers.Uniform(5)")
     if prior is not None and not isinstance(prior, Surrogate):
         raise ValueError(f"prior is {prior!r}; expected a surrogate, such as jaxcode.surrogate(f, inputs)")
-    orders = standard_orders(f, x_sample, model_batch) if orders is None else orders
-    tries_kernels = layouts is None and num_workers >= num_data
-    layouts = standard_layouts(num_data, num_workers) if layouts is None else layouts
+    copies_only = prior is not None and not all(map(is_mixable, map(np.asarray, jax.tree.leaves(x_sample))))
+    if orders is None:
+        orders = {"as given": None} if copies_only else standard_orders(f, x_sample, model_batch)
+    tries_kernels = layouts is None and not copies_only and num_workers >= num_data
+    if layouts is None:
+        layouts = standard_layouts(num_data, num_workers)
+        if copies_only:
+            layouts = {name: code for name, code in layouts.items() if not mixes_inputs(code)}
     _check_candidates(layouts, orders, num_data, num_workers)
 
     batch_size = min(size, check_count("batch_size", num_data if batch_size is None else batch_size, least=num_data))

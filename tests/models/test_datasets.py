@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_digits_are_real_and_in_a_fixed_shuffle_and_split():
     for label, mean in intensities.items():
         enlarged = np.concatenate([data.x_train[data.y_train == label], data.x_test[data.y_test == label]]).mean()
         assert enlarged == pytest.approx(mean, abs=0.02)
+
+
+def test_names_in_unicode_are_the_same_with_every_python():
+    data = datasets.load("unicode")
+    assert (data.x_train.shape, data.x_test.shape, data.noun) == ((6827, 40), (2000, 40), "texts")
+    texts = ["".join(datasets._ALPHABET[token - 1] for token in row if token) for row in data.x_test[:3]]
+    words = [data.class_names[label] for label in data.y_test[:3]]
+    assert texts == ["SMALL LETTER Y WITH DOT ABOVE", "CAPITAL THETA SYMBOL", "SANS-SERIF BOLD CAPITAL NU"]
+    assert words == ["LATIN", "GREEK", "MATHEMATICAL"]
+    assert data.x_train.max() < datasets.NUM_TOKENS
+    contents = b"".join(getattr(data, name).tobytes() for name in ("x_train", "y_train", "x_test", "y_test"))
+    assert zlib.crc32(contents) == 2999571081
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

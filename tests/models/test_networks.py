@@ -6,13 +6,14 @@ import pytest
 from flax import nnx
 
 import jaxcode as jc
-from models import networks, serialization
+from models import datasets, networks, serialization
 from models.convnet import ConvNet
 from models.layers import convolution
 from models.lenet5 import LeNet5
 from models.repvgg import RepVGG, RepVGGConfig
 from models.resnet import ResNet, ResNetConfig
 from models.serialization import num_parameters
+from models.training import Recipe, fit
 from models.vit import ViT, ViTConfig
 
 SMALL = {
@@ -118,6 +119,18 @@ def _count(make):
 )
 def test_the_number_of_parameters_is_the_published_one(make, num):
     assert _count(make) == num
+
+
+def test_networks_refuse_the_other_kind_of_inputs():
+    digits, unicode = (datasets.load(name) for name in ("digits", "unicode"))
+    with pytest.raises(ValueError, match="text_encoder takes no images; expected one of lenet5, convnet"):
+        networks.make("text_encoder", digits, seed=0)
+    with pytest.raises(ValueError, match="lenet5 takes no texts; expected one of text_encoder"):
+        networks.make("lenet5", unicode, seed=0)
+    with pytest.raises(ValueError, match=r"texts of 40 tokens, got shape \(1, 39\)"):
+        networks.make("text_encoder", unicode, seed=0)(unicode.x_test[:1, :39])
+    with pytest.raises(ValueError, match="shift, mirror and mixup are for images, got 2, False and"):
+        fit(networks.make("text_encoder", unicode, seed=0), unicode, Recipe(1, shift=2))
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("convnet", "mnist"), ("resnet20", "cifar10"), ("repvgg_a0", "cifar10")])

@@ -19,15 +19,15 @@ def test_every_file_has_a_card_and_all_are_small():
 
 
 def _cases():
-    """Lists the cards; 10,000 images through a large network take long."""
-    marks = [() if path.stem.startswith("lenet5") else (pytest.mark.long,) for path in CARDS]
+    """Lists the cards; 10,000 inputs through a large network take long."""
+    marks = [() if path.stem.startswith(("lenet5", "text_encoder")) else (pytest.mark.long,) for path in CARDS]
     return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(CARDS, marks, strict=True)]
 
 
 @pytest.mark.parametrize("path", _cases())
 def test_weights_score_what_their_card_says(path):
     card = json.loads(path.read_text())
-    if card["dataset"] != "digits" and not os.environ.get(datasets.VARIABLE):
+    if card["dataset"] not in ("digits", "unicode") and not os.environ.get(datasets.VARIABLE):
         pytest.skip(f"{card['dataset']} is not here: {datasets.VARIABLE} is not set")
     data = datasets.load(card["dataset"])
     model = networks.make(card["network"], data, seed=1)
@@ -37,7 +37,7 @@ def test_weights_score_what_their_card_says(path):
     assert serialization.num_parameters(model) == card["parameters"]
     assert path.stem == f"{card['network']}-{card['dataset']}-{card['seed']}"
     assert card["command"].startswith(f"python -m models.train {card['network']} --dataset {card['dataset']}")
-    assert (len(data.x_train), len(data.x_test)) == (card["training_images"], card["test_images"])
+    assert (len(data.x_train), len(data.x_test)) == (card["training_inputs"], card["test_inputs"])
     if len(card["command"].split()) == 6:
         assert networks.recipe(card["network"], card["dataset"]) == Recipe(**card["recipe"])
 
