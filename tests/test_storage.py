@@ -23,6 +23,7 @@ RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(600, 4)).astype(np.float32)
 IMAGES = RNG.uniform(size=(600, 8, 8, 1)).astype(np.float32)
 TOKENS = RNG.integers(30, size=(600, 6))
+PAIRS = {"ids": TOKENS, "mask": TOKENS > 9, "other": TOKENS[:, :3], "weight": np.float32(TOKENS[:, 0])}
 
 
 def _classify(x):
@@ -37,10 +38,11 @@ def _distil(kind):
         "few images": lambda: (jc.surrogate(lambda x: x.mean(axis=(1, 2)), IMAGES[:90], **options), IMAGES),
         "images": lambda: (jc.surrogate(lambda x: x.max(axis=(1, 2)), IMAGES, cost=5.0, progress=False), IMAGES),
         "tokens": lambda: (jc.surrogate(lambda x: jnp.sin(x[:, :2]), TOKENS, **options), TOKENS),
+        "pairs": lambda: (jc.surrogate(lambda x: jnp.sin(x["ids"][:, 0] + x["weight"]), PAIRS, **options), PAIRS),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["linear", "vectors", "few images", "images", "tokens"])
+@pytest.mark.parametrize("kind", ["linear", "vectors", "few images", "images", "tokens", "pairs"])
 def test_surrogates_come_back_from_files(kind, tmp_path, monkeypatch):
     # What they have learned does not matter here.
     monkeypatch.setattr(distil, "_LEAST_STEPS", 10)

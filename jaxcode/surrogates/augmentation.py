@@ -1,4 +1,4 @@
-"""Makes more inputs out of a sample of images; the model itself answers them, so that no answer is assumed."""
+"""Makes more inputs out of a sample; the model itself answers them, so that no answer is assumed."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,17 +6,23 @@ import jax
 import numpy as np
 from jaxtyping import Float32, PyTree
 
-# Images of which the model's answers are compared with those to their changed copies.
+from .students import find_sequences, has_tokens
+
+# Inputs of which the model's answers are compared with those to their changed copies.
 _NUM_PROBES = 256
-# A change is natural if the changed images' answers explain this share of the images' own answers' variance. Other
-# shares were not tried; a network that learned mirrored digits would spend its capacity on them.
+# A change of images is natural if the changed images' answers explain this share of the images' own answers' variance.
+# Other shares were not tried; a network that learned mirrored digits would spend its capacity on them.
 _LEAST_EXPLAINED = 0.5
+# New pairs of sequences are natural if the mean of their answers is less than this off, in standard deviations, and
+# their standard deviation by less than this factor. Other limits were not tried: of a model that finds most new pairs
+# alike, a network would learn these instead of what tells apart those that come.
+_MOST_OFF, _MOST_SPREAD = 0.5, 1.5
 _SHIFT = 1 / 8
 
-# From a batch of images, a tree of one leaf (B, height, width, channels), to the model's answers as rows.
+# From a batch, leaves (B, ...), to the model's answers as rows.
 Answer = Callable[[PyTree[np.ndarray]], np.ndarray]
-# From images (B, height, width, channels), at random, to as many.
-Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+# From a batch, leaves (B, ...), at random, to as many inputs.
+Change = Callable[[PyTree[np.ndarray], np.random.Generator], PyTree[np.ndarray]]
 
 
 def natural_changes(
@@ -25,24 +31,23 @@ def natural_changes(
     answer: Answer,
     rng: np.random.Generator,
 ) -> list[Change]:
-    """Finds which of mirroring and shifting images the model answers alike.
+    """Finds changes by which inputs stay such as may come.
 
     Args:
-        inputs: Images, a tree of one leaf (B, height, width, channels).
+        inputs: Leaves (B, ...): images, a tree of one leaf (B, height, width, channels), or sequences of tokens.
         targets: The model's answers to them, as rows.
-        answer: Computes the model's answers to images.
+        answer: Computes the model's answers to more inputs.
         rng: Draws the changes.
 
     Returns:
-        The changes, as `augment` makes them.
+        Of mirroring and shifting images, those that the model answers alike. Of two sequences or more, such as a query
+        and a document, new pairs, if the model's answers to these are distributed like those to the inputs.
     """
-    probes = jax.tree.map(lambda leaf: leaf[:_NUM_PROBES], inputs)
-
-    def is_natural(change):
-        changed = jax.tree.map(lambda images: change(images, rng), probes)
-        return _explained(answer(changed), targets[:_NUM_PROBES]) >= _LEAST_EXPLAINED
-
-    return [change for change in (_mirror, _shift) if is_natural(change)]
+    probes, own = jax.tree.map(lambda leaf: leaf[:_NUM_PROBES], (inputs, targets))
+    if has_tokens(inputs):
+        is_paired = len(find_sequences(inputs)) > 1
+        return [_pair_anew] if is_paired and _is_distributed_like(answer(_pair_anew(probes, rng)), own) else []
+    return [change for change in (_mirror, _shift) if _explained(answer(change(probes, rng)), own) >= _LEAST_EXPLAINED]
 
 
 def augment(
@@ -53,25 +58,25 @@ def augment(
     num_copies: int,
     rng: np.random.Generator,
 ) -> tuple[PyTree[np.ndarray], Float32[np.ndarray, "more numbers"]]:
-    """Adds changed copies of images.
+    """Adds changed copies of inputs.
 
     Args:
-        inputs: Images, a tree of one leaf (B, height, width, channels).
+        inputs: Leaves (B, ...).
         targets: The model's answers to them, as rows.
-        answer: Computes the model's answers to images.
+        answer: Computes the model's answers to more inputs.
         changes: Each copy is changed by all of them; if there are none, there are no copies.
         num_copies: How many copies to add.
         rng: Draws the changes.
 
     Returns:
-        The images and their copies, and the answers to all of them.
+        The inputs and their copies, and the answers to all of them.
     """
     if not changes or num_copies < 1:
         return inputs, targets
     rows = rng.permutation(np.arange(num_copies) % len(targets))
-    copies = jax.tree.map(lambda images: images[rows], inputs)
+    copies = jax.tree.map(lambda leaf: leaf[rows], inputs)
     for change in changes:
-        copies = jax.tree.map(lambda images, change=change: change(images, rng), copies)
+        copies = change(copies, rng)
     augmented = jax.tree.map(lambda *leaves: np.concatenate(leaves), inputs, copies)
     return augmented, np.concatenate([targets, answer(copies)])
 
@@ -81,14 +86,36 @@ def _explained(found, expected):
     return 1 - np.sum((found - expected) ** 2) / max(variance, 1e-30)
 
 
-def _mirror(images, rng):
+def _is_distributed_like(found, expected):
+    scale = expected.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    off = np.sqrt(np.mean(((found.mean(axis=0) - expected.mean(axis=0)) / scale) ** 2))
+    spread = np.sqrt(np.mean((found.std(axis=0) / scale) ** 2))
+    return off < _MOST_OFF and 1 / _MOST_SPREAD < spread < _MOST_SPREAD
+
+
+def _pair_anew(inputs, rng):
+    """Pairs each input's first sequence with other inputs' further ones; all other leaves stay where they are."""
+    leaves, structure = jax.tree.flatten(inputs)
+    for sequence in find_sequences(inputs)[1:]:
+        rows = rng.permutation(len(leaves[0]))
+        for index in (sequence.tokens, *sequence.masks):
+            leaves[index] = leaves[index][rows]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _mirror(inputs, rng):
     """Mirrors every image with probability 1/2."""
-    is_mirrored = rng.random(len(images)) < 0.5
-    return np.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images)
+    is_mirrored = rng.random(len(jax.tree.leaves(inputs)[0])) < 0.5
+    return jax.tree.map(lambda images: np.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images), inputs)
 
 
-def _shift(images, rng):
+def _shift(inputs, rng):
     """Shifts every image by up to an eighth of its height and width; its edges are repeated."""
+    return jax.tree.map(lambda images: _shift_images(images, rng), inputs)
+
+
+def _shift_images(images, rng):
     margins = [max(1, round(size * _SHIFT)) for size in images.shape[1:3]]
     padded = np.pad(images, ((0, 0), *[(margin, margin) for margin in margins], (0, 0)), mode="edge")
     offsets = [rng.integers(2 * margin + 1, size=len(images)) for margin in margins]

@@ -40,9 +40,9 @@ _MAX_STEPS = 4000
 _MAX_WIDTH = 512
 # Inputs from which the mean and the scale of images are taken.
 _NUM_SAMPLE = 1000
-# Changed copies of images that the model answers, at most, and at most so many for each image.
+# Changed copies of inputs that the model answers, at most, and at most so many for each input.
 _MAX_COPIES = 24_000
-_COPIES_PER_IMAGE = 7
+_COPIES_PER_INPUT = 7
 
 
 def surrogate(
@@ -62,9 +62,12 @@ def surrogate(
 
     What it is depends on the inputs. Images (one leaf of shape (B, height, width, channels)) get a small convolutional
     network, trained also on mirrored and shifted copies if f answers them alike, and f itself answers the copies. Fewer
-    than 500 images get ridge regression on responses to random patches. Sequences of tokens (one leaf of integers
-    (B, length)) get embeddings, a convolution over neighbours and means and maxima over the sequence. For all else, the
-    numbers of an input are one vector, and the best of ridge regression on random Fourier features of several length
+    than 500 images get ridge regression on responses to random patches. Sequences of tokens (a leaf of integers
+    (B, length)) get embeddings, a convolution over neighbours and means and maxima over the sequence. Beside them there
+    may be masks or types of the tokens (leaves of booleans, or of integers of which none is above 1, of the same
+    shape), other numbers, and more sequences, such as the query and the document of a reranker; of these, new pairs are
+    learned from too, if f's answers to them are distributed like those to the inputs. For all else, the numbers of an
+    input are one vector, and the best of ridge regression on random Fourier features of several length
     scales and a perceptron is kept. Networks are trained for about a minute and a half of two cores at most.
 
     A tenth of the inputs, at least 200 if there are so many, is held out: on these, candidates are compared and the
@@ -201,7 +204,7 @@ def _fit_default(teacher, cost, held_out, seed, progress) -> list[_Fit]:
     """Fits what suits the inputs: ridge regression on random features, and a small network if there are enough."""
     leaves = jax.tree.leaves(teacher.inputs)
     is_images = len(leaves) == 1 and leaves[0].ndim == 4
-    is_tokens = len(leaves) == 1 and leaves[0].ndim == 2 and np.issubdtype(leaves[0].dtype, np.integer)
+    is_tokens = students.has_tokens(teacher.inputs)
     fits = []
     if teacher.size >= _LEAST_FOR_STUDENT or is_tokens:
         student, architecture = _make_student(teacher, cost, is_images, is_tokens, seed)
@@ -225,14 +228,14 @@ def _make_student(teacher, cost, is_images, is_tokens, seed):
     """Makes the widest network that meets the cost and can be trained on enough inputs, and describes it."""
     multiplications = min(cost * teacher.operations / 2, _TRAINING_MULTIPLICATIONS / (3 * BATCH * _LEAST_STEPS))
     num_outputs = teacher.rows.shape[1]
-    (leaf, *_) = jax.tree.leaves(teacher.inputs)
-    num_tokens = 0
+    num_tokens = ()
     if is_images:
+        (leaf,) = jax.tree.leaves(teacher.inputs)
         kind, sample = "image", leaf[:_NUM_SAMPLE].astype(np.float32)
         width = students.image_width(leaf.shape[1:3], leaf.shape[3], num_outputs, multiplications)
     elif is_tokens:
-        kind, sample, num_tokens = "token", leaf, int(leaf.max()) + 2
-        width = students.token_width(leaf.shape[1], num_outputs, multiplications)
+        kind, sample, num_tokens = "token", teacher.inputs, students.count_tokens(teacher.inputs)
+        width = students.token_width(sample, num_outputs, multiplications)
     else:
         kind, sample = "vector", np.asarray(flatten_inputs(teacher.inputs))
         width = students.vector_width(sample.shape[1], num_outputs, multiplications)
@@ -243,7 +246,8 @@ def _make_student(teacher, cost, is_images, is_tokens, seed):
         network.eval()
         relative = _count_operations(*as_pure_function(network), teacher.inputs) / teacher.operations
         if relative <= cost or width == 1:
-            return network, students.Architecture(kind, sample.shape[1:], num_outputs, width, num_tokens)
+            shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(sample))
+            return network, students.Architecture(kind, shapes, num_outputs, width, num_tokens)
         width = max(1, min(width - 1, int(width * math.sqrt(cost / relative))))
 
 
@@ -252,13 +256,13 @@ def _fit_student(teacher, student, held_out, seed, progress, architecture=None) 
     learned = np.setdiff1d(np.arange(teacher.size), held_out)
     inputs, others = (jax.tree.map(lambda leaf, r=rows: leaf[r], teacher.inputs) for rows in (learned, held_out))
     targets, other_targets = teacher.rows[learned], teacher.rows[held_out]
-    if architecture is not None and architecture.kind == "image":
+    if architecture is not None and architecture.kind != "vector":
         rng = np.random.default_rng(seed)
         changes = natural_changes(inputs, targets, teacher.answer, rng)
-        num_copies = min(_COPIES_PER_IMAGE * len(learned), _MAX_COPIES)
+        num_copies = min(_COPIES_PER_INPUT * len(learned), _MAX_COPIES)
         inputs, targets = augment(inputs, targets, teacher.answer, changes, num_copies, rng)
-        # Copies of images held out make their calibration less noisy.
-        num_copies = min(_COPIES_PER_IMAGE * len(held_out), max(0, _HELD_OUT_LIMITS[1] - len(held_out)))
+        # Copies of inputs held out make their calibration less noisy.
+        num_copies = min(_COPIES_PER_INPUT * len(held_out), max(0, _HELD_OUT_LIMITS[1] - len(held_out)))
         others, other_targets = augment(others, other_targets, teacher.answer, changes, num_copies, rng)
     fn, params = as_pure_function(student)
     operations = _count_operations(fn, params, teacher.inputs)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ _STRIDES = (2, 1, 2)
 _STEM_SIZE = 16
 _NUM_PARTS = 2
 _NUM_HIDDEN = 2
+# Weighted means over a sequence, beside the mean and the maximum.
+_NUM_SCORES = 2
+_SMALL = nnx.initializers.normal(0.02)
 
 
 @final
@@ -31,24 +34,28 @@ class Architecture:
 
     Attributes:
         kind: "image", "vector" or "token".
-        shape: Of one input.
+        shapes: Of one input: of its leaves for "token", else of the one array that the network reads.
         num_outputs: Numbers in one answer.
         width: The network's width.
-        num_tokens: Different tokens, for "token"; else 0.
+        num_tokens: Different tokens of each leaf, for "token"; else none.
     """
 
     kind: str
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     num_outputs: int
     width: int
-    num_tokens: int = 0
+    num_tokens: tuple[int, ...] = ()
 
     def build(self) -> nnx.Module:
         """Makes a network whose parameters are still to be set."""
-        inputs, targets = np.zeros((2, *self.shape), np.float32), np.zeros((2, self.num_outputs), np.float32)
+        inputs = [np.zeros((2, *shape), np.float32) for shape in self.shapes]
         if self.kind == "token":
-            inputs = np.full((2, *self.shape), self.num_tokens - 2)
-        return STUDENTS[self.kind](inputs, targets, self.width, rngs=nnx.Rngs(0))
+            # The highest token of a sample tells how many there are.
+            counts = zip(inputs, self.num_tokens, strict=True)
+            inputs = [np.full(leaf.shape, count - 2) if count else leaf for leaf, count in counts]
+        sample = inputs if self.kind == "token" else inputs[0]
+        targets = np.zeros((2, self.num_outputs), np.float32)
+        return STUDENTS[self.kind](sample, targets, self.width, rngs=nnx.Rngs(0))
 
 
 class Buffer(nnx.Variable):
@@ -196,10 +203,14 @@ def vector_width(num_inputs: int, num_outputs: int, multiplications: float) -> i
 
 
 class TokenStudent(nnx.Module):
-    """Embeds tokens, convolves them with their neighbours, and takes the mean and the maximum over the sequence.
+    """Embeds tokens, convolves them with their neighbours, and summarises every sequence for a linear layer.
+
+    An input is a tree: a sequence of tokens, or several that are compared, such as a query and a document, with masks
+    or types of their tokens and other numbers. A summary has the mean over the sequence, the maximum, and means
+    weighted by learned scores. Beside them are the products of every two sequences' means.
 
     Args:
-        tokens: A sample, integers (B, length).
+        inputs: A sample, a tree of leaves (B, ...); see `find_sequences`.
         targets: Answers as rows, (any number, numbers).
         width: Of embeddings and convolutions.
         rngs: Flax's random streams, for the initial weights.
@@ -207,32 +218,126 @@ class TokenStudent(nnx.Module):
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        inputs: PyTree[np.ndarray],
         targets: Float32[np.ndarray, "answers numbers"],
         width: int,
         *,
         rngs: nnx.Rngs,
     ):
+        leaves = jax.tree.leaves(inputs)
         self.outputs = Standardise(targets)
-        # One more, for tokens that the sample does not have.
-        self.num_tokens = int(tokens.max()) + 2
-        self.embedding = nnx.Embed(self.num_tokens, width, rngs=rngs)
-        self.position = nnx.Param(jnp.zeros((tokens.shape[1], width)))
+        self.counts = count_tokens(inputs)
+        self.sequences = find_sequences(inputs)
+        lengths = [leaves[sequence.tokens].reshape(len(leaves[0]), -1).shape[1] for sequence in self.sequences]
+        # Of one vocabulary. A token that the sample does not have means nothing, and hardly counts.
+        self.embedding = nnx.Embed(max(self.counts), width, embedding_init=_SMALL, rngs=rngs)
+        self.positions = nnx.List(nnx.Param(jnp.zeros((length, width))) for length in lengths)
+        masks = [mask for sequence in self.sequences for mask in sequence.masks]
+        self.gains = nnx.Dict({str(mask): nnx.Param(jnp.zeros((2, 2, width))) for mask in masks})
         self.convolution = nnx.Conv(width, width, (3,), rngs=rngs)
-        self.head = nnx.Linear(2 * width, targets.shape[1], rngs=rngs)
+        self.scores = nnx.Linear(width, _NUM_SCORES, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        num_pairs = math.comb(len(self.sequences), 2)
+        num_features = (len(self.sequences) * (2 + _NUM_SCORES) + num_pairs) * width
+        numbers = self._numbers(leaves)
+        self.numbers = Standardise(np.asarray(numbers)) if numbers.shape[1] else None
+        self.hidden = nnx.Linear(num_features + numbers.shape[1], width, rngs=rngs)
+        self.head = nnx.Linear(num_features + numbers.shape[1] + width, targets.shape[1], rngs=rngs)
 
     def __call__(self, x: PyTree[ArrayLike]) -> Float[Array, "batch numbers"]:
-        """Guesses the answers to a batch, one leaf (B, length)."""
-        (tokens,) = jax.tree.leaves(x)
-        embedded = self.embedding(jnp.clip(jnp.asarray(tokens), 0, self.num_tokens - 1)) + self.position[...]
-        hidden = nnx.silu(self.convolution(embedded))
-        pooled = jnp.concatenate([hidden.mean(axis=1), hidden.max(axis=1)], axis=-1)
-        return self.outputs.inverse(self.head(pooled))
+        """Guesses the answers to a batch, leaves (B, ...)."""
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+        features, means = [], []
+        for sequence, position in zip(self.sequences, self.positions, strict=True):
+            hidden = nnx.silu(self.convolution(self._embed(leaves, sequence) + position[...]))
+            weights = nnx.softmax(self.scores(hidden), axis=1)
+            weighted = jnp.einsum("blk,blw->bkw", weights, hidden)
+            means.append(hidden.mean(axis=1))
+            features += [means[-1], hidden.max(axis=1), weighted.reshape(weighted.shape[0], -1)]
+        features += [first * second for first, second in itertools.combinations(means, 2)]
+        if self.numbers is not None:
+            features.append(self.numbers(self._numbers(leaves)))
+        summary = jnp.concatenate(features, axis=-1)
+        return self.outputs.inverse(self.head(jnp.concatenate([summary, nnx.silu(self.hidden(summary))], axis=-1)))
+
+    def _embed(self, leaves, sequence):
+        """Looks up tokens; a mask scales and shifts what they stand for, by amounts that are learned."""
+        tokens = leaves[sequence.tokens].astype(jnp.int32).reshape(leaves[0].shape[0], -1)
+        embedded = self.embedding(jnp.clip(tokens, 0, self.counts[sequence.tokens] - 1))
+        for mask in sequence.masks:
+            scale, shift = self.gains[str(mask)][...][:, (leaves[mask] > 0).astype(jnp.int32)]
+            embedded = embedded * (1 + scale) + shift
+        return embedded
+
+    def _numbers(self, leaves):
+        numbers = [leaf for leaf, count in zip(leaves, self.counts, strict=True) if not count]
+        return flatten_inputs(numbers) if numbers else jnp.zeros((len(leaves[0]), 0))
 
 
-def token_width(length: int, num_outputs: int, multiplications: float) -> int:
+class TokenSequence(NamedTuple):
+    """Says which leaves of an input are one sequence.
+
+    Attributes:
+        tokens: The number of the leaf of tokens.
+        masks: The numbers of leaves that tell two kinds of these tokens apart.
+    """
+
+    tokens: int
+    masks: tuple[int, ...]
+
+
+def has_tokens(inputs: PyTree[np.ndarray]) -> bool:
+    """Returns whether inputs, leaves (B, ...), have a sequence of integers (B, length), for `TokenStudent`."""
+    leaves = jax.tree.leaves(inputs)
+    return any(leaf.ndim == 2 and leaf.shape[1] > 1 and np.issubdtype(leaf.dtype, np.integer) for leaf in leaves)
+
+
+def count_tokens(inputs: PyTree[np.ndarray]) -> tuple[int, ...]:
+    """Counts the tokens of each leaf, with one more for those that the sample does not have; 0 for other numbers."""
+
+    def count(leaf):
+        is_sequence = leaf.ndim <= 2 and (np.issubdtype(leaf.dtype, np.integer) or leaf.dtype == bool)
+        return max(int(leaf.max()), 0) + 2 if is_sequence else 0
+
+    return tuple(count(leaf) for leaf in jax.tree.leaves(inputs))
+
+
+def find_sequences(inputs: PyTree[np.ndarray]) -> tuple[TokenSequence, ...]:
+    """Finds the sequences among the leaves of inputs.
+
+    Integers (B, length) or (B,) are tokens. Booleans, and integers of which none is above 1, are masks or types of the
+    tokens that have the same shape, in the order of the leaves, if there are such tokens.
+
+    Args:
+        inputs: A sample, leaves (B, ...).
+
+    Returns:
+        The sequences, in the order of the leaves.
+
+    >>> masked = {"ids": np.full((9, 4), 7), "mask": np.ones((9, 4), bool), "weight": np.zeros(9)}
+    >>> find_sequences(masked)
+    (TokenSequence(tokens=0, masks=(1,)),)
+    """
+    leaves, counts = jax.tree.leaves(inputs), count_tokens(inputs)
+    is_mask = [0 < count <= 3 for count in counts]
+    masks_of: dict[int, list[int]] = {i: [] for i, count in enumerate(counts) if count and not is_mask[i]}
+    for shape in {leaf.shape for leaf in leaves}:
+        tokens = [i for i in masks_of if leaves[i].shape == shape]
+        masks = [i for i in range(len(leaves)) if is_mask[i] and leaves[i].shape == shape]
+        for number, mask in enumerate(masks):
+            if tokens:
+                masks_of[tokens[number * len(tokens) // len(masks)]].append(mask)
+            else:
+                masks_of[mask] = []
+    return tuple(TokenSequence(tokens, tuple(masks)) for tokens, masks in sorted(masks_of.items()))
+
+
+def token_width(inputs: PyTree[np.ndarray], num_outputs: int, multiplications: float) -> int:
     """Returns the largest width whose network takes at most so many multiplications for an input; at least 1."""
-    square, linear = 3 * length, 2 * num_outputs
+    leaves, sequences = jax.tree.leaves(inputs), find_sequences(inputs)
+    total_length = sum(math.prod(leaves[sequence.tokens].shape[1:]) for sequence in sequences)
+    num_summaries = len(sequences) * (2 + _NUM_SCORES) + math.comb(len(sequences), 2)
+    square = 3 * total_length + num_summaries
+    linear = 2 * _NUM_SCORES * total_length + (num_summaries + 1) * num_outputs
     return max(1, int((math.sqrt(linear**2 + 4 * square * multiplications) - linear) / (2 * square)))
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn import linear_model
 
 import jaxcode as jc
+from jaxcode.surrogates import students
 from jaxcode.surrogates.augmentation import augment, natural_changes
 from jaxcode.surrogates.calibration import calibrate_disagreement, calibrate_squared_error
 from jaxcode.surrogates.features import average_parts
@@ -193,6 +194,39 @@ def test_only_natural_changes_of_images_are_learned():
     more, answers = augmented(side)
     np.testing.assert_array_equal(answers, side(more))
     assert np.mean(answers[300:]) == pytest.approx(np.mean(answers[:300]), abs=0.1)
+
+
+def test_sequences_are_found_among_the_leaves_of_inputs():
+    ids, mask = RNG.integers(2, 50, size=(30, 6)), np.ones((30, 6), np.int32)
+    tree = {"query": {"ids": ids, "kind": mask, "mask": mask}, "text": {"ids": ids, "kind": mask, "mask": mask}}
+    assert students.find_sequences(tree) == ((0, (1, 2)), (3, (4, 5)))
+    # A mask belongs to tokens of its shape; where there are none, it is a sequence itself.
+    assert students.find_sequences((ids[:, :4], ids, mask > 0)) == ((0, ()), (1, (2,)))
+    assert students.find_sequences((ids, mask[:, :3], np.ones((30, 3)))) == ((0, ()), (1, ()))
+    assert students.has_tokens(ids)
+    assert not students.has_tokens({"class": ids[:, 0], "numbers": np.ones((30, 2))})
+
+
+def test_new_pairs_are_learned_if_their_answers_are_like_those_of_others():
+    """The sequences of a pair stay whole, and a model that expects certain pairs gets no others."""
+    query = RNG.integers(2, 50, size=(300, 4))
+    pairs = {"document": query[:, :3] + RNG.integers(2, size=(300, 1)), "query": query, "weight": np.arange(300.0)}
+
+    def likeness(pairs):
+        return np.float32(np.abs(pairs["document"] - pairs["query"][:, :3]).sum(axis=1, keepdims=True))
+
+    def first(pairs):
+        return np.float32(pairs["document"][:, :1])
+
+    rng = np.random.default_rng(0)
+    assert natural_changes(pairs, likeness(pairs), likeness, rng) == []
+    changes = natural_changes(pairs, first(pairs), first, rng)
+    more, answers = augment(pairs, first(pairs), first, changes, 200, rng)
+    np.testing.assert_array_equal(answers, first(more))
+    rows = {tuple(row) for row in query}
+    assert {tuple(row) for row in more["query"]} == rows
+    likely = likeness(more)
+    assert likely[300:].mean() > 3 * likely[:300].mean()
 
 
 def test_calibration_recovers_known_probabilities():
