@@ -212,7 +212,7 @@ class TokenStudent(nnx.Module):
     Args:
         inputs: A sample, a tree of leaves (B, ...); see `find_sequences`.
         targets: Answers as rows, (any number, numbers).
-        width: Of embeddings and convolutions.
+        width: Of the convolution; embeddings have half of it.
         rngs: Flax's random streams, for the initial weights.
     """
 
@@ -230,11 +230,12 @@ class TokenStudent(nnx.Module):
         self.sequences = find_sequences(inputs)
         lengths = [leaves[sequence.tokens].reshape(len(leaves[0]), -1).shape[1] for sequence in self.sequences]
         # Of one vocabulary. A token that the sample does not have means nothing, and hardly counts.
-        self.embedding = nnx.Embed(max(self.counts), width, embedding_init=_SMALL, rngs=rngs)
-        self.positions = nnx.List(nnx.Param(jnp.zeros((length, width))) for length in lengths)
+        narrow = _embedding_width(width)
+        self.embedding = nnx.Embed(max(self.counts), narrow, embedding_init=_SMALL, rngs=rngs)
+        self.positions = nnx.List(nnx.Param(jnp.zeros((length, narrow))) for length in lengths)
         masks = [mask for sequence in self.sequences for mask in sequence.masks]
-        self.gains = nnx.Dict({str(mask): nnx.Param(jnp.zeros((2, 2, width))) for mask in masks})
-        self.convolution = nnx.Conv(width, width, (3,), rngs=rngs)
+        self.gains = nnx.Dict({str(mask): nnx.Param(jnp.zeros((2, 2, narrow))) for mask in masks})
+        self.convolution = nnx.Conv(narrow, width, (3,), rngs=rngs)
         self.scores = nnx.Linear(width, _NUM_SCORES, kernel_init=nnx.initializers.zeros, rngs=rngs)
         num_pairs = math.comb(len(self.sequences), 2)
         num_features = (len(self.sequences) * (2 + _NUM_SCORES) + num_pairs) * width
@@ -271,6 +272,10 @@ class TokenStudent(nnx.Module):
     def _numbers(self, leaves):
         numbers = [leaf for leaf, count in zip(leaves, self.counts, strict=True) if not count]
         return flatten_inputs(numbers) if numbers else jnp.zeros((len(leaves[0]), 0))
+
+
+def _embedding_width(width):
+    return max(1, width // 2)
 
 
 class TokenSequence(NamedTuple):
@@ -336,7 +341,7 @@ def token_width(inputs: PyTree[np.ndarray], num_outputs: int, multiplications: f
     leaves, sequences = jax.tree.leaves(inputs), find_sequences(inputs)
     total_length = sum(math.prod(leaves[sequence.tokens].shape[1:]) for sequence in sequences)
     num_summaries = len(sequences) * (2 + _NUM_SCORES) + math.comb(len(sequences), 2)
-    square = 3 * total_length + num_summaries
+    square = 1.5 * total_length + num_summaries
     linear = 2 * _NUM_SCORES * total_length + (num_summaries + 1) * num_outputs
     return max(1, int((math.sqrt(linear**2 + 4 * square * multiplications) - linear) / (2 * square)))
 
