@@ -76,6 +76,7 @@ def test_pictures_are_not_blank(run):
         (["--setting", "12"], "expected three numbers N,K,S"),
         (["--batch-size", "39"], "two requests"),
         (["--num-sets", "1"], "at least 2"),
+        (["--dataset", "unicode", "--network", "lenet5"], "lenet5 takes no texts; expected one of text_encoder"),
     ],
 )
 def test_bad_arguments_exit_with_two(arguments, message, tmp_path, capsys):

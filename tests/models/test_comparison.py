@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.neighbors import KNeighborsRegressor
 
+from models import networks
 from models.comparison import (
     METRICS,
     compare,
@@ -142,6 +143,17 @@ def test_the_file_holds_every_figure(comparison, tmp_path):
     values = comparison.values["rmse"][_index(comparison, "bacc"), 1]
     assert float(row["mean"]) == pytest.approx(values.mean(), abs=1e-5)
     assert float(row["low"]) < float(row["mean"]) < float(row["high"])
+
+
+def test_texts_are_compared_by_codes_after_the_embedding():
+    data = load("unicode")
+    model = networks.make("text_encoder", data, seed=0)
+    schemes = [standard_schemes(NUM_DATA, NUM_WORKERS)[i] for i in (1, 6)]
+    sizes = {"num_data": NUM_DATA, "num_workers": NUM_WORKERS, "batch_size": 42, "num_seeds": 2}
+    values = compare(model, data.x_test, data.y_test, schemes, COUNTS, **sizes, progress=False).values
+    np.testing.assert_allclose(values["agreement"][0], 1 - values["lost"][0], atol=1e-6)
+    np.testing.assert_allclose(values["agreement"][1, 0], 1)
+    assert not values["lost"][1].any()
 
 
 def _batch():
