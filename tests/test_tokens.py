@@ -116,6 +116,25 @@ def test_codes_that_mix_are_applied_after_the_embedding():
         jc.coded(model, jc.SplineCode.systematic(K, N))(tokens)
 
 
+def test_a_mask_is_coded_as_a_bias_of_attention():
+    """A mask cannot be mixed, but what is added to the scores of attention can: a mixture masks in part."""
+    query = jnp.asarray(RNG.normal(size=6), jnp.float32)
+
+    def embed(text):
+        return {"embedded": jnp.asarray(TABLE)[text["ids"]], "bias": jnp.where(text["mask"], 0.0, -20.0)}
+
+    def body(parts):
+        weights = jax.nn.softmax(parts["embedded"] @ query + parts["bias"], axis=1)
+        return jnp.einsum("bl,blw->bw", weights, parts["embedded"])
+
+    texts = make_texts(2 * K)
+    predict = jc.coded(body, jc.SplineCode.systematic(K, N))
+    np.testing.assert_allclose(predict(embed(texts)), body(embed(texts)), atol=1e-4)
+    assert np.isfinite(predict(embed(texts), MASKS[0])).all()
+    with pytest.raises(ValueError, match=r"mask.* has dtype bool; expected real numbers"):
+        jc.coded(lambda text: text["mask"], jc.SplineCode.systematic(K, N))({"mask": texts["mask"]})
+
+
 def test_embeddings_that_are_coded_in_order_lose_less_than_replication():
     data = datasets.load("unicode")
     network = networks.load_or_train("text_encoder", data, "unicode", WEIGHTS)
