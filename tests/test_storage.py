@@ -23,7 +23,13 @@ RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(600, 4)).astype(np.float32)
 IMAGES = RNG.uniform(size=(600, 8, 8, 1)).astype(np.float32)
 TOKENS = RNG.integers(30, size=(600, 6))
-PAIRS = {"ids": TOKENS, "mask": TOKENS > 9, "other": TOKENS[:, :3], "weight": np.float32(TOKENS[:, 0])}
+PAIRS = {
+    "ids": TOKENS,
+    "mask": TOKENS > 9,
+    "other": TOKENS[:, 0],
+    "set": TOKENS[:, 1] > 9,
+    "weight": np.float32(TOKENS[:, 0]),
+}
 
 
 def _classify(x):

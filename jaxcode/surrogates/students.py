@@ -24,6 +24,7 @@ _NUM_PARTS = 2
 _NUM_HIDDEN = 2
 # Weighted means over a sequence, beside the mean and the maximum.
 _NUM_SCORES = 2
+_MAX_TOKENS = 2**18
 _SMALL = nnx.initializers.normal(0.02)
 
 
@@ -265,7 +266,8 @@ class TokenStudent(nnx.Module):
         tokens = leaves[sequence.tokens].astype(jnp.int32).reshape(leaves[0].shape[0], -1)
         embedded = self.embedding(jnp.clip(tokens, 0, self.counts[sequence.tokens] - 1))
         for mask in sequence.masks:
-            scale, shift = self.gains[str(mask)][...][:, (leaves[mask] > 0).astype(jnp.int32)]
+            is_set = (leaves[mask] > 0).astype(jnp.int32).reshape(tokens.shape)
+            scale, shift = self.gains[str(mask)][...][:, is_set]
             embedded = embedded * (1 + scale) + shift
         return embedded
 
@@ -292,16 +294,22 @@ class TokenSequence(NamedTuple):
 
 def has_tokens(inputs: PyTree[np.ndarray]) -> bool:
     """Returns whether inputs, leaves (B, ...), have a sequence of integers (B, length), for `TokenStudent`."""
-    leaves = jax.tree.leaves(inputs)
-    return any(leaf.ndim == 2 and leaf.shape[1] > 1 and np.issubdtype(leaf.dtype, np.integer) for leaf in leaves)
+    leaves, counts = jax.tree.leaves(inputs), count_tokens(inputs)
+    return any(
+        count > 0 and leaf.ndim == 2 and leaf.shape[1] > 1 and leaf.dtype != bool
+        for leaf, count in zip(leaves, counts, strict=True)
+    )
 
 
 def count_tokens(inputs: PyTree[np.ndarray]) -> tuple[int, ...]:
-    """Counts the tokens of each leaf, with one more for those that the sample does not have; 0 for other numbers."""
+    """Counts the tokens of each leaf, with one more for those that the sample does not have.
+
+    Counts are 0 for other numbers, which integers above the largest vocabularies are too.
+    """
 
     def count(leaf):
         is_sequence = leaf.ndim <= 2 and (np.issubdtype(leaf.dtype, np.integer) or leaf.dtype == bool)
-        return max(int(leaf.max()), 0) + 2 if is_sequence else 0
+        return max(int(leaf.max()), 0) + 2 if is_sequence and leaf.max() < _MAX_TOKENS else 0
 
     return tuple(count(leaf) for leaf in jax.tree.leaves(inputs))
 

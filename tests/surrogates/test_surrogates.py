@@ -203,7 +203,9 @@ def test_sequences_are_found_among_the_leaves_of_inputs():
     # A mask belongs to tokens of its shape; where there are none, it is a sequence itself.
     assert students.find_sequences((ids[:, :4], ids, mask > 0)) == ((0, ()), (1, (2,)))
     assert students.find_sequences((ids, mask[:, :3], np.ones((30, 3)))) == ((0, ()), (1, ()))
+    assert students.find_sequences((ids, ids[:, 0], mask[:, 0], ids * 10**6)) == ((0, ()), (1, (2,)))
     assert students.has_tokens(ids)
+    assert not students.has_tokens(ids * 10**6)
     assert not students.has_tokens({"class": ids[:, 0], "numbers": np.ones((30, 2))})
 
 
