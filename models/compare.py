@@ -38,6 +38,7 @@ _SURROGATE_INPUTS = 3000
 _TITLES = {
     "agreement": "same class as without stragglers",
     "accuracy": "accuracy",
+    "relative_accuracy": "accuracy relative to the network's",
     "rmse": "RMSE of the class probabilities, norm over classes",
 }
 

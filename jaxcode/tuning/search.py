@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import nodes, ordering, outputs
 from .._batched_model import BatchedModel
+from .._side_input import is_side_input
 from ..checks import batch_size as batch_size_of
 from ..checks import check_count
 from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
@@ -142,7 +143,8 @@ def tune(
         raise ValueError(f"stragglers is {stragglers!r}; expected a model such as jaxcode.stragglers.Uniform(5)")
     if prior is not None and not isinstance(prior, Surrogate):
         raise ValueError(f"prior is {prior!r}; expected a surrogate, such as jaxcode.surrogate(f, inputs)")
-    copies_only = prior is not None and not all(map(is_mixable, map(np.asarray, jax.tree.leaves(x_sample))))
+    coded = [node for node in jax.tree.leaves(x_sample, is_leaf=is_side_input) if not is_side_input(node)]
+    copies_only = prior is not None and not all(map(is_mixable, map(np.asarray, coded)))
     if orders is None:
         orders = {"as given": None} if copies_only else standard_orders(f, x_sample, model_batch)
     tries_kernels = layouts is None and not copies_only and num_workers >= num_data
