@@ -169,6 +169,7 @@ def _constants() -> dict[str, Any]:
 def _classes() -> dict[str, type]:
     """Lists the classes that files may name."""
     from . import codes, interpolants, nodes, ordering, stragglers, tuning
+    from .interpolants.kernel import Process
     from .surrogates import calibration, features, predictors, students
 
     listed = (
@@ -178,6 +179,7 @@ def _classes() -> dict[str, type]:
         codes.InterpolatingCode,
         codes.KernelCode,
         codes.ReplicationCode,
+        Process,
         features.FourierFeatures,
         features.ModuleFeatures,
         features.PatchFeatures,

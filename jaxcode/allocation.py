@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._pytree import pytree
 from .checks import batch_size, check_count
-from .codes import AbstractCode, Plan, Prior, ReplicationCode
+from .codes import AbstractCode, Plan, Prior
 from .stragglers import AbstractStragglers
 from .surrogates import Surrogate
 from .surrogates.calibration import SQUARED_ERROR
@@ -164,7 +164,7 @@ def plan(
     """Plans one group: which worker computes which input, and the prior means of answers and results.
 
     Args:
-        code: The code. Only one that assigns inputs to workers, `ReplicationCode`, has an assignment to plan.
+        code: The code. Only one that assigns inputs to workers, such as `ReplicationCode`, has an assignment to plan.
         x: The group, leaves (K, ...).
         prior: Guesses f's answers.
         stragglers: Which workers are late; if None, the code's own assignment stays.
@@ -203,7 +203,7 @@ def make_planner(
         raise ValueError(f"loss is {loss!r}; expected one that this prior estimates: {', '.join(prior.losses)}")
     if stragglers is None:
         return PriorPlanner(prior, None, loss)
-    if not isinstance(code, ReplicationCode):
+    if not code.assigns:
         raise ValueError(
             f"stragglers is given for {type(code).__name__}, whose workers serve all inputs; expected None, or a code "
             "that assigns inputs to workers, such as ReplicationCode"
@@ -264,7 +264,12 @@ class PriorPlanner:
     def plan(self, code: AbstractCode, group: PyTree[ArrayLike], guesses: Guesses) -> Plan:
         """Plans one group, leaves (K, ...), by the guesses for its inputs."""
         assignment = None if self.lost is None else assign(guesses.risk, self.lost)
-        plan = code.plan(group, guesses.risk) if code.needs_plan else Plan(assignment=assignment)  # pyright: ignore[reportAttributeAccessIssue]
+        if not code.needs_plan:
+            plan = Plan(assignment=assignment)
+        elif assignment is None:
+            plan = code.plan(group, guesses.risk)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            plan = code.plan(group, guesses.risk, assignment)  # pyright: ignore[reportAttributeAccessIssue]
         mixes = code.encoder_linop(plan).mixes
         if mixes:
             workers = self.guess(code.encode(group, plan))

@@ -251,7 +251,8 @@ def _decode_jointly(code, answers, returned, plans):
     """Decodes groups, leaves (N, groups, ...), in blocks of groups whose answers tell about each other."""
     plans = code.adapt(answers, returned, plans)
     num_groups = jax.tree.leaves(answers)[0].shape[1]
-    num_blocks = -(-num_groups * code.num_workers // _BLOCK)
+    num_sites = code.num_workers if code.mixes else code.num_data
+    num_blocks = -(-num_groups * num_sites // _BLOCK)
     block_size = -(-num_groups // num_blocks)
 
     def to_blocks(leaf, axis):

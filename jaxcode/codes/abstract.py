@@ -75,6 +75,8 @@ class AbstractCode(abc.ABC):
         adapts: Whether there are methods `adapt(y, returned, plans)`, which completes the plans of several groups by
             what their answers, leaves (N, groups, ...), say; and `join(plans)`, which makes one code and one plan for
             all inputs of several groups, with inputs and workers in the order of rows (K, groups) and (N, groups).
+        assigns: Whether each worker computes one input, and a plan's `assignment`, or of a code that needs plans the
+            third argument of `plan`, says which.
         inputs_first: Whether worker k < K computes input k, under any plan: these need not wait for the plan.
     """
 
@@ -85,6 +87,7 @@ class AbstractCode(abc.ABC):
     needs_plan: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
     inputs_first: ClassVar[bool] = False
+    assigns: bool = False
 
     @abc.abstractmethod
     def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:

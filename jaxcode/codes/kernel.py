@@ -20,7 +20,7 @@ from ..interpolants.kernel import JITTER, Process, Sites, eliminate, fit_process
 from ..linops import AbstractLinop, Dense, Gather, split
 from ..linops.dense import matmul
 from .abstract import AbstractCode, adapt_group, decode_as_planned
-from .plan import Plan
+from .plan import Plan, Prior
 
 # Workers may compute the midpoint of an input and one of so many nearest others: of farther ones the model's answer
 # says less about either.
@@ -38,14 +38,14 @@ class KernelContext(NamedTuple):
 
     Attributes:
         pairs: Worker n computes the midpoint of the inputs pairs[n], int32 (N, 2); an input itself where both are one.
-        workers: Features of the coded inputs, (N, features).
+        workers: Features of the coded inputs, (N, features); None where these are the inputs'.
         data: Features of the inputs, (K, features).
         process: The process by which answers are decoded; fitted to them by `adapt`.
         variances: Of all numbers of an answer, (numbers,), in the unit of the process; None before `adapt`.
     """
 
     pairs: Int[Array, "workers 2"]
-    workers: Float[Array, "workers features"]
+    workers: Float[Array, "workers features"] | None
     data: Float[Array, "data features"]
     process: Process
     variances: Float[Array, "numbers"] | None = None
@@ -67,16 +67,22 @@ class KernelCode(AbstractCode):
     nothing and copies are chosen.
 
     The process is fitted to the answers that came, by maximum likelihood: whether it is smooth, its length, and the
-    share that other inputs tell nothing about. Two answers are enough to decode every input.
+    share that other inputs tell nothing about. From a handful of answers little can be fitted: a process and a mean
+    that are known beforehand, as `jaxcode.tune` fits them to a sample, make better results. Two answers are enough to
+    decode every input.
 
     Attributes:
         num_data: K >= 2.
         num_workers: N >= K.
         length: The length by which workers are placed, in units of the largest distance between inputs of a group.
         late: p, the share of workers that are late, such as S / N.
-        midpoints: Whether workers may compute midpoints; if not, worker n computes input n mod K.
+        midpoints: Whether workers may compute midpoints; if not, worker n computes input n mod K, or what a plan
+            assigns to it.
         features: Maps a batch, leaves (B, ...), to the features whose distances count, (B, features), traced and
             hashable, such as `jaxcode.ordering.sensitivity(f, x)`. If None, the inputs themselves.
+        process: The `jaxcode.interpolants.kernel.Process` by which answers are decoded; fitted to them if None.
+        mean: Mean of the answers, leaves (...), which is the prior mean where a plan has no other; if None, it is
+            estimated from the answers.
 
     Raises:
         ValueError: If numbers are not whole or too small, or length is not above zero, or late not from 0 to 1.
@@ -98,6 +104,8 @@ class KernelCode(AbstractCode):
     late: ArrayLike = 0.1
     midpoints: bool = True
     features: Callable[[PyTree[Array]], Array] | None = None
+    process: Process | None = None
+    mean: PyTree[ArrayLike] | None = None
     nodes = None
     predicts_error = True
     inputs_first = True
@@ -114,6 +122,8 @@ class KernelCode(AbstractCode):
             static = static_value(getattr(self, name))
             if static is not None:
                 object.__setattr__(self, name, float(static))
+        if self.process is not None and not isinstance(self.process, Process):
+            raise ValueError(f"process is {self.process!r}; expected a Process of interpolants.kernel, or None")
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
 
@@ -122,12 +132,23 @@ class KernelCode(AbstractCode):
         """Whether coded inputs may be sums of inputs."""
         return self.midpoints
 
-    def plan(self, x: PyTree[ArrayLike], risk: Float[ArrayLike, "data"] | None = None) -> Plan:
+    @property
+    def assigns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a plan may assign inputs to workers."""
+        return not self.midpoints
+
+    def plan(
+        self,
+        x: PyTree[ArrayLike],
+        risk: Float[ArrayLike, "data"] | None = None,
+        assignment: Int[ArrayLike, "workers"] | None = None,
+    ) -> Plan:
         """Plans a group: what each worker computes.
 
         Args:
             x: The group, leaves (K, ...) of real numbers.
             risk: What a wrong result of each input costs, (K,), not negative; all alike if None.
+            assignment: Which input each worker computes, (N,), of a code that assigns; its own if None.
 
         Returns:
             The plan, for `encode` and `decode`.
@@ -147,11 +168,17 @@ class KernelCode(AbstractCode):
             pairs = place(*jax.lax.stop_gradient((data, weight, length, self.late)))
         else:
             copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
+            copies = copies if assignment is None else jnp.asarray(assignment, jnp.int32)
             pairs = jnp.stack([copies, copies], axis=1)
-        # Numbers of midpoints are midpoints of numbers.
-        workers = _midpoints(data, pairs) if self.features is None else self._features_of(_midpoints(x, pairs))
-        process = Process(jnp.zeros_like(unit), length, jnp.zeros_like(unit))
-        return Plan(features=KernelContext(pairs, workers, data, process))
+        workers = None
+        if self.midpoints:
+            # Numbers of midpoints are midpoints of numbers.
+            workers = _midpoints(data, pairs) if self.features is None else self._features_of(_midpoints(x, pairs))
+        if self.process is None:
+            process = Process(jnp.full_like(unit, 2.5), length, jnp.zeros_like(unit))
+        else:
+            process = jax.tree.map(lambda leaf: jnp.asarray(leaf, unit.dtype), self.process)
+        return Plan(prior=self._prior(), features=KernelContext(pairs, workers, data, process))
 
     def adapt(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plans: Plan) -> Plan:
         """Fits the process to the answers to several groups.
@@ -178,9 +205,10 @@ class KernelCode(AbstractCode):
         num_sets = min(_FITTED_SETS, code.num_workers // size)
         rows = np.sort(order[: num_sets * size].reshape(num_sets, size), axis=1).astype(np.int32)
         sites, live, values = jax.tree.map(lambda leaf: leaf[rows], (sites, live, values))
+        fixed = None if self.process is None else self._context(plan).process
         fit = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (num_groups, *leaf.shape)),
-            fit_process(sites, live, values, _has_mean(plan)),
+            fit_process(sites, live, values, _has_mean(plan), fixed),
         )
         return dataclasses.replace(plans, features=context._replace(process=fit[0], variances=fit[1]))
 
@@ -204,7 +232,7 @@ class KernelCode(AbstractCode):
         process = jax.tree.map(lambda leaf: leaf[0], context.process)
         joined = KernelContext(
             join(context.pairs * num_groups + group),
-            join(context.workers),
+            jax.tree.map(join, context.workers),
             join(context.data),
             process,
         )
@@ -222,7 +250,7 @@ class KernelCode(AbstractCode):
     def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
         mask = self._mask(returned)
         context = self._context(plan)
-        weights, _ = posterior(context.process, *_sites(context), mask, _has_mean(plan))
+        weights, _ = _posterior(context, mask, _has_mean(plan))
         return Dense(split(weights), mask, self.recovered(mask))
 
     def recovered(
@@ -262,7 +290,7 @@ class KernelCode(AbstractCode):
         context = self._context(plan)
         assert context.variances is not None
         results = decode_as_planned(self, y, returned, plan)
-        _, factors = posterior(context.process, *_sites(context), self._mask(returned), _has_mean(plan))
+        _, factors = _posterior(context, self._mask(returned), _has_mean(plan))
         leaves, structure = jax.tree.flatten(results)
         splits = np.cumsum([leaf.size // self.num_data for leaf in leaves])[:-1]
         errors = [
@@ -270,6 +298,16 @@ class KernelCode(AbstractCode):
             for leaf, part in zip(leaves, jnp.split(context.variances, splits), strict=True)
         ]
         return results, jax.tree.unflatten(structure, errors)
+
+    def _prior(self):
+        """Makes the prior of a known mean; None without one."""
+        if self.mean is None:
+            return None
+
+        def repeat(count):
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.asarray(leaf), (count, *np.shape(leaf))), self.mean)
+
+        return Prior(repeat(self.num_workers), repeat(self.num_data))
 
     def _features_of(self, x):
         x = as_arrays("x", x)
@@ -302,7 +340,28 @@ def _sites(context):
     num_data = context.data.shape[0]
     first, second = jnp.min(context.pairs, axis=1), jnp.max(context.pairs, axis=1)
     own = jnp.arange(num_data, dtype=jnp.int32)
-    return Sites(context.workers, first * num_data + second), Sites(context.data, own * num_data + own)
+    workers = context.data[first] if context.workers is None else context.workers
+    return Sites(workers, first * num_data + second), Sites(context.data, own * num_data + own)
+
+
+def _posterior(context, mask, has_mean):
+    """Computes the weights of the workers' answers in the results, (K, N), and the variances, (K,)."""
+    workers, data = _sites(context)
+    if context.workers is not None:
+        return posterior(context.process, workers, data, mask, has_mean)
+    # Copies are no further sites: the first to return stands for its input.
+    num_workers, num_data = mask.shape[0], context.data.shape[0]
+    computed, number = context.pairs[:, 0], jnp.arange(num_workers, dtype=jnp.int32)
+    first = jnp.full(num_data, num_workers, jnp.int32).at[computed].min(jnp.where(mask, number, num_workers))
+    weights, variances = posterior(context.process, data, data, first < num_workers, has_mean)
+    return _expand(weights, computed, first[computed] == number), variances
+
+
+@in_float64
+@jax.jit
+def _expand(weights, computed, is_first):
+    """Brings weights of inputs, (K, K), to the workers that compute them, (K, N)."""
+    return jnp.where(is_first[None], weights[:, computed], 0.0)
 
 
 def _has_mean(plan):
@@ -333,7 +392,7 @@ def _compiled_placement(num_workers):
         """Chooses the pairs of inputs whose midpoints the workers compute, int32 (N, 2)."""
         num_data = data.shape[0]
         own = np.arange(num_data, dtype=np.int32)
-        process = Process(jnp.ones_like(length), length, jnp.zeros_like(length))
+        process = Process(jnp.full_like(length, 4.5), length, jnp.zeros_like(length))
         squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
         _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
         # Each input is its own nearest neighbour, of which the midpoint is a copy.

@@ -41,6 +41,7 @@ class ReplicationCode(AbstractCode):
     num_workers: int
     nodes = None
     predicts_error = True
+    assigns = True
     inputs_first = True
 
     def __post_init__(self):

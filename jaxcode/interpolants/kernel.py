@@ -4,11 +4,11 @@ Unlike a curve, whose only coordinate is the node, a Gaussian process reads site
 
 .. math:: k(x, x') = \rho(\|x - x'\| / \ell) + \eta \, [x \text{ and } x' \text{ are one site}]
 
-with Matérn's correlation :math:`\rho`, of smoothness 5/2 or 9/2, a length :math:`\ell`, and a share :math:`\eta` of
-which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their mean. (A squared
-exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between hundreds are wild.)
-Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for instance, or an
-unknown constant. Everything is computed in float64.
+with Matérn's correlation :math:`\rho`, of smoothness 1/2, 5/2 or 9/2, a length :math:`\ell`, and a share
+:math:`\eta` of which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their
+mean. (A squared exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between
+hundreds are wild.) Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for
+instance, or an unknown constant. Everything is computed in float64.
 
 References:
     Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, sections 2.7 (unknown mean), 4.2
@@ -21,6 +21,7 @@ from typing import NamedTuple, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from .._float64 import in_float64
@@ -45,24 +46,26 @@ class Process:
     r"""Holds the parameters of a covariance.
 
     Attributes:
-        smoothness: 1 for smoothness 9/2, 0 for 5/2.
+        smoothness: 0.5, 2.5 or 4.5: paths have no derivative, two or four.
         length: :math:`\ell > 0`, in the unit of the features.
         nugget: :math:`\eta \ge 0`.
     """
 
-    smoothness: Float[Array, "..."]
-    length: Float[Array, "..."]
-    nugget: Float[Array, "..."]
+    smoothness: Float[ArrayLike, "..."]
+    length: Float[ArrayLike, "..."]
+    nugget: Float[ArrayLike, "..."]
 
     def correlation(self, squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Computes the correlation at squared distances."""
         # The root has no derivative at 0, where the correlation has one, which is 0.
         is_apart = squares > 0
         distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1)), 0) / self.length
-        root = jnp.where(self.smoothness > 0.5, 3.0, jnp.sqrt(5.0)) * distance
-        rough = 1 + root + root**2 / 3
-        smooth = 1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105
-        return jnp.where(self.smoothness > 0.5, smooth, rough) * jnp.exp(-root)
+        smoothness = jnp.asarray(self.smoothness)
+        is_rough, is_smooth = smoothness < 1.5, smoothness > 3.5
+        root = jnp.where(is_smooth, 3.0, jnp.where(is_rough, 1.0, jnp.sqrt(5.0))) * distance
+        quadratic = 1 + root + root**2 / 3
+        quartic = 1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105
+        return jnp.where(is_smooth, quartic, jnp.where(is_rough, 1.0, quadratic)) * jnp.exp(-root)
 
 
 class Sites(NamedTuple):
@@ -116,7 +119,7 @@ def posterior(process, sites, points, live, has_mean):
 
 @in_float64
 @jax.jit
-def fit_process(sites, live, values, has_mean):
+def fit_process(sites, live, values, has_mean, process=None):
     r"""Chooses the process under which the values at sites are most likely, and estimates its variance.
 
     The likelihood is that of the differences from the mean (restricted), with the variance of each feature of the
@@ -128,16 +131,20 @@ def fit_process(sites, live, values, has_mean):
         live: Which sites have values, bool (sets, n).
         values: (sets, n, features); those of other sites are not read.
         has_mean: As for `posterior`.
+        process: The only `Process` to choose from, of which the variance is estimated; if None, those of a grid.
 
     Returns:
         The `Process`, and the variance of each feature, (features,); the latter, and which process is chosen, are
         constant to derivatives.
     """
     values = jnp.where(live[:, :, None], values, 0.0)
-    extent = spread_of(sites.features)
-    grid = np.array([(s, length, nugget) for s in (0.0, 1.0) for length in _LENGTHS for nugget in _NUGGETS])
-    smoothness, length, nugget = jnp.asarray(grid).T
-    candidates = Process(smoothness, length * extent, nugget)
+    if process is None:
+        extent = spread_of(sites.features)
+        grid = np.array([(s, length, nugget) for s in (2.5, 4.5) for length in _LENGTHS for nugget in _NUGGETS])
+        smoothness, length, nugget = jnp.asarray(grid).T
+        candidates = Process(smoothness, length * extent, nugget)
+    else:
+        candidates = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], process)
 
     def measure(process):
         return jax.vmap(functools.partial(_restricted, process, has_mean))(sites, distances, live, values)
@@ -154,8 +161,8 @@ def fit_process(sites, live, values, has_mean):
     floor = 1e-30 + 1e-20 * jnp.max(variances, axis=1, keepdims=True)
     scores = count * jnp.mean(jnp.log(variances + floor), axis=1) + jnp.sum(log_determinants, axis=1)
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
-    index = jnp.arange(len(grid))
-    best = jnp.min(jnp.where(scores == jnp.min(scores), index, len(grid) - 1))
+    index = jnp.arange(len(scores))
+    best = jnp.min(jnp.where(scores == jnp.min(scores), index, len(scores) - 1))
     chosen = jax.tree.map(lambda leaf: jnp.sum(jnp.where(index == best, leaf, 0.0)), candidates)
     return chosen, jnp.sum(jnp.where((index == best)[:, None], variances, 0.0), axis=0)
 

@@ -13,6 +13,7 @@ from .._batched_model import BatchedModel
 from ..allocation import Guesses, PriorPlanner
 from ..checks import batch_size
 from ..codes import AbstractCode
+from ..codes.abstract import mixes_inputs
 from ..linops import Dense, split
 from ..pipeline import encode, flatten_groups, make_plans, unflatten_groups
 from .smoothing import smoothing_of, with_smoothing
@@ -149,6 +150,7 @@ class PlannedAnswers:
         guesses: The prior's guesses of these; None without a prior.
 
     Attributes:
+        has_prior: Whether there is a planner.
         targets: As above.
         plans: Of all groups, leaves (batches, groups, ...).
     """
@@ -162,11 +164,15 @@ class PlannedAnswers:
         targets: PyTree[np.ndarray],
         guesses: Guesses | None,
     ):
-        self._model, self.targets = model, targets
-        self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, guesses))
+        self._model, self.targets, self.has_prior = model, targets, planner is not None
+        self._code, self._mixes = code, mixes_inputs(code)
+        self._coded, self.plans = jax.device_get(_encode_batches(code, planner, x, guesses, self._mixes))
 
     def answers(self) -> PyTree[np.ndarray]:
         """Computes the workers' answers, leaves (batches, N, groups, ...)."""
+        if not self._mixes:
+            # The model has answered the inputs themselves.
+            return jax.device_get(_copy_answers(self._code, self.targets, self.plans))
         num_batches, num_workers, num_groups = jax.tree.leaves(self._coded)[0].shape[:3]
         rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), self._coded)
         return jax.tree.map(
@@ -174,9 +180,9 @@ class PlannedAnswers:
         )
 
 
-@jax.jit
-def _encode_batches(code, planner, x, guesses):
-    """Plans and encodes the groups of several batches."""
+@functools.partial(jax.jit, static_argnums=4)
+def _encode_batches(code, planner, x, guesses, encodes):
+    """Encodes the groups of several batches, unless workers compute copies, and plans them."""
 
     def encode_batch(batch):
         x, guesses = batch
@@ -184,9 +190,15 @@ def _encode_batches(code, planner, x, guesses):
             plans = make_plans(code, None, x)
         else:
             plans = jax.vmap(functools.partial(planner.plan, code), in_axes=1)(x, guesses)
-        return encode(code, None, x, plans), plans
+        return encode(code, None, x, plans) if encodes else None, plans
 
     return jax.lax.map(encode_batch, (x, guesses))
+
+
+@jax.jit
+def _copy_answers(code, targets, plans):
+    """Gives workers of several batches the answers to the inputs that they compute."""
+    return jax.lax.map(lambda batch: encode(code, None, *batch), (targets, plans))
 
 
 def _encoder_matrix(code: AbstractCode) -> Float[np.ndarray, "workers data"]:

@@ -25,6 +25,8 @@ _PLANNED_MASKS_IN_A_BATCH = 4
 # under so many sets, in total over groups, and so few and many of them.
 _PLANNED_CASES = 1500
 _PLANNED_MASKS = 16, 64
+# Those that are fitted beforehand only solve for the inputs of a batch, in time proportional to the cube of these.
+_FITTED_CUBES = 5e9
 
 
 @final
@@ -63,9 +65,18 @@ class Measurement:
         """
         if not np.isfinite(other.rank[0]) or not np.isfinite(self.rank[0]):
             return self.rank[0] < other.rank[0]
-        num_masks = min(len(self.losses), len(other.losses))
-        gain = other.losses[:num_masks] - self.losses[:num_masks]
+        gain = self._gain(other)
         return bool(gain.mean() > standard_error(gain))
+
+    def is_better(self, other: "Measurement") -> bool:
+        """Returns whether it is ranked before another under the straggler sets of both."""
+        if len(self.losses) == len(other.losses) or not np.isfinite([self.rank[0], other.rank[0]]).all():
+            return self.rank < other.rank
+        return bool(self._gain(other).mean() > 0)
+
+    def _gain(self, other):
+        num_masks = min(len(self.losses), len(other.losses))
+        return other.losses[:num_masks] - self.losses[:num_masks]
 
 
 def standard_error(values: Float[np.ndarray, "masks groups"]) -> float:
@@ -165,7 +176,11 @@ class Evaluator:
         Returns:
             A measurement for each space.
         """
-        num_masks = int(np.clip(_PLANNED_CASES // self._num_groups, *_PLANNED_MASKS))
+        if getattr(code, "process", None) is None:
+            num_masks = int(np.clip(_PLANNED_CASES // self._num_groups, *_PLANNED_MASKS))
+        else:
+            num_batches, num_data, num_groups = jax.tree.leaves(targets)[0].shape[:3]
+            num_masks = max(_PLANNED_MASKS[0], int(_FITTED_CUBES / (num_batches * (num_data * num_groups) ** 3)))
         measurements = []
         for output in outputs:
             values = _measure_planned(code, self.masks[:num_masks], plans, answers, targets, self._loss, output)

@@ -1,5 +1,6 @@
 """Makes the options that tuning measures: layouts crossed with orders of the sample, without and with a prior."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -11,16 +12,20 @@ from jaxtyping import PyTree
 from .._batched_model import BatchedModel
 from ..allocation import PriorPlanner, assign, lost_probability, spread
 from ..checks import batch_size as batch_size_of
-from ..codes import AbstractCode, ReplicationCode
+from ..codes import AbstractCode, KernelCode, ReplicationCode
 from ..functions import call
 from ..ordering import Ordering
+from ..outputs import OutputSpace
 from ..pipeline import group
 from ..stragglers import AbstractStragglers
 from ..surrogates import Surrogate
 from .answers import AnswerCache, PlannedAnswers
+from .losses import Loss
+from .regression import fit_by_leaving_out
 from .trials import Option
 
 _GUESS_BATCH = 128
+_REGRESSION = "copies, regression"
 
 
 def make_options(
@@ -76,9 +81,7 @@ def make_options(
                 if not isinstance(code, ReplicationCode)
             ]
     if planned:
-        # Codes that read inputs where they lie do not depend on the order, but for which groups have similar inputs.
-        in_own_order = batch_size < 2 * num_data or "greedy" not in orders
-        name = next(iter(orders)) if in_own_order else "greedy"
+        name = _order_of_planned(orders, batch_size, num_data)
         sample = group_sample((x, targets, guesses), orders[name], keep_batches=True)
         grouped_x, grouped_targets, grouped_guesses = sample
         for layout, code in planned.items():
@@ -96,8 +99,76 @@ def make_options(
         for layout, code in replications.items():
             lost = lost_probability(stragglers, code.num_workers)
             assignments = np.asarray(jax.vmap(assign, (1, None))(jnp.asarray(risk), lost))
-            options_with_prior.append(Option(layout, "by risk", code, *caches, assignments))
+            options_with_prior.append(Option(layout, "by risk", code, *caches, assignments, places_copies=True))
     return options + options_with_prior
+
+
+def make_regressions(
+    model: BatchedModel,
+    x: PyTree[np.ndarray],
+    targets: PyTree[np.ndarray],
+    orders: Mapping[str, Ordering | None],
+    *,
+    batch_size: int,
+    num_data: int,
+    num_workers: int,
+    prior: Surrogate | None,
+    stragglers: AbstractStragglers,
+    loss: Loss,
+    loss_name: str,
+    output: OutputSpace,
+) -> list[Option]:
+    """Makes options of replication whose lost inputs are predicted from the batch's answers by a Gaussian process.
+
+    The process is fitted to the sample: with the mean answer as prior mean, and with a prior, if there is one, by whose
+    risk copies are placed.
+
+    Args:
+        model: The model.
+        x: The sample, leaves (B, ...) of real numbers.
+        targets: The model's answers to it, leaves (B, ...) of floating-point numbers.
+        orders: As for `make_options`.
+        batch_size: As for `make_options`.
+        num_data: K.
+        num_workers: N.
+        prior: As for `make_options`.
+        stragglers: As for `make_options`.
+        loss: The loss of one group.
+        loss_name: What a bad guess costs, for copies.
+        output: The space in which answers are decoded.
+
+    Returns:
+        The options, the one without a prior first.
+    """
+    group_sample = functools.partial(_group_sample, batch_size=batch_size, num_data=num_data, keep_batches=True)
+    code = KernelCode(num_data, num_workers, midpoints=False)
+    name = _order_of_planned(orders, batch_size, num_data)
+    grouped_x, grouped_targets = group_sample((x, targets), orders[name])
+    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0, dtype=np.float64).astype(leaf.dtype), targets)
+    means = jax.tree.map(lambda value, leaf: np.broadcast_to(value, leaf.shape), mean, grouped_targets)
+    process = fit_by_leaving_out(grouped_x, grouped_targets, means, loss, output)
+    fitted = dataclasses.replace(code, process=process, mean=mean)
+    answers = PlannedAnswers(model, fitted, None, grouped_x, grouped_targets, None)
+    options = [Option(_REGRESSION, name, fitted, None, planned=answers, output=output)]
+    if prior is not None:
+        guesses = BatchedModel(_guess_with(loss_name), prior, _GUESS_BATCH)(x)
+        # The order reads the first element.
+        _, x, targets, guesses = group_sample((guesses.risk, x, targets, guesses), spread)
+        process = fit_by_leaving_out(x, targets, guesses.values, loss, output)
+        fitted = dataclasses.replace(code, process=process)
+        planner = PriorPlanner(prior, lost_probability(stragglers, num_workers), loss_name)
+        answers = PlannedAnswers(model, fitted, planner, x, targets, guesses)
+        options.append(Option(_REGRESSION, "by risk", fitted, None, planned=answers, places_copies=True, output=output))
+    return options
+
+
+def _order_of_planned(orders, batch_size, num_data):
+    """Returns the name of the order for codes that read inputs where they lie.
+
+    They do not depend on the order, but for which groups have similar inputs.
+    """
+    in_own_order = batch_size < 2 * num_data or "greedy" not in orders
+    return next(iter(orders)) if in_own_order else "greedy"
 
 
 def _group_sample(tree, order, *, batch_size, num_data, keep_batches=False):

@@ -14,7 +14,7 @@ from .. import nodes, ordering, outputs
 from .._batched_model import BatchedModel
 from .._side_input import is_side_input
 from ..checks import batch_size as batch_size_of
-from ..checks import check_count
+from ..checks import check_count, is_real
 from ..codes import AbstractCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from ..codes.abstract import mixes_inputs
 from ..functions import NO_DERIVATIVES, Model, as_pure_function
@@ -26,9 +26,9 @@ from ..surrogates import Surrogate
 from ..surrogates.calibration import DISAGREEMENT, SQUARED_ERROR
 from .evaluation import Evaluator, standard_error
 from .losses import LOSSES, Loss
-from .options import make_options
+from .options import make_options, make_regressions
 from .report import Candidate, Tuned
-from .trials import Trial, merge, select
+from .trials import Trial, measure, merge, select
 
 __all__ = ["kernel_layouts", "standard_layouts", "standard_orders", "tune"]
 
@@ -68,7 +68,9 @@ def tune(
     only from second copies of them, from which the curve fills in lost answers. So it is measured. Candidates are node
     layouts, from replication to the paper's, crossed with orders of the batch and with the spaces in which
     probabilities can be decoded; and all of them with a prior, if one is given, of which replication with copies for
-    the inputs whose guesses are worst is one. All of them decode under the same straggler sets, and are compared with
+    the inputs whose guesses are worst is one. Replication is also tried with its lost inputs predicted from the other
+    answers of the batch: by a Gaussian process over the inputs (`KernelCode` without midpoints), of which smoothness,
+    length and noise are those that predict answers of the sample best from others. All candidates decode under the same straggler sets, and are compared with
     what the model itself answers to the sample; no labels are needed.
 
     The model runs once on each coded input, whatever the number of straggler sets, and once for all candidates that
@@ -96,9 +98,10 @@ def tune(
             the share of inputs that get another class than the model gives them; or a function of results and the
             model's own answers, leaves (K, ...), traced, under vmap. An input that a code loses has the result NaN: it
             counts as a disagreement, and makes any other loss infinite.
-        layouts: Candidates by name, codes of K and N. If not given, `standard_layouts` and, where these tell that the
-            model is smooth on the scale of a group, `kernel_layouts`. Smoothing is tuned for those whose interpolants
-            have it. With a prior, inputs that cannot be mixed, such as tokens, get replication alone.
+        layouts: Candidates by name, codes of K and N. If not given, `standard_layouts`, replication by a fitted process
+            where inputs and answers are numbers, and, where curves tell that the model is smooth on the scale of a
+            group, `kernel_layouts`. Smoothing is tuned for those whose interpolants have it. With a prior, inputs that
+            cannot be mixed, such as tokens, get replication alone.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over, at least 2. Those with fewer than two answers, from which no curve
             can be decoded, are left out.
@@ -184,13 +187,31 @@ def tune(
     )
     evaluator, output_spaces = Evaluator(masks, loss_function, num_groups), _output_spaces(targets)
     ranked = select(evaluator, make_options_of(layouts), output_spaces, num_groups, deadline, progress)
+    tries_kernels = tries_kernels and _are_numbers(x_sample, targets)
+    if tries_kernels and time.monotonic() < deadline:
+        regressions = make_regressions(
+            model,
+            x_sample,
+            targets,
+            orders,
+            batch_size=batch_size,
+            num_data=num_data,
+            num_workers=num_workers,
+            prior=prior,
+            stragglers=stragglers,
+            loss=loss_function,
+            loss_name=loss_name,
+            output=output_spaces[-1],
+        )
+        trials = [measure(evaluator, option, output_spaces, num_groups) for option in regressions]
+        ranked = merge((ranked, trials), num_groups)
     if tries_kernels and _is_smooth(ranked, targets, num_data, masks) and time.monotonic() < deadline:
         kernels = kernel_layouts(num_data, num_workers, late=1 - float(np.mean(masks)))
         trials = select(evaluator, make_options_of(kernels), output_spaces, num_groups, deadline, progress)
         ranked = merge((ranked, trials), num_groups)
     chosen = _prefer_copies(ranked)
     ranked.sort(key=lambda trial: trial is not chosen)
-    has_prior, places_copies = chosen.option.has_prior, chosen.option.assignments is not None
+    has_prior, places_copies = chosen.option.has_prior, chosen.option.places_copies
     return Tuned(
         chosen.measurement.code,
         orders.get(chosen.option.order),
@@ -290,17 +311,30 @@ def _is_smooth(ranked: list[Trial], targets: PyTree[np.ndarray], num_data: int, 
 def _prefer_copies(ranked: list[Trial]) -> Trial:
     """Chooses the best trial if it improves on the best of those that only copy inputs, else the latter."""
     copies = [trial for trial in ranked if trial.option.copies_only]
+    best = _find_best(ranked)
     if not copies:
-        return ranked[0]
-    best_copy = min(copies, key=lambda trial: trial.rank)
-    return ranked[0] if ranked[0].measurement.improves_on(best_copy.measurement) else best_copy
+        return best
+    best_copy = _find_best(copies)
+    return best if best.measurement.improves_on(best_copy.measurement) else best_copy
+
+
+def _find_best(ranked: list[Trial]) -> Trial:
+    """Finds the best trial; those measured under fewer straggler sets are compared under these."""
+    num_masks = max(len(trial.measurement.losses) for trial in ranked)
+    num_groups = max(trial.measurement.num_groups for trial in ranked)
+    complete = [trial for trial in ranked if trial.measurement.num_groups == num_groups]
+    best, *others = sorted(complete, key=lambda trial: (len(trial.measurement.losses) < num_masks, trial.rank))
+    for trial in others:
+        if trial.measurement.is_better(best.measurement):
+            best = trial
+    return best
 
 
 def _candidate(trial: Trial, prior: Surrogate | None) -> Candidate:
     option, measurement = trial.option, trial.measurement
     code, work, prior_name = measurement.code, float(measurement.code.num_workers), ""
     if prior is not None and option.has_prior:
-        prior_name = "prior" if option.assignments is None else "prior, copies by risk"
+        prior_name = "prior, copies by risk" if option.places_copies else "prior"
         # The inputs' guesses; and those of the coded inputs, which are no copies.
         work += prior.cost * (code.num_data + (0 if option.copies_only else code.num_workers))
     half_width = 1.96 * standard_error(measurement.losses)
@@ -345,6 +379,13 @@ def _sample_masks(stragglers, num_workers, num_masks, key):
 
 def _is_class_scores(targets):
     return isinstance(targets, np.ndarray) and targets.ndim == 2 and targets.shape[1] >= 2
+
+
+def _are_numbers(x: PyTree[np.ndarray], targets: PyTree[np.ndarray]) -> bool:
+    """Returns whether inputs are real numbers, and answers floating-point ones, so that distances tell about them."""
+    return all(is_real(leaf.dtype) for leaf in jax.tree.leaves(x)) and all(
+        jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(targets)
+    )
 
 
 def _output_spaces(targets) -> list[OutputSpace]:

@@ -42,6 +42,8 @@ class Option:
         assignments: Which input each worker computes in each group, (groups, N), where copies are placed by the risk of
             guesses; None for the code's own assignment.
         planned: Answers and plans of a code that needs plans, instead of the caches; None for others.
+        places_copies: Whether copies are placed by the risk of guesses.
+        output: The only space to measure it in; None for all.
     """
 
     layout: str
@@ -51,11 +53,13 @@ class Option:
     guesses: AnswerCache | None = None
     assignments: Int[np.ndarray, "groups workers"] | None = None
     planned: PlannedAnswers | None = None
+    places_copies: bool = False
+    output: OutputSpace | None = None
 
     @property
     def has_prior(self) -> bool:
         """Whether answers are decoded with a prior."""
-        return self.guesses is not None if self.planned is None else self.planned.plans.prior is not None
+        return self.guesses is not None if self.planned is None else self.planned.has_prior
 
     @property
     def copies_only(self) -> bool:
@@ -87,6 +91,7 @@ def measure(evaluator: Evaluator, option: Option, outputs: Sequence[OutputSpace]
 
     Its batches are decoded as a whole, and few groups would take as long as all.
     """
+    outputs = outputs if option.output is None else [option.output]
     if option.planned is not None:
         planned = option.planned
         measurements = evaluator.measure_planned(

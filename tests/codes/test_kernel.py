@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.gaussian_process import kernels
 
 import jaxcode as jc
 from jaxcode import placement, tuning
@@ -228,6 +229,41 @@ def test_features_decide_what_is_near():
     assert errors[1] < 0.1 * errors[0]
 
 
+def test_a_known_process_and_mean_decode_as_scikit_learn_does():
+    x, mean, (length, nugget) = X[:K].astype(np.float64), {"waves": np.array([0.3, -0.2]), "sum": 0.1}, (1.5, 0.2)
+    mean = jax.tree.map(np.float32, mean)
+    process = jc.interpolants.kernel.Process(0.5, length, nugget)
+    code = jc.KernelCode(K, N, midpoints=False, process=process, mean=mean)
+    # The copies of input 1 are workers 1 and 7, those of input 4 worker 4 alone.
+    returned = ~np.isin(np.arange(N), [1, 4, 7])
+    plan = code.plan(X[:K])
+    results = code.decode(curve(code.encode(X[:K], plan)), returned, plan)
+    kernel, lost = kernels.Matern(length, nu=0.5), np.isin(np.arange(K), [1, 4])
+    np.testing.assert_array_equal(code.exact(returned, plan), ~lost)
+    weights = np.linalg.solve(kernel(x[~lost]) + nugget * np.eye((~lost).sum()), kernel(x[~lost], x[lost])).T
+    for result, truth, centre in zip(*map(jax.tree.leaves, (results, curve(X[:K]), mean)), strict=True):
+        np.testing.assert_array_equal(result[~lost], truth[~lost])
+        expected = centre + np.tensordot(weights, np.float64(truth[~lost]) - centre, 1)
+        np.testing.assert_allclose(result[lost], expected, rtol=1e-4, atol=1e-6)
+    # Without midpoints a plan may say who computes what.
+    assignment = np.array([*range(K), 1, 1, 4, 1], np.int32)
+    moved = code.plan(X[:K], None, assignment)
+    np.testing.assert_array_equal(code.encode(X[:K], moved), X[assignment])
+    again = code.decode(curve(code.encode(X[:K], moved)), np.isin(np.arange(N), [1, 4, 6, 7], invert=True), moved)
+    np.testing.assert_array_equal(again["sum"], curve(X[:K])["sum"])
+
+
+def test_copies_go_where_a_prior_is_unsure():
+    x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    prior = jc.surrogate(curve, x, cost=10.0, progress=False)
+    code = jc.KernelCode(K, N, midpoints=False)
+    plan = jc.allocation.plan(code, X[:K], prior=prior, stragglers=Uniform(3))
+    expected = jc.allocation.plan(jc.ReplicationCode(K, N), X[:K], prior=prior, stragglers=Uniform(3)).assignment
+    np.testing.assert_array_equal(plan.features.pairs[:, 0], expected)
+    with pytest.raises(ValueError, match="stragglers is given for KernelCode"):
+        jc.allocation.plan(CODE, X[:K], prior=prior, stragglers=Uniform(3))
+
+
 def test_tuning_chooses_it_for_a_sweep_and_saves_it(tmp_path):
     starts = np.random.default_rng(0).uniform(0, 1, 8)
     x = np.concatenate([np.linspace(a, a + 1.5, 8) for a in starts]).astype(np.float32)[:, None]
@@ -260,9 +296,10 @@ def test_tuning_measures_what_coded_computes():
         ({"length": 0.0}, "length is 0.0; expected a number above 0"),
         ({"length": np.ones(2)}, "length is .*; expected a number above 0"),
         ({"late": 2}, "late is 2; expected a share"),
+        ({"process": 0.3}, "process is 0.3; expected a Process"),
     ],
 )
-def test_errors_name_the_argument(arguments, message):
+def test_errors_name_the_argument(unchecked, arguments, message):
     with pytest.raises(ValueError, match=message):
         jc.KernelCode(**({"num_data": K, "num_workers": N} | arguments))
 
