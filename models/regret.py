@@ -134,10 +134,10 @@ class Row:
         """Formats errors and regret."""
         name, error = self.best(has_surrogate), self.error(self.tuned[has_surrogate])
         if error <= _EXACT:
-            return f"{name:>17} {self.error(self.baselines[name]):7.4f} {'exact':>7}"
+            return f"{name:>25} {self.error(self.baselines[name]):7.4f} {'exact':>7}"
         regret, low, high = self.regret(has_surrogate)
         errors = f"{self.error(self.baselines[name]):7.4f} {error:7.4f}"
-        return f"{name:>17} {errors} {regret:+6.1f} % ({low:+.1f}, {high:+.1f})"
+        return f"{name:>25} {errors} {regret:+6.1f} % ({low:+.1f}, {high:+.1f})"
 
     def _error(self, losses):
         return np.sqrt(losses) if self.loss == "squared_error" else losses
@@ -289,8 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--tune must be at least a batch and two requests, {max(args.batch, 2 * largest)}")
     cases = make_cases(args.seed)
     cases = {name: cases[name] for name in args.case or cases}
-    head = "best baseline, its error, tuned, regret"
-    print(f"{'':29} {'N,K,S':>8} {'B':>4} {'with a surrogate: ' + head:>58} {'without: ' + head:>58}")
+    heads = (f"{kind}: best of others{'tuned':>8}{'regret':>22}" for kind in ("with a surrogate", "without"))
+    print(f"{'':29} {'N,K,S':>8} {'B':>4} " + " ".join(f"{head:>62}" for head in heads))
     rows = []
     total = sum(len(case.losses) for case in cases.values()) * len(settings) * 2
     with tqdm(desc="tuning", unit="row", total=total) as bar:
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for count, batch_size in ((args.requests, setting[1]), (args.batches, args.batch)):
                         row = _measure_row(name, sample, setting, batch_size, loss, count, args.sets, args.seed)
                         rows.append(row)
-                        cells = " ".join(f"{row.format(has_surrogate):>58}" for has_surrogate in (True, False))
+                        cells = " ".join(f"{row.format(has_surrogate):62}" for has_surrogate in (True, False))
                         bar.write(f"{row.name:29} {','.join(map(str, setting)):>8} {row.batch_size:4} {cells}")
                         bar.update()
     args.out.mkdir(parents=True, exist_ok=True)

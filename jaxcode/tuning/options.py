@@ -25,7 +25,6 @@ from .regression import fit_by_leaving_out
 from .trials import Option
 
 _GUESS_BATCH = 128
-_REGRESSION = "copies, regression"
 
 
 def make_options(
@@ -107,30 +106,27 @@ def make_regressions(
     model: BatchedModel,
     x: PyTree[np.ndarray],
     targets: PyTree[np.ndarray],
+    layouts: Mapping[str, KernelCode],
     orders: Mapping[str, Ordering | None],
     *,
     batch_size: int,
-    num_data: int,
-    num_workers: int,
     prior: Surrogate | None,
     stragglers: AbstractStragglers,
     loss: Loss,
     loss_name: str,
     output: OutputSpace,
 ) -> list[Option]:
-    """Makes options of replication whose lost inputs are predicted from the batch's answers by a Gaussian process.
+    """Makes options of kernel codes whose process is fitted to the sample, not to the answers of each batch.
 
-    The process is fitted to the sample: with the mean answer as prior mean, and with a prior, if there is one, by whose
-    risk copies are placed.
+    One has the mean answer as prior mean, and another a prior, if there is one, by whose risk copies are placed.
 
     Args:
         model: The model.
         x: The sample, leaves (B, ...) of real numbers.
         targets: The model's answers to it, leaves (B, ...) of floating-point numbers.
+        layouts: Kernel codes of K and N by name.
         orders: As for `make_options`.
         batch_size: As for `make_options`.
-        num_data: K.
-        num_workers: N.
         prior: As for `make_options`.
         stragglers: As for `make_options`.
         loss: The loss of one group.
@@ -138,27 +134,35 @@ def make_regressions(
         output: The space in which answers are decoded.
 
     Returns:
-        The options, the one without a prior first.
+        The options, those without a prior first.
     """
+    num_data = next(iter(layouts.values())).num_data
     group_sample = functools.partial(_group_sample, batch_size=batch_size, num_data=num_data, keep_batches=True)
-    code = KernelCode(num_data, num_workers, midpoints=False)
     name = _order_of_planned(orders, batch_size, num_data)
     grouped_x, grouped_targets = group_sample((x, targets), orders[name])
     mean = jax.tree.map(lambda leaf: leaf.mean(axis=0, dtype=np.float64).astype(leaf.dtype), targets)
     means = jax.tree.map(lambda value, leaf: np.broadcast_to(value, leaf.shape), mean, grouped_targets)
     process = fit_by_leaving_out(grouped_x, grouped_targets, means, loss, output)
-    fitted = dataclasses.replace(code, process=process, mean=mean)
-    answers = PlannedAnswers(model, fitted, None, grouped_x, grouped_targets, None)
-    options = [Option(_REGRESSION, name, fitted, None, planned=answers, output=output)]
-    if prior is not None:
-        guesses = BatchedModel(_guess_with(loss_name), prior, _GUESS_BATCH)(x)
-        # The order reads the first element.
-        _, x, targets, guesses = group_sample((guesses.risk, x, targets, guesses), spread)
-        process = fit_by_leaving_out(x, targets, guesses.values, loss, output)
-        fitted = dataclasses.replace(code, process=process)
-        planner = PriorPlanner(prior, lost_probability(stragglers, num_workers), loss_name)
-        answers = PlannedAnswers(model, fitted, planner, x, targets, guesses)
-        options.append(Option(_REGRESSION, "by risk", fitted, None, planned=answers, places_copies=True, output=output))
+    options = []
+    for layout, code in layouts.items():
+        code = dataclasses.replace(code, process=process, mean=mean)
+        answers = PlannedAnswers(model, code, None, grouped_x, grouped_targets, None)
+        options.append(Option(layout, name, code, None, planned=answers, output=output))
+    if prior is None:
+        return options
+    guesses = BatchedModel(_guess_with(loss_name), prior, _GUESS_BATCH)(x)
+    # The orders read the first element.
+    in_order = group_sample((x, targets, guesses), orders[name])
+    by_risk = group_sample((guesses.risk, x, targets, guesses), spread)[1:]
+    process = fit_by_leaving_out(by_risk[0], by_risk[1], by_risk[2].values, loss, output)
+    for layout, code in layouts.items():
+        code = dataclasses.replace(code, process=process)
+        lost = lost_probability(stragglers, code.num_workers) if code.assigns else None
+        sample, order_name = (by_risk, "by risk") if code.assigns else (in_order, name)
+        answers = PlannedAnswers(model, code, PriorPlanner(prior, lost, loss_name), *sample)
+        options.append(
+            Option(layout, order_name, code, None, planned=answers, places_copies=code.assigns, output=output)
+        )
     return options
 
 

@@ -42,6 +42,8 @@ _DEGREES = (1, 2)
 _EXACT, _SMOOTH = 1e-5, 0.7
 # Lengths by which kernel codes place workers, in units of a group's extent.
 _LENGTHS = (0.15, 0.3, 0.6)
+# Name of replication whose lost inputs are predicted by a process fitted to the sample.
+_REGRESSION = "copies, regression"
 
 
 def tune(
@@ -70,8 +72,8 @@ def tune(
     probabilities can be decoded; and all of them with a prior, if one is given, of which replication with copies for
     the inputs whose guesses are worst is one. Replication is also tried with its lost inputs predicted from the other
     answers of the batch: by a Gaussian process over the inputs (`KernelCode` without midpoints), of which smoothness,
-    length and noise are those that predict answers of the sample best from others. All candidates decode under the same straggler sets, and are compared with
-    what the model itself answers to the sample; no labels are needed.
+    length and noise are those that predict answers of the sample best from others. All candidates decode under the same
+    straggler sets, and are compared with what the model itself answers to the sample; no labels are needed.
 
     The model runs once on each coded input, whatever the number of straggler sets, and once for all candidates that
     have the same coded inputs. By successive halving, all candidates are measured on a quarter of the sample, the
@@ -189,25 +191,32 @@ def tune(
     ranked = select(evaluator, make_options_of(layouts), output_spaces, num_groups, deadline, progress)
     tries_kernels = tries_kernels and _are_numbers(x_sample, targets)
     if tries_kernels and time.monotonic() < deadline:
+        layouts_to_fit: dict[str, KernelCode] = {_REGRESSION: KernelCode(num_data, num_workers, midpoints=False)}
+        if _is_smooth(ranked, targets, num_data, masks):
+            kernels = kernel_layouts(num_data, num_workers, late=1 - float(np.mean(masks)))
+            if batch_size < 2 * num_data:
+                # Requests may differ from each other in scale: a process is fitted to the answers of each as well.
+                trials = select(evaluator, make_options_of(kernels), output_spaces, num_groups, deadline, progress)
+                ranked = merge((ranked, trials), num_groups)
+            layouts_to_fit |= {f"{name}, fitted": code for name, code in kernels.items() if code.midpoints}
         regressions = make_regressions(
             model,
             x_sample,
             targets,
+            layouts_to_fit,
             orders,
             batch_size=batch_size,
-            num_data=num_data,
-            num_workers=num_workers,
             prior=prior,
             stragglers=stragglers,
             loss=loss_function,
             loss_name=loss_name,
             output=output_spaces[-1],
         )
-        trials = [measure(evaluator, option, output_spaces, num_groups) for option in regressions]
-        ranked = merge((ranked, trials), num_groups)
-    if tries_kernels and _is_smooth(ranked, targets, num_data, masks) and time.monotonic() < deadline:
-        kernels = kernel_layouts(num_data, num_workers, late=1 - float(np.mean(masks)))
-        trials = select(evaluator, make_options_of(kernels), output_spaces, num_groups, deadline, progress)
+        trials = [
+            measure(evaluator, option, output_spaces, num_groups)
+            for option in regressions
+            if option.copies_only or time.monotonic() < deadline
+        ]
         ranked = merge((ranked, trials), num_groups)
     chosen = _prefer_copies(ranked)
     ranked.sort(key=lambda trial: trial is not chosen)
@@ -253,7 +262,7 @@ def standard_layouts(num_data: int, num_workers: int) -> dict[str, AbstractCode]
     return layouts
 
 
-def kernel_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dict[str, AbstractCode]:
+def kernel_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dict[str, KernelCode]:
     """Makes kernel codes for `tune` to try, by name.
 
     They take longer to measure than others, because a process is fitted under every straggler set, and are worth it
@@ -309,13 +318,19 @@ def _is_smooth(ranked: list[Trial], targets: PyTree[np.ndarray], num_data: int, 
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:
-    """Chooses the best trial if it improves on the best of those that only copy inputs, else the latter."""
+    """Chooses the best trial if it improves on the best of those that only copy inputs, else the latter.
+
+    Among these, too, one that predicts lost inputs from others has to improve on one that does not.
+    """
     copies = [trial for trial in ranked if trial.option.copies_only]
-    best = _find_best(ranked)
-    if not copies:
-        return best
-    best_copy = _find_best(copies)
-    return best if best.measurement.improves_on(best_copy.measurement) else best_copy
+    plain_copies = [trial for trial in copies if trial.option.planned is None]
+    chosen = None
+    for trials in filter(None, (plain_copies, copies, ranked)):
+        best = _find_best(trials)
+        if chosen is None or best.measurement.improves_on(chosen.measurement):
+            chosen = best
+    assert chosen is not None
+    return chosen
 
 
 def _find_best(ranked: list[Trial]) -> Trial:

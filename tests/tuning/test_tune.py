@@ -316,7 +316,8 @@ def hash_by_cells(x):
 @pytest.mark.parametrize(("loss", "batch_size"), [("disagreement", K), ("squared_error", 3 * K), ("disagreement", 60)])
 def test_with_a_prior_copies_go_where_it_is_unsure(prior, batch_size, loss):
     x = inputs(240, seed=6)
-    tuned = tune(hash_by_cells, x, K, N, LATE, prior=prior, batch_size=batch_size, loss=loss)
+    layouts = tuning.standard_layouts(K, N)
+    tuned = tune(hash_by_cells, x, K, N, LATE, layouts=layouts, prior=prior, batch_size=batch_size, loss=loss)
     best = tuned.candidates[0]
     assert (best.layout, best.order, best.prior) == ("replication", "by risk", "prior, copies by risk")
     assert best.work == pytest.approx(N + prior.cost * K)
@@ -399,7 +400,8 @@ def test_the_report(tmp_path, capsys):
     lines = tuned.table().splitlines()
     assert len(lines) == len(tuned.candidates) + 1
     kernels = [candidate for candidate in tuned.candidates if isinstance(candidate.code, jc.KernelCode)]
-    assert len(kernels) == len(tuning.kernel_layouts(K, N))
+    # And replication whose lost inputs are predicted by a process fitted to the sample.
+    assert len(kernels) == len(tuning.kernel_layouts(K, N)) + 1
     assert len(tuned.candidates) == 3 * len(tuning.standard_layouts(K, N)) + len(kernels)
     assert lines[1].startswith(tuned.candidates[0].layout)
     assert f"{tuned.candidates[0].loss:.4g}" in lines[1]
