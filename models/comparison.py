@@ -365,14 +365,25 @@ def _measure(
         planner = jc.allocation.make_planner(scheme.code, scheme.prior, scheme.stragglers, "disagreement")
         guesses = jax.tree.map(group, planner.guess(inputs))
         plans = jax.vmap(partial(planner.plan, scheme.code))(group(inputs), guesses)
+    elif isinstance(scheme.code, jc.KernelCode):
+        plans = jax.vmap(scheme.code.plan)(group(points))
     coded = jax.vmap(scheme.code.encode, out_axes=1)(group(points), plans)
     num_workers = coded.shape[0]
     logits = body(params, coded.reshape(-1, *points.shape[1:])).reshape(num_workers, requests, -1)
     answers = logits if scheme.output == "logits" else jax.nn.softmax(logits)
 
+    def decode(returned: Bool[Array, "requests workers"]) -> Float[Array, "requests data classes"]:
+        if not isinstance(scheme.code, jc.KernelCode):
+            return jax.vmap(scheme.code.decode, in_axes=(1, 0, 0))(answers, returned, plans)
+        # Answers of all requests tell about each other; rows of the joined code are (N, requests) and (K, requests).
+        assert plans is not None
+        code, plan = scheme.code.join(plans)
+        results = code.decode(answers.reshape(code.num_workers, -1), returned.T.reshape(-1), plan)
+        return jnp.swapaxes(results.reshape(num_data, requests, -1), 0, 1)
+
     def measure_mask(returned: Bool[Array, "requests workers"]) -> dict[str, Float[Array, ""]]:
         returned = returned[:, :num_workers]
-        decoded = jax.vmap(scheme.code.decode, in_axes=(1, 0, 0))(answers, returned, plans).reshape(targets.shape)
+        decoded = decode(returned).reshape(targets.shape)
         is_lost = jnp.logical_not(jax.vmap(scheme.code.recovered)(returned, plans)).reshape(-1)
         if scheme.fill is not None:
             decoded = scheme.fill(decoded, is_lost, points)
