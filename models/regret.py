@@ -20,7 +20,7 @@ from jaxcode.functions import Model, as_pure_function
 
 from .compare import Setting, read_setting
 
-_SETTINGS = ((30, 20, 5), (12, 8, 2), (9, 8, 1))
+_SETTINGS = ((12, 8, 2),)
 _BATCH_SIZE = 400
 _DIMENSION, _NUM_OUTPUTS, _NUM_CLASSES = 64, 6, 10
 # What is off by less, in units of the outputs' standard deviation, is exact but for rounding.
@@ -466,13 +466,13 @@ def _make_parser():
     parser = argparse.ArgumentParser(prog="python -m models.regret", description=__doc__)
     add = parser.add_argument
     add("--case", action="append", choices=list(_NAMES), help="a model; may be repeated (default: all)")
-    add("--setting", type=read_setting, action="append", metavar="N,K,S", help="workers, inputs, late; may be repeated")
+    add("--setting", type=read_setting, action="append", metavar="N,K,S", help="default: 12,8,2; may be repeated")
     add("--batch", type=int, default=_BATCH_SIZE, help="inputs that come together (default: %(default)s)")
     add("--learn", type=int, default=1000, help="inputs to distil surrogates from (default: %(default)s)")
     add("--tune", type=int, default=800, help="inputs to tune on (default: %(default)s)")
-    add("--requests", type=int, default=60, help="requests to measure on (default: %(default)s)")
-    add("--batches", type=int, default=8, help="batches to measure on (default: %(default)s)")
-    add("--sets", type=int, default=12, help="straggler sets of each (default: %(default)s)")
+    add("--requests", type=int, default=40, help="requests to measure on (default: %(default)s)")
+    add("--batches", type=int, default=6, help="batches to measure on (default: %(default)s)")
+    add("--sets", type=int, default=8, help="straggler sets of each (default: %(default)s)")
     add("--cost", type=float, default=0.1, help="of a surrogate, over the model's (default: %(default)s)")
     add("--seed", type=int, default=0, help="of models, inputs and straggler sets (default: %(default)s)")
     add("--out", type=Path, default=Path("out/regret"), help="folder to write to (default: %(default)s)")
