@@ -11,7 +11,7 @@ Every public name is reachable from here; what only a module with a leading unde
 * `serving`, `stop`: when answers are enough.
 * `interpolants`, `linops`, `outputs`, `robust`: how answers become results; `surrogates`: guesses before they come.
 * `tuning`: which code suits a model; `metrics` measures it.
-* `saga`: training.
+* `training`: codes and priors, trained through the decoder; `saga`: linear models, by several machines.
 * `checks`: argument checks, for codes and interpolants of one's own.
 """
 
@@ -31,6 +31,7 @@ from . import serving as serving
 from . import stop as stop
 from . import stragglers as stragglers
 from . import surrogates as surrogates
+from . import training as training
 from . import tuning as tuning
 from ._coded import Coded as Coded
 from ._coded import coded as coded

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def van_der_pol(x: Float[Array, "batch 1"]) -> Float[Array, "batch 2"]:
         place, speed = state
         return jnp.stack([speed, stiffness * (1 - place**2) * speed - place])
 
-    return jax.vmap(lambda stiffness: _integrate(derivative, jnp.array([2.0, 0.0]), stiffness[0], 10.0))(x)
+    return jax.vmap(lambda stiffness: integrate(derivative, jnp.array([2.0, 0.0]), stiffness[0], 10.0))(x)
 
 
 def pendulum(x: Float[Array, "batch 2"]) -> Float[Array, "batch 2"]:
@@ -58,7 +59,7 @@ def pendulum(x: Float[Array, "batch 2"]) -> Float[Array, "batch 2"]:
             [speed, strength * jnp.cos(0.7 * time) - damping * speed - jnp.sin(angle), jnp.ones_like(time)]
         )
 
-    return jax.vmap(lambda pair: _integrate(derivative, jnp.array([0.5, 0.0, 0.0]), pair, 5.0)[:2])(x)
+    return jax.vmap(lambda pair: integrate(derivative, jnp.array([0.5, 0.0, 0.0]), pair, 5.0)[:2])(x)
 
 
 def moving_images(name: str, data_dir: str | None, out: Path) -> Sweep:
@@ -83,6 +84,37 @@ def moving_images(name: str, data_dir: str | None, out: Path) -> Sweep:
         return np.asarray(move(data.x_test[rng.integers(len(data.x_test))], offsets))
 
     return Sweep(model, draw)
+
+
+def integrate(
+    derivative: Callable[[Array, Any], Array],
+    state: Float[Array, "numbers"],
+    parameters: Any,
+    duration: float,
+    num_steps: int = 400,
+) -> Float[Array, "numbers"]:
+    """Integrates an ordinary differential equation by Runge and Kutta's method of order 4.
+
+    Args:
+        derivative: From a state and parameters to the state's derivative by time.
+        state: The state at the start.
+        parameters: Of the derivative.
+        duration: For how long.
+        num_steps: Steps of equal length.
+
+    Returns:
+        The state at the end.
+    """
+    step = duration / num_steps
+
+    def advance(_, state):
+        k1 = derivative(state, parameters)
+        k2 = derivative(state + step / 2 * k1, parameters)
+        k3 = derivative(state + step / 2 * k2, parameters)
+        k4 = derivative(state + step * k3, parameters)
+        return state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+    return jax.lax.fori_loop(0, num_steps, advance, state)
 
 
 def draw_interval(rng: np.random.Generator, num_data: int) -> Float[np.ndarray, "data 1"]:
@@ -204,17 +236,3 @@ def _root(squares: Float[np.ndarray, "requests"], divisors: Float[np.ndarray, "r
     divisors = np.ones_like(squares) if divisors is None else divisors
     low, high = np.quantile(np.sqrt(squares[rows].mean(axis=1) / divisors[rows].mean(axis=1)), (0.025, 0.975))
     return f"{np.sqrt(squares.mean() / divisors.mean()):.2g} ({low:.2g}, {high:.2g})"
-
-
-def _integrate(derivative, state, parameters, duration, num_steps=400):
-    """Integrates an ordinary differential equation by Runge and Kutta's method of order 4."""
-    step = duration / num_steps
-
-    def advance(_, state):
-        k1 = derivative(state, parameters)
-        k2 = derivative(state + step / 2 * k1, parameters)
-        k3 = derivative(state + step / 2 * k2, parameters)
-        k4 = derivative(state + step * k3, parameters)
-        return state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-
-    return jax.lax.fori_loop(0, num_steps, advance, state)

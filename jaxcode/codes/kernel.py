@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._arrays import as_arrays, concatenate_rows
+from .._arrays import as_arrays, as_float, concatenate_rows
 from .._float64 import in_float64
 from .._pytree import pytree
 from .._side_input import SideInput, is_side_input, without_marks
@@ -74,18 +74,24 @@ class KernelCode(AbstractCode):
     Attributes:
         num_data: K >= 2.
         num_workers: N >= K.
-        length: The length by which workers are placed, in units of the largest distance between inputs of a group.
+        length: The length by which workers are placed, in units of the largest distance between inputs of a group; None
+            to place them by `process`, which must be given then.
         late: p, the share of workers that are late, such as S / N.
         midpoints: Whether workers may compute midpoints; if not, worker n computes input n mod K, or what a plan
             assigns to it.
         features: Maps a batch, leaves (B, ...), to the features whose distances count, (B, features), traced and
             hashable, such as `jaxcode.ordering.sensitivity(f, x)`. If None, the inputs themselves.
-        process: The `jaxcode.interpolants.kernel.Process` by which answers are decoded; fitted to them if None.
+        metric: What features are multiplied by before distances are measured: a number for each, (features,), or a
+            matrix (features, any number). If None, they stay as they are. `jaxcode.training.refine` learns it.
+        process: The `jaxcode.interpolants.kernel.Process` by which answers are decoded, its length in the unit of the
+            features; then none is fitted, which takes most of the time of decoding. If None, one is fitted to the
+            answers of each batch.
         mean: Mean of the answers, leaves (...), which is the prior mean where a plan has no other; if None, it is
             estimated from the answers.
 
     Raises:
-        ValueError: If numbers are not whole or too small, or length is not above zero, or late not from 0 to 1.
+        ValueError: If numbers are not whole or too small, or length is not above zero, or late not from 0 to 1, or
+            metric is neither a vector nor a matrix of finite numbers, or process is not one.
 
     References:
         Sacks, Welch, Mitchell and Wynn, Design and analysis of computer experiments, Statistical Science 4 (1989).
@@ -100,10 +106,11 @@ class KernelCode(AbstractCode):
 
     num_data: int
     num_workers: int
-    length: ArrayLike = _DEFAULT_LENGTH
+    length: ArrayLike | None = _DEFAULT_LENGTH
     late: ArrayLike = 0.1
     midpoints: bool = True
     features: Callable[[PyTree[Array]], Array] | None = None
+    metric: ArrayLike | None = None
     process: Process | None = None
     mean: PyTree[ArrayLike] | None = None
     nodes = None
@@ -116,16 +123,22 @@ class KernelCode(AbstractCode):
         num_data = check_count("num_data", self.num_data, least=2)
         if check_count("num_workers", self.num_workers) < num_data:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
-        check_scalar("length", self.length, lambda length: length > 0, "a number above 0, in units of a group's extent")
+        if self.length is not None or self.process is None:
+            check_scalar("length", self.length, lambda length: length > 0, "a number above 0, in units of a group's extent")
         check_scalar("late", self.late, lambda late: 0 <= late <= 1, "a share from 0 to 1, such as S / N")
         for name in ("length", "late"):
             static = static_value(getattr(self, name))
             if static is not None:
                 object.__setattr__(self, name, float(static))
-        if self.process is not None and not isinstance(self.process, Process):
-            raise ValueError(f"process is {self.process!r}; expected a Process of interpolants.kernel, or None")
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
+        if self.process is not None and not isinstance(self.process, Process):
+            raise ValueError(f"process is {self.process!r}; expected a jaxcode.interpolants.kernel.Process, or None")
+        metric = None if self.metric is None else static_value(self.metric)
+        if metric is not None:
+            if metric.ndim not in (1, 2) or not (is_real(metric.dtype) and np.isfinite(metric).all()):
+                raise ValueError(f"metric is {metric}; expected finite numbers, a vector (features,) or a matrix")
+            object.__setattr__(self, "metric", np.float64(metric))
 
     @property
     def mixes(self) -> bool:
@@ -160,12 +173,11 @@ class KernelCode(AbstractCode):
         if size != self.num_data:
             raise ValueError(f"x has {size} inputs; expected a group of num_data, {self.num_data}")
         data = self._features_of(x)
-        unit = spread_of(data[None])
-        length = unit * jnp.asarray(self.length, unit.dtype)
+        process, placing = self._processes(data)
         if self.midpoints:
             weight = jnp.ones(self.num_data, data.dtype) if risk is None else jnp.asarray(risk)
             place = _compiled_placement(self.num_workers)
-            pairs = place(*jax.lax.stop_gradient((data, weight, length, self.late)))
+            pairs = place(*jax.lax.stop_gradient((data, weight, placing, self.late)))
         else:
             copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
             copies = copies if assignment is None else jnp.asarray(assignment, jnp.int32)
@@ -174,10 +186,6 @@ class KernelCode(AbstractCode):
         if self.midpoints:
             # Numbers of midpoints are midpoints of numbers.
             workers = _midpoints(data, pairs) if self.features is None else self._features_of(_midpoints(x, pairs))
-        if self.process is None:
-            process = Process(jnp.full_like(unit, 2.5), length, jnp.zeros_like(unit))
-        else:
-            process = jax.tree.map(lambda leaf: jnp.asarray(leaf, unit.dtype), self.process)
         return Plan(prior=self._prior(), features=KernelContext(pairs, workers, data, process))
 
     def adapt(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plans: Plan) -> Plan:
@@ -322,8 +330,21 @@ class KernelCode(AbstractCode):
             features = jnp.asarray(self.features(x))
             if features.ndim != 2 or features.shape[0] != batch_size("x", x):
                 raise ValueError(f"features returned shape {features.shape}; expected one vector for each input")
-            return features
-        return concatenate_rows(x)
+        else:
+            features = concatenate_rows(x)
+        return features if self.metric is None else _apply_metric(features, self.metric)
+
+    def _processes(self, data):
+        """Returns the process by which answers are decoded until one is fitted, and the one that places workers."""
+        unit = spread_of(data[None])
+        process = placing = None
+        if self.process is not None:
+            process = placing = jax.tree.map(lambda leaf: as_float(leaf).astype(data.dtype), self.process)
+        if self.length is not None:
+            length = unit * jnp.asarray(self.length, unit.dtype)
+            placing = Process(jnp.full_like(unit, 4.5), length, jnp.zeros_like(unit))
+            process = Process(jnp.full_like(unit, 2.5), length, jnp.zeros_like(unit)) if process is None else process
+        return process, placing
 
     def _context(self, plan) -> KernelContext:
         if plan is None or not isinstance(plan.features, KernelContext):
@@ -369,6 +390,13 @@ def _has_mean(plan):
     return 1.0 if plan is None or plan.prior is None else 0.0
 
 
+def _apply_metric(features, metric):
+    metric = as_float(metric).astype(features.dtype)
+    if metric.shape[0] != features.shape[1]:
+        raise ValueError(f"metric has shape {metric.shape}; expected a row for each of {features.shape[1]} features")
+    return features * metric[None] if metric.ndim == 1 else matmul(features, metric)
+
+
 def _midpoints(x, pairs):
     """Returns midpoints of pairs; of side inputs those of the first."""
 
@@ -388,11 +416,10 @@ def _weigh(weights, rows):
 
 @functools.cache
 def _compiled_placement(num_workers):
-    def place(data, weight, length, late):
+    def place(data, weight, process, late):
         """Chooses the pairs of inputs whose midpoints the workers compute, int32 (N, 2)."""
         num_data = data.shape[0]
         own = np.arange(num_data, dtype=np.int32)
-        process = Process(jnp.full_like(length, 4.5), length, jnp.zeros_like(length))
         squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
         _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
         # Each input is its own nearest neighbour, of which the midpoint is a copy.

@@ -63,7 +63,7 @@ def train(
     schedule = optax.warmup_cosine_decay_schedule(
         _LEARNING_RATE / 10, _LEARNING_RATE, max(1, int(_WARMUP * num_steps)), num_steps
     )
-    optimizer = _make_optimizer(schedule, targets.shape[1])
+    optimizer = make_optimizer(schedule, targets.shape[1])
     scale = np.float32(targets.std() or 1.0)
     size = len(targets)
     batch_size = min(BATCH, size)
@@ -170,7 +170,8 @@ def distillation_loss(
     return value
 
 
-def _make_optimizer(rate, num_outputs):
+def make_optimizer(rate: optax.ScalarOrSchedule, num_outputs: int) -> optax.GradientTransformation:
+    """Makes the optimiser: Muon for kernels, but that of the last layer, and Adam for all other parameters."""
     return optax.contrib.muon(
         rate,
         weight_decay=_WEIGHT_DECAY,
@@ -185,7 +186,7 @@ def _make_optimizer(rate, num_outputs):
 @functools.cache
 def _fine_tuner(num_outputs):
     """Makes the optimiser whose steps are those of a rate of 1."""
-    return _make_optimizer(1.0, num_outputs)
+    return make_optimizer(1.0, num_outputs)
 
 
 def _matrix_axes(num_outputs, path, leaf):

@@ -1,0 +1,177 @@
+"""Measures what training through the decoder gains on two regressions: `python -m models.refine`."""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+import jaxcode as jc
+
+from .sweeps import integrate
+
+_SETTINGS = ((30, 20, 5), (12, 8, 2))
+_NUM_STEPS = 60
+_FOOTNOTE = """\
+Mean square error over {requests} requests of K inputs and {sets} straggler sets, relative to the outputs' variance,
+with the smallest and the largest of {seeds} seeds, and its ratio to that of what is tuned. Each seed has {sample} other
+requests, of which `jc.tune` chooses a code and its smoothings, or `jc.training.refine` trains one, a quarter of them
+held apart.
+By sensitivity: a kernel code of which the features are the inputs in the metric of the model's mean squared slopes."""
+
+
+class Regression(NamedTuple):
+    """Holds a model and how its inputs are drawn.
+
+    Attributes:
+        f: From a batch of inputs to its results.
+        draw: From a generator and a number to so many inputs.
+    """
+
+    f: Callable[[Array], Array]
+    draw: Callable[[np.random.Generator, int], Float[np.ndarray, "inputs numbers"]]
+
+
+def pendulum(x: Float[Array, "batch 4"]) -> Float[Array, "batch 2"]:
+    """Computes the state of a driven pendulum after 5 units of time.
+
+    Args:
+        x: Damping, strength and frequency of the drive, and first angle.
+
+    Returns:
+        Angle and speed.
+    """
+
+    def solve(parameters):
+        damping, strength, frequency, angle = parameters
+
+        def derivative(state, _):
+            angle, speed, time = state
+            drive = strength * jnp.cos(frequency * time)
+            return jnp.stack([speed, drive - damping * speed - jnp.sin(angle), jnp.ones_like(time)])
+
+        start = jnp.stack([angle, jnp.zeros_like(angle), jnp.zeros_like(angle)])
+        return integrate(derivative, start, None, 5.0, num_steps=_NUM_STEPS)[:2]
+
+    return jax.vmap(solve)(x)
+
+
+def draw_pendulums(rng: np.random.Generator, count: int) -> Float[np.ndarray, "inputs 4"]:
+    """Draws parameters of pendulums, uniformly."""
+    return rng.uniform((0.05, 0.1, 0.5, 0.2), (0.5, 1.0, 1.2, 1.0), size=(count, 4)).astype(np.float32)
+
+
+def perceptron(x: Float[Array, "batch 8"]) -> Float[Array, "batch 3"]:
+    """Computes a perceptron of random weights, of two hidden layers, which depends on some inputs more than others."""
+    rng = np.random.default_rng(5)
+    first, second, last = (
+        rng.normal(size=shape).astype(np.float32) * scale / np.sqrt(shape[0])
+        for shape, scale in (((8, 32), 1.5), ((32, 32), 1.5), ((32, 3), 1.0))
+    )
+    weights = np.array([2, 1, 1, 0.5, 0.5, 0.2, 0.1, 0.1], np.float32)
+    return jnp.tanh(jnp.tanh(x * weights @ first) @ second) @ last
+
+
+def draw_normal(rng: np.random.Generator, count: int) -> Float[np.ndarray, "inputs 8"]:
+    """Draws normal inputs."""
+    return rng.normal(size=(count, 8)).astype(np.float32)
+
+
+REGRESSIONS = {
+    "a driven pendulum, four parameters": Regression(pendulum, draw_pendulums),
+    "a random perceptron, eight inputs": Regression(perceptron, draw_normal),
+}
+
+
+def compare(
+    regression: Regression,
+    setting: tuple[int, int, int],
+    *,
+    num_sample: int,
+    num_requests: int,
+    num_sets: int,
+    seed: int,
+) -> dict[str, float]:
+    """Measures codes, each on requests that it was not tuned or trained on.
+
+    Args:
+        regression: The model and its inputs.
+        setting: N, K, S.
+        num_sample: Requests to tune and to train on.
+        num_requests: Requests to measure on.
+        num_sets: Straggler sets of each.
+        seed: Of requests, sets and training.
+
+    Returns:
+        The mean square error in units of the outputs' variances, by column.
+    """
+    num_workers, num_data, num_late = setting
+    f, draw = regression
+    rng = np.random.default_rng((seed, *setting))
+    sample, requests = (draw(rng, count * num_data) for count in (num_sample, num_requests))
+    stragglers = jc.stragglers.Uniform(num_late)
+    targets = jax.jit(f)(requests)
+    variance = np.var(targets, axis=0)
+    requests, targets = (leaf.reshape(num_requests, num_data, -1) for leaf in (requests, targets))
+    masks = jax.vmap(lambda key: stragglers.sample(key, num_workers))(jax.random.split(jax.random.key(seed), num_sets))
+
+    def error(predict):
+        results = jax.lax.map(lambda x: jax.vmap(predict, (None, 0))(x, masks), requests)
+        return float(jnp.mean(jnp.square(results - targets[:, None]) / variance))
+
+    tuned = jc.tune(f, sample, num_data, num_workers, stragglers, num_masks=64, progress=False)
+    late = num_late / num_workers
+    sensitivity = jc.ordering.sensitivity(f, sample)
+    kernel = jc.KernelCode(num_data, num_workers, late=late)
+    refine = functools.partial(jc.training.refine, f, inputs=sample, stragglers=stragglers, seed=seed, progress=False)
+    codes = {
+        "tuned": tuned,
+        "tuned, refined": refine(tuned.code, order=tuned.order, output=tuned.output),
+        "by sensitivity": jc.coded(f, jc.KernelCode(num_data, num_workers, late=late, features=sensitivity)),
+        "kernel, refined": refine(kernel),
+    }
+    return {name: error(code if isinstance(code, jc.Coded) else code.coded(f)) for name, code in codes.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table of both regressions at two sizes.
+
+    Args:
+        argv: Command line arguments; those of the process if not given. `--help` lists them.
+
+    Raises:
+        SystemExit: With code 2 if an argument is invalid.
+    """
+    parser = argparse.ArgumentParser(prog="python -m models.refine", description=__doc__)
+    parser.add_argument("--sample", type=int, default=40, help="requests to tune and to train on")
+    parser.add_argument("--requests", type=int, default=40, help="requests to measure on")
+    parser.add_argument("--sets", type=int, default=32, help="straggler sets of each request")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, from 0")
+    args = parser.parse_args(argv)
+    if args.sample < 4 or min(args.requests, args.sets, args.seeds) < 1:
+        parser.error("--sample must be at least 4, --requests, --sets and --seeds at least 1")
+    for name, regression in REGRESSIONS.items():
+        for setting in _SETTINGS:
+            runs = []
+            for seed in range(args.seeds):
+                sizes = {"num_sample": args.sample, "num_requests": args.requests, "num_sets": args.sets}
+                runs.append(compare(regression, setting, **sizes, seed=seed))
+                print(f"seed {seed}:", *(f"{key} {value:.3g};" for key, value in runs[-1].items()), flush=True)
+            print(f"{name}, {setting}")
+            for column in runs[0]:
+                errors = np.array([run[column] for run in runs])
+                ratios = errors / [run["tuned"] for run in runs]
+                print(
+                    f"  {column:>16} {errors.mean():.2e} ({errors.min():.2e}, {errors.max():.2e}), ratio "
+                    f"{ratios.mean():.2f} ({ratios.min():.2f}, {ratios.max():.2f})",
+                    flush=True,
+                )
+    print(_FOOTNOTE.format(**vars(args)))
+
+
+if __name__ == "__main__":
+    main()
