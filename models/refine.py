@@ -1,6 +1,7 @@
 """Measures what training through the decoder gains on two regressions: `python -m models.refine`."""
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,14 +15,13 @@ import jaxcode as jc
 
 from .sweeps import integrate
 
-_SETTINGS = ((30, 20, 5), (12, 8, 2))
 _NUM_STEPS = 60
 _FOOTNOTE = """\
 Mean square error over {requests} requests of K inputs and {sets} straggler sets, relative to the outputs' variance,
 with the smallest and the largest of {seeds} seeds, and its ratio to that of what is tuned. Each seed has {sample} other
 requests, of which `jc.tune` chooses a code and its smoothings, or `jc.training.refine` trains one, a quarter of them
-held apart.
-By sensitivity: a kernel code of which the features are the inputs in the metric of the model's mean squared slopes."""
+held apart. A kernel code that is tuned and then refined is the one refined at once, as training finds its own start. By
+sensitivity: a kernel code of which the features are the inputs in the metric of the model's mean squared slopes."""
 
 
 class Regression(NamedTuple):
@@ -30,10 +30,12 @@ class Regression(NamedTuple):
     Attributes:
         f: From a batch of inputs to its results.
         draw: From a generator and a number to so many inputs.
+        settings: N, K, S.
     """
 
     f: Callable[[Array], Array]
     draw: Callable[[np.random.Generator, int], Float[np.ndarray, "inputs numbers"]]
+    settings: tuple[tuple[int, int, int], ...]
 
 
 def pendulum(x: Float[Array, "batch 4"]) -> Float[Array, "batch 2"]:
@@ -82,8 +84,8 @@ def draw_normal(rng: np.random.Generator, count: int) -> Float[np.ndarray, "inpu
 
 
 REGRESSIONS = {
-    "a driven pendulum, four parameters": Regression(pendulum, draw_pendulums),
-    "a random perceptron, eight inputs": Regression(perceptron, draw_normal),
+    "a driven pendulum, four parameters": Regression(pendulum, draw_pendulums, ((30, 20, 5), (12, 8, 2))),
+    "a random perceptron, eight inputs": Regression(perceptron, draw_normal, ((30, 20, 5),)),
 }
 
 
@@ -110,7 +112,7 @@ def compare(
         The mean square error in units of the outputs' variances, by column.
     """
     num_workers, num_data, num_late = setting
-    f, draw = regression
+    f, draw, _ = regression
     rng = np.random.default_rng((seed, *setting))
     sample, requests = (draw(rng, count * num_data) for count in (num_sample, num_requests))
     stragglers = jc.stragglers.Uniform(num_late)
@@ -130,15 +132,16 @@ def compare(
     refine = functools.partial(jc.training.refine, f, inputs=sample, stragglers=stragglers, seed=seed, progress=False)
     codes = {
         "tuned": tuned,
-        "tuned, refined": refine(tuned.code, order=tuned.order, output=tuned.output),
-        "by sensitivity": jc.coded(f, jc.KernelCode(num_data, num_workers, late=late, features=sensitivity)),
+        "by sensitivity": jc.coded(f, dataclasses.replace(kernel, features=sensitivity)),
         "kernel, refined": refine(kernel),
     }
+    is_curve = isinstance(tuned.code, jc.InterpolatingCode)
+    codes["tuned, refined"] = refine(tuned.code, order=tuned.order) if is_curve else codes["kernel, refined"]
     return {name: error(code if isinstance(code, jc.Coded) else code.coded(f)) for name, code in codes.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table of both regressions at two sizes.
+    """Prints a table of both regressions.
 
     Args:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sample < 4 or min(args.requests, args.sets, args.seeds) < 1:
         parser.error("--sample must be at least 4, --requests, --sets and --seeds at least 1")
     for name, regression in REGRESSIONS.items():
-        for setting in _SETTINGS:
+        for setting in regression.settings:
             runs = []
             for seed in range(args.seeds):
                 sizes = {"num_sample": args.sample, "num_requests": args.requests, "num_sets": args.sets}

@@ -158,4 +158,4 @@ def to_device(values: PyTree[Any]) -> PyTree[Array]:
 
 def to_host(values: PyTree[Any]) -> PyTree[np.ndarray]:
     """Fetches values to the host, in float64."""
-    return jax.tree.map(np.float64, jax.device_get(values))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(values))
