@@ -133,7 +133,7 @@ class KernelCode(AbstractCode):
         if self.features is not None and not callable(self.features):
             raise ValueError(f"features is {self.features!r}; expected a function of a batch, or None")
         if self.process is not None and not isinstance(self.process, Process):
-            raise ValueError(f"process is {self.process!r}; expected a jaxcode.interpolants.kernel.Process, or None")
+            raise ValueError(f"process is {self.process!r}; expected a Process of jaxcode.interpolants.kernel, or None")
         metric = None if self.metric is None else static_value(self.metric)
         if metric is not None:
             if metric.ndim not in (1, 2) or not (is_real(metric.dtype) and np.isfinite(metric).all()):

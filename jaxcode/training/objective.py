@@ -114,16 +114,16 @@ class Objective:
         permutation = grouping.permutation
         regroup = None if permutation is None else lambda *_: permutation
         known, _ = group(targets, code.num_data, regroup)
-        if mixes_inputs(code):
-            coded = encode(code, None, grouped, plans)
-            # The first workers compute the inputs themselves, of which the answers are known.
-            first = code.num_data if code.inputs_first else 0
-            rest = flatten_groups(jax.tree.map(lambda leaf: leaf[first:], coded))
-            answers = unflatten_groups(self.fn(params, rest), code.num_workers - first)
-            if first:
-                answers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), known, answers)
-        else:
+        # The first workers may compute the inputs themselves, of which the answers are known.
+        num_known = code.num_data if code.inputs_first else 0
+        if not mixes_inputs(code) or num_known == code.num_workers:
             answers = encode(code, None, known, plans)
+        else:
+            coded = jax.tree.map(lambda leaf: leaf[num_known:], encode(code, None, grouped, plans))
+            answers = self.fn(params, flatten_groups(coded))
+            answers = unflatten_groups(answers, code.num_workers - num_known)
+            if num_known:
+                answers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), known, answers)
 
         def decode_set(mask):
             return ungroup(decode(code, None, answers, self.output, mask, plans), grouping)

@@ -1,5 +1,7 @@
 """The code that places workers and reads answers in the space of the inputs."""
 
+import dataclasses
+
 import cloudpickle
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from sklearn.gaussian_process import kernels
 
 import jaxcode as jc
 from jaxcode import placement, tuning
+from jaxcode.codes.abstract import adapt_group
 from jaxcode.stragglers import Uniform
 
 from ..strict_modes import STRICT_MODES
@@ -264,6 +267,30 @@ def test_copies_go_where_a_prior_is_unsure():
         jc.allocation.plan(CODE, X[:K], prior=prior, stragglers=Uniform(3))
 
 
+@pytest.mark.parametrize("is_matrix", [False, True])
+def test_a_metric_scales_the_features_but_not_the_inputs(is_matrix):
+    scales = np.array([0.2, 3.0], np.float32)
+    code = jc.KernelCode(K, N, metric=np.diag(scales) if is_matrix else scales)
+    plan, scaled_plan = code.plan(X[:K]), CODE.plan(X[:K] * scales)
+    np.testing.assert_array_equal(plan.features.pairs, scaled_plan.features.pairs)
+    answers = curve(code.encode(X[:K], plan))
+    results, expected = code.decode(answers, RETURNED, plan), CODE.decode(answers, RETURNED, scaled_plan)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), results, expected)
+
+
+def test_a_process_that_is_given_is_not_fitted():
+    plan = CODE.plan(X[:K])
+    answers = curve(CODE.encode(X[:K], plan))
+    fitted = adapt_group(CODE, answers, RETURNED, plan)
+    code = jc.KernelCode(K, N, process=jax.tree.map(np.asarray, fitted.features.process))
+    # The same workers, wherever the process would place them.
+    given = dataclasses.replace(
+        plan, features=plan.features._replace(process=code.plan(X[:K]).features.process, pairs=plan.features.pairs)
+    )
+    found, expected = (c.decode_with_error(answers, RETURNED, p) for c, p in ((code, given), (CODE, plan)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
 def test_tuning_chooses_it_for_a_sweep_and_saves_it(tmp_path):
     starts = np.random.default_rng(0).uniform(0, 1, 8)
     x = np.concatenate([np.linspace(a, a + 1.5, 8) for a in starts]).astype(np.float32)[:, None]
@@ -297,6 +324,8 @@ def test_tuning_measures_what_coded_computes():
         ({"length": np.ones(2)}, "length is .*; expected a number above 0"),
         ({"late": 2}, "late is 2; expected a share"),
         ({"process": 0.3}, "process is 0.3; expected a Process"),
+        ({"metric": 1.0}, "metric is 1.0; expected finite numbers"),
+        ({"metric": np.array([1.0, np.nan])}, "metric is .*; expected finite numbers"),
     ],
 )
 def test_errors_name_the_argument(unchecked, arguments, message):
@@ -315,3 +344,5 @@ def test_errors_of_plans():
         jc.KernelCode(2, 3).plan(np.arange(2, dtype=np.int32) > 0)
     with pytest.raises(ValueError, match="features returned shape"):
         jc.KernelCode(2, 3, features=jnp.sum).plan(X[:2])
+    with pytest.raises(ValueError, match=r"metric has shape .*; expected a row for each of 2 features"):
+        jc.KernelCode(2, 3, metric=np.ones(3)).plan(X[:2])
