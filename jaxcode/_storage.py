@@ -175,7 +175,6 @@ def _classes() -> dict[str, type]:
     listed = (
         *(getattr(interpolants, name) for name in ("Berrut", "FloaterHormann", "NotAKnot", "Polynomial", "Spline")),
         *(getattr(stragglers, name) for name in stragglers.__all__ if isinstance(getattr(stragglers, name), type)),
-        Process,
         calibration.Calibration,
         codes.InterpolatingCode,
         codes.KernelCode,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from matplotlib.figure import Figure
 
 import jaxcode as jc
@@ -98,8 +98,8 @@ def expected_loss(
     stragglers = jc.stragglers.Uniform(num_late)
     lost = jc.allocation.lost_probability(stragglers, num_workers)
     size = len(risk) // batch_size * batch_size
-    batches = jnp.asarray(risk[:size]).reshape(-1, batch_size)
-    order = jax.vmap(lambda risk: jc.allocation.spread(risk, num_data))(batches)
+    risks = jnp.asarray(risk[:size]).reshape(-1, batch_size)
+    order = jax.vmap(lambda risk: jc.allocation.spread(risk, num_data))(risks)
     order = np.asarray(order) + np.arange(len(order))[:, None] * batch_size
     requests = order.reshape(-1, num_data)
     assignments = jax.vmap(lambda risk: jc.allocation.assign(risk, lost))(jnp.asarray(risk[requests]))
@@ -134,7 +134,7 @@ def distil(
     with jc.surrogates.Learner(first.prior, seed=args.seed) as learner:
         total = args.inputs[0]
         for count in args.inputs[1:]:
-            for inputs in _batches(data.x_train[total:count], _REQUEST):
+            for inputs in batches(data.x_train[total:count], _REQUEST):
                 learner.observe(inputs, apply(inputs))
                 learner.wait()
             total = count
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for parts in zip(
                 *(
                     (*row.prior.with_risk(part, "disagreement"), row.prior.with_risk(part)[1])
-                    for part in _batches(inputs, 500)
+                    for part in batches(inputs, 500)
                 ),
                 strict=True,
             )
@@ -213,7 +213,8 @@ def _numbers(loss, row):
     return mean / loss.replication, mean / loss.same_work, row.prior.cost, row.seconds
 
 
-def _batches(inputs, size):
+def batches(inputs: Shaped[np.ndarray, "inputs ..."], size: int) -> list[Shaped[np.ndarray, "batch ..."]]:
+    """Cuts inputs into batches, the last of which may be smaller."""
     return [inputs[start : start + size] for start in range(0, len(inputs), size)]
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,15 @@ from jaxtyping import Array, Float
 
 import jaxcode as jc
 
+from . import datasets
+from .learning_curve import batches, expected_loss
+from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
 from .sweeps import integrate
+from .training import compute_logits
 
 _NUM_STEPS = 60
+_PRIOR_SETTING = 30, 20, 5
+_BATCH = 500
 _FOOTNOTE = """\
 Mean square error over {requests} requests of K inputs and {sets} straggler sets, relative to the outputs' variance,
 with the smallest and the largest of {seeds} seeds, and its ratio to that of what is tuned. Each seed has {sample} other
@@ -140,8 +147,48 @@ def compare(
     return {name: error(code if isinstance(code, jc.Coded) else code.coded(f)) for name, code in codes.items()}
 
 
+def compare_priors(dataset: str, count: int, *, data_dir: str | None, out: Path, seed: int) -> None:
+    """Prints what a surrogate loses on test images, before and after it is trained on more images in two ways.
+
+    Args:
+        dataset: The images, of which the network is the default one.
+        count: Images that it is distilled from, and as many others that it is trained on.
+        data_dir: Folder of the data sets.
+        out: Folder of trained weights.
+        seed: Of the images and of training.
+    """
+    data, network = datasets.load(dataset, data_dir), DEFAULT_NETWORKS[dataset]
+    model = load_or_train(network, data, dataset, weights_path(network, dataset, out))
+    order = np.random.default_rng(seed).permutation(len(data.x_train))
+    first, others = data.x_train[order[:count]], data.x_train[order[count : 2 * count]]
+    classes = compute_logits(model, data.x_test).argmax(axis=1)
+    num_workers, num_data, num_late = _PRIOR_SETTING
+
+    def show(label, prior):
+        parts = [prior.with_risk(part, "disagreement") for part in batches(data.x_test, _BATCH)]
+        guesses, risk = (np.concatenate(part) for part in zip(*parts, strict=True))
+        is_wrong = guesses.argmax(axis=1) != classes
+        loss = expected_loss(risk, prior.cost, is_wrong, _PRIOR_SETTING, num_data)
+        print(f"{label:>24}: {loss.format()}; of another class {is_wrong.mean():.4f}", flush=True)
+
+    prior = jc.surrogate(model, first, seed=seed, progress=False)
+    print(f"{network} on {dataset}, {_PRIOR_SETTING}, seed {seed}: multiples of replication's loss, and at equal work")
+    show("distilled", prior)
+    code = jc.ReplicationCode(num_data, num_workers)
+    # Where all workers are late, all guesses count alike.
+    for label, late in (("through the decoder", num_late), ("all guesses count alike", num_workers)):
+        stragglers = jc.stragglers.Uniform(late)
+        refined = jc.training.refine(
+            model, code, others, stragglers, prior=prior, loss="disagreement", seed=seed, progress=False
+        )
+        print(refined)
+        show(label, refined.prior)
+    images = np.concatenate([first, others])
+    show("distilled from all", jc.surrogate(model, images, seed=seed, progress=False))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table of both regressions.
+    """Prints a table of both regressions, or with --dataset what surrogates lose.
 
     Args:
         argv: Command line arguments; those of the process if not given. `--help` lists them.
@@ -154,9 +201,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=40, help="requests to measure on")
     parser.add_argument("--sets", type=int, default=32, help="straggler sets of each request")
     parser.add_argument("--seeds", type=int, default=3, help="seeds, from 0")
+    parser.add_argument("--dataset", choices=datasets.NAMES, help="train surrogates of a network instead")
+    parser.add_argument("--inputs", type=int, default=1000, help="images to distil from, and as many to train on")
+    parser.add_argument("--data-dir", help="folder of the data sets; JAXCODE_DATA if not given")
+    parser.add_argument("--out", type=Path, default=Path("out/refine"), help="folder of trained weights")
     args = parser.parse_args(argv)
     if args.sample < 4 or min(args.requests, args.sets, args.seeds) < 1:
         parser.error("--sample must be at least 4, --requests, --sets and --seeds at least 1")
+    if args.dataset is not None:
+        for seed in range(args.seeds):
+            compare_priors(args.dataset, args.inputs, data_dir=args.data_dir, out=args.out, seed=seed)
+        return
     for name, regression in REGRESSIONS.items():
         for setting in regression.settings:
             runs = []
