@@ -124,6 +124,11 @@ def refine(
     which has no gradient, the loss by which surrogates are distilled. The model is differentiated only where coded
     inputs move with the code, those of nodes on a curve; where workers copy inputs, it runs once on each input.
 
+    Kernel codes gain most: what many requests say about the metric, one request's few answers cannot. Nodes on a curve
+    hardly find better places than `jaxcode.tune` offers. A surrogate by whose risk copies are placed gains no more than
+    from being trained on all guesses alike, and far less than from being distilled anew from these inputs too
+    (`python -m models.refine`, without and with `--dataset cifar10`).
+
     A quarter of the batches is held apart. What was trained is kept only if these lose less by more than two standard
     errors, over groups of inputs and straggler sets; otherwise code and prior are returned as they were given.
 
