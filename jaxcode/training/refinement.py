@@ -161,9 +161,10 @@ def refine(
         likelihood; here it is trained by the loss of what is decoded.
 
     >>> from jaxcode import KernelCode, stragglers
-    >>> x = np.random.default_rng(0).uniform(size=(128, 2)).astype(np.float32)
+    >>> x = np.random.default_rng(0).uniform(size=(320, 2)).astype(np.float32)
     >>> f = lambda x: jnp.sin(6 * x[:, :1]) + 0.1 * x[:, 1:]  # hardly depends on the second number
-    >>> refined = refine(f, KernelCode(8, 12), x, stragglers.Uniform(2), steps=40, progress=False)
+    >>> code = KernelCode(8, 12, midpoints=False)
+    >>> refined = refine(f, code, x, stragglers.Uniform(2), steps=40, progress=False)
     >>> refined.is_better, refined.after < 0.5 * refined.before
     (True, True)
     """
