@@ -28,6 +28,8 @@ _NUM_NEIGHBOURS = 8
 # The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
 # largest distance between inputs of the group.
 _DEFAULT_LENGTH = 0.3
+# How many answers the errors count for that a prior expects.
+_PRIOR_COUNT = 20.0
 # Sites in a set, sets of them, and groups that they are drawn from, that a process is fitted to where a batch has more.
 # Fitting takes most of the time of decoding, in proportion to the sets and to the cube of their sites.
 _FITTED_SITES, _FITTED_SETS, _FITTED_GROUPS = 128, 2, 64
@@ -124,7 +126,9 @@ class KernelCode(AbstractCode):
         if check_count("num_workers", self.num_workers) < num_data:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least num_data, {num_data}")
         if self.length is not None or self.process is None:
-            check_scalar("length", self.length, lambda length: length > 0, "a number above 0, in units of a group's extent")
+            check_scalar(
+                "length", self.length, lambda length: length > 0, "a number above 0, in units of a group's extent"
+            )
         check_scalar("late", self.late, lambda late: 0 <= late <= 1, "a share from 0 to 1, such as S / N")
         for name in ("length", "late"):
             static = static_value(getattr(self, name))
@@ -287,7 +291,8 @@ class KernelCode(AbstractCode):
 
         Returns:
             The results of `decode`, and their standard errors, of the same structure, shapes and unit: the posterior's,
-            with the variance of each output estimated from the answers. Zero where an input's own worker returned.
+            with the variance of each output estimated from the answers. A prior of one array that says how far off it
+            is counts as 20 more answers. Zero where an input's own worker returned.
 
         Raises:
             ValueError: As for `decode`.
@@ -301,9 +306,16 @@ class KernelCode(AbstractCode):
         _, factors = _posterior(context, self._mask(returned), _has_mean(plan))
         leaves, structure = jax.tree.flatten(results)
         splits = np.cumsum([leaf.size // self.num_data for leaf in leaves])[:-1]
+        variances = [factors[:, None] * part[None] for part in jnp.split(context.variances, splits)]
+        expected = None if plan.prior is None else plan.prior.errors
+        if expected is not None and len(leaves) == 1:
+            count = jnp.sum(self._mask(returned), dtype=jnp.int32).astype(factors.dtype)
+            unexplained = factors / (1 + context.process.nugget)
+            squares = (unexplained * jnp.square(jnp.asarray(expected).astype(factors.dtype)))[:, None]
+            variances = [(count * variances[0] + _PRIOR_COUNT * squares) / (count + _PRIOR_COUNT)]
         errors = [
-            jnp.sqrt(factors[:, None] * part[None]).reshape(leaf.shape).astype(leaf.dtype)
-            for leaf, part in zip(leaves, jnp.split(context.variances, splits), strict=True)
+            jnp.sqrt(variance).reshape(leaf.shape).astype(leaf.dtype)
+            for leaf, variance in zip(leaves, variances, strict=True)
         ]
         return results, jax.tree.unflatten(structure, errors)
 
@@ -336,15 +348,13 @@ class KernelCode(AbstractCode):
 
     def _processes(self, data):
         """Returns the process by which answers are decoded until one is fitted, and the one that places workers."""
+        own = jax.tree.map(lambda leaf: as_float(leaf).astype(data.dtype), self.process)
+        if self.length is None:
+            return own, own
         unit = spread_of(data[None])
-        process = placing = None
-        if self.process is not None:
-            process = placing = jax.tree.map(lambda leaf: as_float(leaf).astype(data.dtype), self.process)
-        if self.length is not None:
-            length = unit * jnp.asarray(self.length, unit.dtype)
-            placing = Process(jnp.full_like(unit, 4.5), length, jnp.zeros_like(unit))
-            process = Process(jnp.full_like(unit, 2.5), length, jnp.zeros_like(unit)) if process is None else process
-        return process, placing
+        length = unit * jnp.asarray(self.length, unit.dtype)
+        rough, smooth = (Process(jnp.full_like(unit, value), length, jnp.zeros_like(unit)) for value in (2.5, 4.5))
+        return rough if self.process is None else own, smooth
 
     def _context(self, plan) -> KernelContext:
         if plan is None or not isinstance(plan.features, KernelContext):

@@ -37,7 +37,7 @@ JITTER = 1e-10
 # Processes that `fit_process` chooses from: lengths, in units of the largest distance between sites, and shares without
 # correlation. From values of a handful of sites, steps that are finer cannot be distinguished.
 _LENGTHS = tuple(np.geomspace(0.05, 3.0, 8))
-_NUGGETS = (0.0, 0.1, 1.0, 10.0)
+_NUGGETS = (0.0, 0.1, 1.0, 10.0, 1000.0)
 
 
 @final
@@ -137,6 +137,10 @@ def fit_process(sites, live, values, has_mean, process=None):
         The `Process`, and the variance of each feature, (features,); the latter, and which process is chosen, are
         constant to derivatives.
     """
+    # Further values at one site say nothing new, and would make the variance seem smaller.
+    same = sites.label[:, :, None] == sites.label[:, None]
+    is_earlier = np.arange(live.shape[1])[:, None] > np.arange(live.shape[1])[None]
+    live = live & ~jnp.any(same & live[:, None] & is_earlier[None], axis=2)
     values = jnp.where(live[:, :, None], values, 0.0)
     if process is None:
         extent = spread_of(sites.features)

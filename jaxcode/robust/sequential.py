@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._batched_model import BatchedModel
 from ..allocation import make_planner
 from ..checks import check_mask
-from ..codes import AbstractCode, Plan, ReplicationCode
+from ..codes import AbstractCode, KernelCode, Plan, ReplicationCode
 from ..codes.abstract import mixes_inputs
 from ..functions import Model, as_pure_function
 from ..interpolants.abstract import SAME_SITE
@@ -292,6 +292,9 @@ def _same_input(code, plans, num_groups):
         is_planned = plans is not None and plans.assignment is not None
         assignment = plans.assignment.T if is_planned else np.asarray(code.assignment())[:, None]  # pyright: ignore[reportOptionalMemberAccess]
         same = assignment[:, None] == assignment[None]
+    elif isinstance(code, KernelCode):
+        pairs = jnp.moveaxis(plans.features.pairs, 0, 1)
+        same = (pairs[:, None] == pairs[None]).all(axis=3)
     elif code.nodes is not None:
         nodes = jnp.asarray(code.nodes.workers)
         same = (abs(nodes[:, None] - nodes[None]) <= SAME_SITE * (nodes[-1] - nodes[0]))[:, :, None]

@@ -256,6 +256,34 @@ def test_a_known_process_and_mean_decode_as_scikit_learn_does():
     np.testing.assert_array_equal(again["sum"], curve(X[:K])["sum"])
 
 
+def test_further_copies_of_answers_do_not_make_errors_smaller():
+    once, twice = (jc.KernelCode(K, count, midpoints=False) for count in (K, 2 * K))
+    late = np.arange(K) == 2
+    x = X[:K]
+    errors = [
+        code.decode_with_error(curve(code.encode(x, code.plan(x))), mask, code.plan(x))[1]
+        for code, mask in ((once, ~late), (twice, np.tile(~late, 2)))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *errors)
+    assert errors[0]["sum"][2] > 0
+
+
+def test_an_error_that_a_prior_expects_counts_as_twenty_answers():
+    code, x = jc.KernelCode(K, N, midpoints=False), X[:K]
+    plan, values = code.plan(x), curve(X[:K])["sum"]
+    answers = code.encode(values, plan)
+    mask = np.arange(N) % K != 2
+    guesses = values + 0.1 * np.float32([-1, 1] * K)[:K]
+    expected = []
+    for size in (0.0, 0.1, 1.0):
+        prior = jc.Prior(code.encode(guesses, plan), guesses, np.full(K, size, np.float32))
+        expected.append(code.decode_with_error(answers, mask, dataclasses.replace(plan, prior=prior))[1])
+    np.testing.assert_array_equal(np.array(expected)[:, mask[:K]], 0)
+    low, middle, high = np.array(expected)[:, 2]
+    assert low < middle < high
+    assert (high**2 - low**2) / (middle**2 - low**2) == pytest.approx(100, rel=1e-3)
+
+
 def test_copies_go_where_a_prior_is_unsure():
     x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
     prior = jc.surrogate(curve, x, cost=10.0, progress=False)
