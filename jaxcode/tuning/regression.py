@@ -1,6 +1,7 @@
 """Fits Gaussian processes by which replication's lost inputs are predicted, on a sample, for tuning to try."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ _NUGGETS = (0.0, 1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _NUM_INPUTS = 1600
 # Inputs of a batch that tell about each other, at most.
 _LARGEST_BATCH = 512
+# Numbers in the inputs that are compared, at most, of a batch and more.
+_NUM_NUMBERS = 2**26
 
 
 def fit_by_leaving_out(
@@ -51,7 +54,8 @@ def fit_by_leaving_out(
     """
     num_data, num_groups = jax.tree.leaves(x)[0].shape[1:3]
     num_groups = min(num_groups, max(1, _LARGEST_BATCH // num_data))
-    num_batches = max(1, _NUM_INPUTS // (num_data * num_groups))
+    numbers = num_data * num_groups * sum(math.prod(leaf.shape[3:]) for leaf in jax.tree.leaves(x))
+    num_batches = max(1, min(_NUM_INPUTS // (num_data * num_groups), _NUM_NUMBERS // numbers))
     x, targets, guesses = jax.tree.map(lambda leaf: leaf[:num_batches, :, :num_groups], (x, targets, guesses))
     features = _rows(x)
     values, means = output.transform(targets), output.transform(guesses)
