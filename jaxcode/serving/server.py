@@ -96,7 +96,8 @@ class CodedServer:
             came, or it is refused if these are not enough.
         order: As for `jaxcode.coded`.
         output: As for `jaxcode.coded`.
-        defence: As for `jaxcode.coded`. Answers that are not finite never count as returned.
+        defence: As for `jaxcode.coded`. Answers that are not finite never count as returned. The evidence of a
+            `jaxcode.robust.SequentialTest` is kept by worker of the pool, and those that it flags are logged.
         prior: As for `jaxcode.coded`. Any answer is then enough to decode: the policy says how many to wait for, or
             which predicted error to reach. A `jaxcode.surrogates.Learner` goes on learning from the answers that are
             f's own; the server does not close it.
