@@ -27,12 +27,24 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.hookimpl(trylast=True)
+# Of tests with so many cases `make test` leaves every second to `make long`: they are much like the others.
+_MANY_CASES = 4
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     """Starts with the tests that wait for other processes, as others run meanwhile, then with the longest files.
 
     Where JAXCODE_TEST_EVERY is 4, every test runs, but only every fourth case of it.
     """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            cases[item.nodeid.split("[")[0]].append(item)
+    for alike in cases.values():
+        for item in alike[1::2] if len(alike) >= _MANY_CASES else ():
+            item.add_marker("long")
+    yield
     every, counts, kept = int(os.environ.get("JAXCODE_TEST_EVERY", "1")), collections.Counter(), []
     for item in items:
         test = item.nodeid.split("[")[0]
