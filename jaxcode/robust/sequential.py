@@ -82,7 +82,7 @@ class SequentialTest:
     >>> from jaxcode.codes import ReplicationCode
     >>> code, test = ReplicationCode(num_data=4, num_workers=12), SequentialTest()
     >>> evidence = None
-    >>> for request in range(8):
+    >>> for request in range(12):
     ...     answers = code.encode(jnp.sin(jnp.arange(4.0) + request))[:, None]  # one group
     ...     detection = test(code, answers.at[5].add(1.0), jnp.ones(12, bool), evidence=evidence)
     ...     evidence = detection.evidence

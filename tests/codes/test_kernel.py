@@ -183,6 +183,7 @@ def test_many_groups_are_decoded_in_blocks(monkeypatch):
     assert root_mean_square(blocks, curve(x)) < 3 * root_mean_square(one_block, curve(x)) + 1e-3
 
 
+@pytest.mark.long
 def test_sweeps_are_decoded_better_than_by_splines_and_copies():
     """Twenty values of a parameter: at most .35 of the error of what else there is; never more with few workers."""
     for num_data, num_workers, num_late, share in ((20, 30, 5, 0.35), (8, 12, 2, 1.0), (20, 24, 3, 1.0)):

@@ -48,6 +48,7 @@ def _figures(out):
         return {(r["scheme"], int(r["num_stragglers"]), r["metric"]): float(r["mean"]) for r in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_every_file_is_written_and_named(run):
     out, printed = run
     assert {path.name for path in out.iterdir()} == FILES

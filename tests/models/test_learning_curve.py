@@ -47,6 +47,7 @@ def test_the_expected_loss_is_the_mean_over_straggler_sets(setting, batch_size):
     assert found.same_work <= found.replication
 
 
+@pytest.mark.long
 def test_the_command_prints_every_surrogate_and_writes_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distil, "_LEAST_STEPS", 60)
     monkeypatch.setattr(distil, "_MAX_STEPS", 60)

@@ -120,6 +120,7 @@ def test_cases_whose_images_are_missing_are_left_out(tmp_path, monkeypatch, caps
     assert "vit_tiny on cifar10 is left out: " in printed
 
 
+@pytest.mark.long
 def test_both_codes_are_timed_with_the_papers_sizes():
     result = coding.e5(is_quick=True, seed=0)
     assert [finding.published for finding in result.findings] == ["on par with BACC"] * 3

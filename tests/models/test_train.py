@@ -195,6 +195,7 @@ class _Interrupted(Exception):
     pass
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_weights(digits, tmp_path, monkeypatch):
     data = _part(digits, 192)
     models = [_Normalised(nnx.Rngs(0)) for _ in range(3)]

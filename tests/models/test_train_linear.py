@@ -20,6 +20,7 @@ def _restore_precision():
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.mark.long
 def test_training_prints_a_table_and_writes_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_linear, "_STEP_SIZES", {"saga": (0.3, 1.0), "sgd": (1.0,)})
     monkeypatch.setattr(train_linear, "_DECAYS", {"saga": (0.0,), "sgd": (0.0, 0.03)})
