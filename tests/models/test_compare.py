@@ -53,8 +53,8 @@ def test_tables_show_the_figures_of_the_file(run):
     single, batches = printed.split("BATCHES OF 40 IMAGES")
     for text in (single, batches):
         lines = [line.split() for line in text.splitlines() if line.startswith("replication  ")]
-        assert len(lines) == 4
-    for line, metric in zip(lines, ("agreement", "accuracy", "rmse"), strict=False):
+        assert len(lines) == 5
+    for line, metric in zip(lines, ("agreement", "accuracy", "relative_accuracy", "rmse"), strict=False):
         assert float(line[1]) == pytest.approx(figures["replication", metric], abs=6e-5)
     lost = (1 - figures["tuned", "agreement"]) / (1 - figures["replication", "agreement"])
     assert f"{lost:.3f}" in batches
