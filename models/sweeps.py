@@ -236,3 +236,7 @@ def _root(squares: Float[np.ndarray, "requests"], divisors: Float[np.ndarray, "r
     divisors = np.ones_like(squares) if divisors is None else divisors
     low, high = np.quantile(np.sqrt(squares[rows].mean(axis=1) / divisors[rows].mean(axis=1)), (0.025, 0.975))
     return f"{np.sqrt(squares.mean() / divisors.mean()):.2g} ({low:.2g}, {high:.2g})"
+
+
+if __name__ == "__main__":
+    main()
