@@ -204,13 +204,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     heads = ("splines", "replication, GP", "kernel code", "ratio", "tuned")
     for name, sweep in sweeps.items():
-        print(f"{name}\n{'N,K,S':>8}" + "".join(f"{head:>26}" for head in heads))
+        print(f"{name}\n{'N,K,S':>8}" + "".join(f"{head:>28}" for head in heads))
         for setting in _SETTINGS:
             errors = compare(sweep, setting, num_requests=args.requests, num_sets=args.sets, seed=args.seed)
             best = min(("splines", "replication"), key=lambda kind: errors[kind].mean())
             cells = [_root(errors[kind]) for kind in ("splines", "replication", "kernel")]
             cells += [_root(errors["kernel"], errors[best]), _root(errors["tuned"])]
-            print(f"{','.join(map(str, setting)):>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+            print(f"{','.join(map(str, setting)):>8}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
         print()
     print(_FOOTNOTE.format(**vars(args)))
 
