@@ -28,7 +28,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # Of tests with so many cases `make test` leaves every second to `make long`: they are much like the others.
-_MANY_CASES = 4
+_MANY_CASES = 3
 
 
 @pytest.hookimpl(wrapper=True)

@@ -334,6 +334,7 @@ def test_tuning_chooses_it_for_a_sweep_and_saves_it(tmp_path):
     np.testing.assert_array_equal(again(x, np.arange(12) > 1), expected)
 
 
+@pytest.mark.long
 def test_tuning_measures_what_coded_computes():
     x = np.random.default_rng(0).uniform(-1, 1, (36, 2)).astype(np.float32)
     tuned = jc.tune(curve, x, K, N, Uniform(3), batch_size=18, layouts={"kernel": CODE}, num_masks=8, progress=False)

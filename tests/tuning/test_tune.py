@@ -166,6 +166,7 @@ def test_regression_by_squared_error_and_trees():
     np.testing.assert_allclose(results["sum"], f(batch(1))["sum"], atol=0.1)
 
 
+@pytest.mark.long
 def test_noisy_answers_are_smoothed():
     noise = jnp.asarray(np.random.default_rng(0).normal(size=997), jnp.float32)
 
