@@ -15,7 +15,7 @@ import jaxcode as jc
 
 from . import datasets
 from .compare import Setting, read_setting
-from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, load_stored
 from .training import compute_logits
 
 _SETTINGS = ((60, 20, 10), (30, 20, 5))
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(data.x_test) < (_CALIBRATION_REQUESTS + 2) * largest:
         parser.error(f"--setting has K = {largest}, too large for {len(data.x_test)} test images")
     name = args.network or DEFAULT_NETWORKS[args.dataset]
-    model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
+    model = load_stored(name, data, args.dataset, args.out)
     if prior is None:
         prior = jc.surrogate(model, data.x_train[:_SURROGATE_IMAGES], cost=0.13, seed=args.seed)
     print(f"{name} on {args.dataset}; the surrogate takes {prior.cost:.1%} of its operations.\n")

@@ -24,7 +24,7 @@ from .comparison import (
     write_csv,
 )
 from .datasets import Dataset
-from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, load_stored
 from .plots import plot_comparison, plot_request
 from .serialization import num_parameters
 from .training import accuracy
@@ -125,7 +125,7 @@ def _argument_error(args: argparse.Namespace) -> str | None:
 def _load(data: Dataset, args: argparse.Namespace) -> nnx.Module:
     name = DEFAULT_NETWORKS[args.dataset]
     print(f"1. {name}, trained on {len(data.x_train):,} images of {args.dataset}.", flush=True)
-    model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
+    model = load_stored(name, data, args.dataset, args.out)
     score = accuracy(model, data.x_test, data.y_test)
     print(f"   {num_parameters(model):,} parameters; accuracy {score:.1%} on {len(data.x_test):,} test images.\n")
     return model

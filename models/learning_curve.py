@@ -22,7 +22,7 @@ import jaxcode as jc
 
 from . import datasets, plots
 from .compare import Setting, read_setting
-from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, load_stored
 from .training import compute_logits
 
 _SETTINGS = ((30, 20, 5), (20, 8, 3), (12, 8, 2), (10, 8, 1), (12, 10, 1), (60, 20, 20), (100, 20, 60), (9, 8, 1))
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--inputs must be numbers from 20 to {len(data.x_train)}, ascending; got {args.inputs}")
     settings = args.setting or list(_SETTINGS)
     name = args.network or DEFAULT_NETWORKS[args.dataset]
-    model = load_or_train(name, data, args.dataset, weights_path(name, args.dataset, args.out))
+    model = load_stored(name, data, args.dataset, args.out)
     inputs = data.x_test[len(data.x_test) // 2 :]
 
     def apply(inputs):

@@ -164,6 +164,18 @@ def load_or_train(name: str, data: Dataset, dataset: str, path: Path) -> nnx.Mod
     return merge_branches(model) if isinstance(model, RepVGG) else model
 
 
+def load_stored(name: str, data: Dataset, dataset: str, folder: Path) -> nnx.Module:
+    """Loads a network as `load_or_train` does, with the repository's weights, or else from its file in a folder.
+
+    Args:
+        name: A name in `NETWORKS`.
+        data: The inputs and labels to train on, if it has no weights yet.
+        dataset: Their name.
+        folder: Where the file is, or is to be written, if the repository has none.
+    """
+    return load_or_train(name, data, dataset, weights_path(name, dataset, folder))
+
+
 def load_teacher(recipe: Recipe, data: Dataset, dataset: str, folder: Path) -> nnx.Module | None:
     """Loads the network that a recipe names as teacher, or trains it; None if it names none.
 
@@ -180,9 +192,9 @@ def load_teacher(recipe: Recipe, data: Dataset, dataset: str, folder: Path) -> n
         return None
     if recipe.teacher not in NETWORKS:
         raise ValueError(f"teacher must be one of {', '.join(NETWORKS)}, got {recipe.teacher!r}")
-    return load_or_train(recipe.teacher, data, dataset, weights_path(recipe.teacher, dataset, folder))
+    return load_stored(recipe.teacher, data, dataset, folder)
 
 
 def digits() -> nnx.Module:
     """Loads a LeNet5 trained on scikit-learn's digits."""
-    return load_or_train("lenet5", datasets.load("digits"), "digits", weights_path("lenet5", "digits", Path("out")))
+    return load_stored("lenet5", datasets.load("digits"), "digits", Path("out"))

@@ -16,7 +16,7 @@ import jaxcode as jc
 
 from . import datasets
 from .learning_curve import batches, expected_loss
-from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, load_stored
 from .sweeps import integrate
 from .training import compute_logits
 
@@ -158,7 +158,7 @@ def compare_priors(dataset: str, count: int, *, data_dir: str | None, out: Path,
         seed: Of the images and of training.
     """
     data, network = datasets.load(dataset, data_dir), DEFAULT_NETWORKS[dataset]
-    model = load_or_train(network, data, dataset, weights_path(network, dataset, out))
+    model = load_stored(network, data, dataset, out)
     order = np.random.default_rng(seed).permutation(len(data.x_train))
     first, others = data.x_train[order[:count]], data.x_train[order[count : 2 * count]]
     classes = compute_logits(model, data.x_test).argmax(axis=1)

@@ -15,7 +15,7 @@ import jaxcode as jc
 from jaxcode.functions import Model, as_pure_function
 
 from . import datasets
-from .networks import DEFAULT_NETWORKS, load_or_train, weights_path
+from .networks import DEFAULT_NETWORKS, load_stored
 
 _SETTINGS = ((30, 20, 5), (12, 8, 2), (24, 20, 3))
 _FOOTNOTE = """\
@@ -66,7 +66,7 @@ def moving_images(name: str, data_dir: str | None, out: Path) -> Sweep:
     """Makes the sweep of an image that moves through a trained network's field of view, by .2 pixels a frame."""
     data = datasets.load(name, data_dir)
     network = DEFAULT_NETWORKS[name]
-    model = load_or_train(network, data, name, weights_path(network, name, out))
+    model = load_stored(network, data, name, out)
 
     def shift(image, offset):
         rows, columns = (jnp.arange(size, dtype=jnp.float32) for size in image.shape[:2])
