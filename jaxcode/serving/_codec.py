@@ -43,8 +43,8 @@ class EncodedBatch:
         grouped: Its inputs, leaves (K, groups, ...); None if the server needs no plans.
         coded_inputs: Those that need no plan, leaves (N, groups, ...) or the first K of them.
         plans: The plans of all groups, once they are made; None for codes and servers that need none.
-        assignment: Which input each worker serves, (N, groups), for codes that assign inputs to workers; else None.
-        risk: What each input costs if it is lost, (K, groups), for the same codes: 1, or as planned with a prior.
+        assignment: Which input each worker serves, (N, groups), of replication; else None.
+        risk: What each input costs if it is lost, (K, groups), of replication: 1, or as planned with a prior.
     """
 
     layout: Layout
@@ -69,7 +69,7 @@ class Codec:
 
     Attributes:
         needs_plans: Whether groups are planned.
-        assigns: Whether the code assigns inputs to workers.
+        has_worth: Whether `worth` can be computed, as the code is replication.
         num_planned: How many of the N coded inputs need a plan, the last ones.
         gathers_evidence: Whether the defence takes what earlier requests say about workers.
         rounds: Whether the number of groups is rounded up to a power of two.
@@ -88,7 +88,7 @@ class Codec:
         code = static_code.code
         self.rounds, self.gathers_evidence = not code.adapts, keeps_evidence(defence)
         self.needs_plans = code.needs_plan or planner is not None
-        self.assigns = isinstance(code, ReplicationCode)
+        self.has_worth = isinstance(code, ReplicationCode)
         self._first_are_inputs = code.needs_plan or (planner is not None and planner.lost is not None)
         self.num_planned = code.num_workers - code.num_data if self._first_are_inputs else 0
 
@@ -110,7 +110,7 @@ class Codec:
         grouped = _group(num_data, padded, index) if self.needs_plans else None
         coded_inputs = grouped if self._first_are_inputs else _encode(self._code, padded, index)
         batch = EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
-        if self.assigns:
+        if self.has_worth:
             batch.risk = layout.occupied.astype(np.float32)
             assignment = np.asarray(self._code.code.assignment())  # pyright: ignore[reportAttributeAccessIssue]
             batch.assignment = np.broadcast_to(assignment[:, None], (len(assignment), batch.risk.shape[1]))
@@ -128,7 +128,7 @@ class Codec:
         """
         occupied = jax.device_put(batch.layout.occupied)
         batch.plans, risk, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
-        if self.assigns:
+        if self.has_worth:
             batch.risk = jax.device_get(risk)
             assignment = batch.plans.assignment  # pyright: ignore[reportOptionalMemberAccess]
             if assignment is not None:
@@ -195,7 +195,7 @@ class Codec:
         return jax.device_get(_predict_errors(self._code, self._output, *arguments, batch.plans))
 
     def worth(self, returned: Bool[np.ndarray, "workers"], batch: EncodedBatch) -> Float[np.ndarray, "workers"]:
-        """Computes by how much an answer of each worker would lower a batch's expected loss, for a code that assigns.
+        """Computes by how much an answer of each worker would lower a batch's expected loss, of replication.
 
         It is the sum of the risks of the worker's inputs that no worker has answered.
         """

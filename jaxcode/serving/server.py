@@ -104,8 +104,8 @@ class CodedServer:
         stragglers: As for `jaxcode.coded`; a batch of several groups keeps its order.
         loss: As for `jaxcode.coded`.
         again_after: Seconds after which a coded input without an answer is assigned to a second worker too (hedging),
-            if one is idle; never if not given. Where the code assigns inputs to workers, those come first whose loss
-            would cost most: inputs without any answer, by the prior's risk.
+            if one is idle; never if not given. With `ReplicationCode` those come first whose loss would
+            cost most: inputs without any answer, by the prior's risk.
         predict_error: Whether predictions have their predicted error, which costs some milliseconds. If not given, they
             do where the code predicts errors.
         max_in_flight: How many requests of `submit` and `predict_async` are processed concurrently.
@@ -394,7 +394,7 @@ class CodedServer:
             order=order,
             num_more=self._codec.num_planned,
             more=more,
-            worth=functools.partial(self._codec.worth, batch=batch) if self._codec.assigns else None,
+            worth=functools.partial(self._codec.worth, batch=batch) if self._codec.has_worth else None,
             **options,
         )
 
