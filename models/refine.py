@@ -27,7 +27,7 @@ _FOOTNOTE = """\
 Mean square error over {requests} requests of K inputs and {sets} straggler sets, relative to the outputs' variance,
 with the smallest and the largest of {seeds} seeds, and its ratio to that of what is tuned. Each seed has {sample} other
 requests, of which `jc.tune` chooses a code and its smoothings, or `jc.training.refine` trains one, a quarter of them
-held apart. A kernel code that is tuned and then refined is the one refined at once, as training finds its own start. By
+held out. A kernel code that is tuned and then refined is the one refined at once, as training finds its own start. By
 sensitivity: a kernel code of which the features are the inputs in the metric of the model's mean squared slopes."""
 
 

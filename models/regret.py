@@ -160,7 +160,7 @@ def make_cases(seed: int) -> dict[str, Case]:
 
 
 def draw_sample(case: Case, *, num_learn: int, num_tune: int, num_measure: int, cost: float, seed: int) -> Sample:
-    """Draws inputs of a case, all apart, and distils its surrogate."""
+    """Draws inputs of a case, disjoint for each purpose, and distils its surrogate."""
     rng = np.random.default_rng((seed, 0))
     learn, tune, measure = (case.draw(rng, count) for count in (num_learn, num_tune, num_measure))
     fn, params = as_pure_function(case.f)

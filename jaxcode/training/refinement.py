@@ -34,7 +34,7 @@ from .parameters import Parameters, code_parameters, prior_parameters, to_device
 
 _MODEL_BATCH = 128
 # Of the batches of the sample, for comparison; they are not trained on.
-_HELD_APART = 0.25
+_HELD_OUT = 0.25
 # Groups in a step, about; of a larger batch, one batch.
 _GROUPS_IN_STEP = 8
 # Straggler sets in a step: of codes that copy inputs each costs next to nothing.
@@ -63,7 +63,7 @@ class Refined:
         stragglers: Which workers are late, if copies are placed by the prior's risk; else None.
         loss: The name of the loss.
         is_better: Whether code and prior were trained; False if they are those given.
-        before: The loss of those given, on the inputs held apart.
+        before: The loss of those given, on the inputs held out.
         after: The loss of those trained, on the same inputs under the same straggler sets.
         error: The standard error of the difference.
     """
@@ -91,7 +91,7 @@ class Refined:
         verdict = "kept" if self.is_better else "not kept"
         change = f"{self.after / self.before - 1:+.1%}" if self.before else "no loss"
         return (
-            f"{self.loss} on inputs held apart {self.before:.4g}, trained {self.after:.4g} ({change}, standard error "
+            f"{self.loss} on inputs held out {self.before:.4g}, trained {self.after:.4g} ({change}, standard error "
             f"of the difference {self.error:.2g}): {verdict}"
         )
 
@@ -129,7 +129,7 @@ def refine(
     from being trained on all guesses alike, and far less than from being distilled anew from these inputs too
     (`python -m models.refine`, without and with `--dataset cifar10`).
 
-    A quarter of the batches is held apart. What was trained is kept only if these lose less by more than two standard
+    A quarter of the batches is held out. What was trained is kept only if these lose less by more than two standard
     errors, over groups of inputs and straggler sets; otherwise code and prior are returned as they were given.
 
     Args:
@@ -145,7 +145,7 @@ def refine(
         loss: "squared_error", the sum over an answer's numbers; or "disagreement", of a classifier.
         batch_size: How many inputs come at a time, at least num_data, which is taken if not given.
         steps: Steps of training, each of about eight groups.
-        seed: Of the inputs held apart, of the batches' order and of the straggler sets.
+        seed: Of the inputs held out, of the batches' order and of the straggler sets.
         progress: Whether to show a progress bar on standard error.
 
     Returns:
@@ -178,7 +178,7 @@ def refine(
     fn, params = as_pure_function(f)
     objective = Objective(fn, order, output, loss, lost, sample.scale)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        evaluate = _make_evaluation(objective, params, code, prior, stragglers, sample.held_apart, seed)
+        evaluate = _make_evaluation(objective, params, code, prior, stragglers, sample.held_out, seed)
         before = evaluate(code, prior)
         moved = code_parameters(code, lambda: _kernel_features(code, sample.learned[0]))
         guess = prior_parameters(prior)
@@ -191,7 +191,7 @@ def refine(
             objective, params, moved, guess, stragglers, sample.learned, steps, seed, progress
         )
         if prior is not None and trained_prior is not None:
-            trained_prior = _calibrate(trained_prior, *sample.held_apart)
+            trained_prior = _calibrate(trained_prior, *sample.held_out)
         after = evaluate(trained_code, trained_prior)
     gain = before - after
     # NaN where a result was lost, or is not finite; then nothing is kept.
@@ -210,17 +210,17 @@ class _Sample:
 
     Attributes:
         learned: Inputs and answers that are trained on.
-        held_apart: Those that are not.
+        held_out: Those that are not.
         scale: The unit of the answers.
     """
 
     learned: tuple[PyTree[np.ndarray], PyTree[np.ndarray]]
-    held_apart: tuple[PyTree[np.ndarray], PyTree[np.ndarray]]
+    held_out: tuple[PyTree[np.ndarray], PyTree[np.ndarray]]
     scale: float
 
 
 def _check_sample(f, code, inputs, loss, batch_size, seed, progress) -> _Sample:
-    """Checks the arguments, computes the model's answers and holds batches apart."""
+    """Checks the arguments, computes the model's answers and holds batches out."""
     if not isinstance(code, AbstractCode):
         raise ValueError(
             f"code is {code!r}; expected a code such as SplineCode.systematic(num_data=20, num_workers=30)"
@@ -240,10 +240,10 @@ def _check_sample(f, code, inputs, loss, batch_size, seed, progress) -> _Sample:
         raise ValueError(f"loss is {loss!r}, but f returned {jax.tree.map(np.shape, targets)}; expected class scores")
     batches = split_batches((inputs, targets), batch_size, num_batches)
     permutation = np.random.default_rng(seed).permutation(num_batches)
-    num_apart = max(2, round(_HELD_APART * num_batches))
-    apart, learned = np.sort(permutation[:num_apart]), np.sort(permutation[num_apart:])
+    num_held_out = max(2, round(_HELD_OUT * num_batches))
+    held_out, learned = np.sort(permutation[:num_held_out]), np.sort(permutation[num_held_out:])
     rows = np.concatenate([np.float32(leaf).reshape(size, -1) for leaf in leaves], axis=1)
-    parts = [jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], batches) for chosen in (learned, apart)]
+    parts = [jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], batches) for chosen in (learned, held_out)]
     return _Sample(parts[0], parts[1], float(rows.std()) or 1.0)
 
 
