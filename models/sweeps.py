@@ -163,7 +163,7 @@ def compare(
     layouts = {
         **jc.tuning.standard_layouts(num_data, num_workers),
         **jc.tuning.kernel_layouts(num_data, num_workers, late=num_late / num_workers),
-        "kernel, copies": jc.KernelCode(num_data, num_workers, midpoints=False),
+        "kernel, copies": jc.KernelCode(num_data, num_workers, mixes=False),
     }
     errors = {}
     for kind, chosen in _kinds(layouts).items():
@@ -224,8 +224,8 @@ def _kinds(layouts: Mapping[str, jc.AbstractCode]) -> dict[str, dict[str, jc.Abs
             for name, code in layouts.items()
             if isinstance(getattr(code, "decoder", None), jc.interpolants.Spline)
         },
-        "replication": {name: code for name, code in kernels.items() if not code.midpoints},
-        "kernel": {name: code for name, code in kernels.items() if code.midpoints},
+        "replication": {name: code for name, code in kernels.items() if not code.mixes},
+        "kernel": {name: code for name, code in kernels.items() if code.mixes},
         "tuned": dict(layouts),
     }
 

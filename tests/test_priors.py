@@ -24,7 +24,7 @@ CODES = {
     "berrut": jc.BerrutCode.chebyshev(K, N),
     "lagrange": jc.LagrangeCode.chebyshev(K, N),
     "kernel": jc.KernelCode(K, N),
-    "kernel, copies": jc.KernelCode(K, N, midpoints=False),
+    "kernel, copies": jc.KernelCode(K, N, mixes=False),
 }
 
 

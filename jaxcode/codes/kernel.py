@@ -22,9 +22,10 @@ from ..linops.dense import matmul
 from .abstract import AbstractCode, adapt_group, decode_as_planned
 from .plan import Plan, Prior
 
-# Workers may compute the midpoint of an input and one of so many nearest others: of farther ones the model's answer
-# says less about either.
-_NUM_NEIGHBOURS = 8
+# Workers may compute points between an input and one of so many nearest others, at such a share of the way: of farther
+# ones the model's answer says less about either. Points near an input stand for it almost as well as copies do, and tell
+# more about others (`python -m models.sweeps`).
+_NUM_NEIGHBOURS, _SHARES = 4, (0.25, 0.5)
 # The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
 # largest distance between inputs of the group.
 _DEFAULT_LENGTH = 0.3
@@ -39,7 +40,8 @@ class KernelContext(NamedTuple):
     """Holds what a kernel code's encoder and decoder read of a group.
 
     Attributes:
-        pairs: Worker n computes the midpoint of the inputs pairs[n], int32 (N, 2); an input itself where both are one.
+        pairs: Worker n computes a point between the inputs pairs[n], int32 (N, 2); an input itself where both are one.
+        shares: How far from the first to the second, from 0 to 1/2, (N,).
         workers: Features of the coded inputs, (N, features); None where these are the inputs'.
         data: Features of the inputs, (K, features).
         process: The process by which answers are decoded; fitted to them by `adapt`.
@@ -47,6 +49,7 @@ class KernelContext(NamedTuple):
     """
 
     pairs: Int[Array, "workers 2"]
+    shares: Float[Array, "workers"]
     workers: Float[Array, "workers features"] | None
     data: Float[Array, "data features"]
     process: Process
@@ -54,19 +57,20 @@ class KernelContext(NamedTuple):
 
 
 @final
-@pytree("num_data", "num_workers", "midpoints", "features", eq=False)
+@pytree("num_data", "num_workers", "mixes", "features", eq=False)
 class KernelCode(AbstractCode):
-    r"""Has workers compute inputs, copies and midpoints of inputs, and decodes by a Gaussian process over the inputs.
+    r"""Has workers compute inputs, copies and points between, and decodes by a Gaussian process over the inputs.
 
-    Worker k < K computes input k. The others compute whatever lowers the expected variance of the results most: copies
-    of inputs, or midpoints :math:`(x_i + x_j) / 2` of neighbours, one after the other,
+    Worker k < K computes input k. The others compute whatever lowers the expected variance of the results most, one
+    after the other: copies of inputs, or points :math:`(1 - s) x_i + s x_j` between neighbours, s = 1/4 or 1/2,
 
-    .. math:: \min_c \sum_k w_k \, p \, [(1 - p) \, v_k(c) + p \, v_k]
+    .. math:: \max_c \sum_k w_k \, C_k(x_k, c)^2 / C_k(c, c), \qquad
+        C_k \leftarrow C_k - (1 - p) \, C_k(\cdot, c) \, C_k(c, \cdot) / C_k(c, c)
 
-    with :math:`v_k` the variance of input k given the answers of all workers but its own, :math:`v_k(c)` the same after
-    candidate c, p the share of workers that are late, and weights w, the prior's risks if there is one. Where a model
-    is smooth on the scale of the group, midpoints tell about several inputs at a time; where it is not, they tell
-    nothing and copies are chosen.
+    with :math:`C_k` the covariance that is expected given the answers to all inputs but the k-th, of the workers placed
+    before with probability 1 - p, p the share of workers that are late, and weights w, the prior's risks if there is
+    one. Where a model is smooth on the scale of the group, a point between inputs tells about several of them; where it
+    is not, it tells nothing and copies are chosen.
 
     The process is fitted to the answers that came, by maximum likelihood: whether it is smooth, its length, and the
     share that other inputs tell nothing about. From a handful of answers little can be fitted: a process and a mean
@@ -79,8 +83,8 @@ class KernelCode(AbstractCode):
         length: The length by which workers are placed, in units of the largest distance between inputs of a group; None
             to place them by `process`, which must be given then.
         late: p, the share of workers that are late, such as S / N.
-        midpoints: Whether workers may compute midpoints; if not, worker n computes input n mod K, or what a plan
-            assigns to it.
+        mixes: Whether workers may compute points between inputs; if not, worker n computes input n mod K, or what a
+            plan assigns to it.
         features: Maps a batch, leaves (B, ...), to the features whose distances count, (B, features), traced and
             hashable, such as `jaxcode.ordering.sensitivity(f, x)`. If None, the inputs themselves.
         metric: What features are multiplied by before distances are measured: a number for each, (features,), or a
@@ -110,7 +114,7 @@ class KernelCode(AbstractCode):
     num_workers: int
     length: ArrayLike | None = _DEFAULT_LENGTH
     late: ArrayLike = 0.1
-    midpoints: bool = True
+    mixes: bool = True
     features: Callable[[PyTree[Array]], Array] | None = None
     metric: ArrayLike | None = None
     process: Process | None = None
@@ -145,14 +149,9 @@ class KernelCode(AbstractCode):
             object.__setattr__(self, "metric", np.float64(metric))
 
     @property
-    def mixes(self) -> bool:
-        """Whether coded inputs may be sums of inputs."""
-        return self.midpoints
-
-    @property
     def assigns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether a plan may assign inputs to workers."""
-        return not self.midpoints
+        return not self.mixes
 
     def plan(
         self,
@@ -178,19 +177,20 @@ class KernelCode(AbstractCode):
             raise ValueError(f"x has {size} inputs; expected a group of num_data, {self.num_data}")
         data = self._features_of(x)
         process, placing = self._processes(data)
-        if self.midpoints:
+        if self.mixes:
             weight = jnp.ones(self.num_data, data.dtype) if risk is None else jnp.asarray(risk)
             place = _compiled_placement(self.num_workers)
-            pairs = place(*jax.lax.stop_gradient((data, weight, placing, self.late)))
+            pairs, shares = place(*jax.lax.stop_gradient((data, weight, placing, self.late)))
         else:
             copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
             copies = copies if assignment is None else jnp.asarray(assignment, jnp.int32)
-            pairs = jnp.stack([copies, copies], axis=1)
+            pairs, shares = jnp.stack([copies, copies], axis=1), jnp.zeros(self.num_workers, jnp.float32)
         workers = None
-        if self.midpoints:
-            # Numbers of midpoints are midpoints of numbers.
-            workers = _midpoints(data, pairs) if self.features is None else self._features_of(_midpoints(x, pairs))
-        return Plan(prior=self._prior(), features=KernelContext(pairs, workers, data, process))
+        if self.mixes:
+            # Numbers of sums are sums of numbers.
+            mix = functools.partial(_mix, pairs=pairs, shares=shares)
+            workers = mix(data) if self.features is None else self._features_of(mix(x))
+        return Plan(prior=self._prior(), features=KernelContext(pairs, shares, workers, data, process))
 
     def adapt(self, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plans: Plan) -> Plan:
         """Fits the process to the answers to several groups.
@@ -244,6 +244,7 @@ class KernelCode(AbstractCode):
         process = jax.tree.map(lambda leaf: leaf[0], context.process)
         joined = KernelContext(
             join(context.pairs * num_groups + group),
+            join(context.shares),
             jax.tree.map(join, context.workers),
             join(context.data),
             process,
@@ -252,12 +253,13 @@ class KernelCode(AbstractCode):
         return code, Plan(prior=jax.tree.map(join, plans.prior), features=joined)
 
     def encoder_linop(self, plan: Plan | None = None) -> AbstractLinop:
-        pairs = jnp.asarray(self._context(plan).pairs)
-        if not self.midpoints:
+        context = self._context(plan)
+        pairs, shares = jnp.asarray(context.pairs), jnp.asarray(context.shares)
+        if not self.mixes:
             return Gather(pairs[:, 0], self.num_data)
-        inputs = jnp.arange(self.num_data, dtype=jnp.int32)
-        weights = jnp.sum(pairs[:, :, None] == inputs[None, None], axis=1, dtype=jnp.int32) / 2
-        return Dense(split(weights))
+        is_part = pairs[:, :, None] == jnp.arange(self.num_data, dtype=jnp.int32)[None, None]
+        parts = jnp.stack([1 - shares, shares], axis=1)[:, :, None]
+        return Dense(split(jnp.sum(jnp.where(is_part, parts, 0), axis=1)))
 
     def decoder_linop(self, returned: Bool[ArrayLike, "workers"], plan: Plan | None = None) -> AbstractLinop:
         mask = self._mask(returned)
@@ -334,8 +336,8 @@ class KernelCode(AbstractCode):
         for path, node in jax.tree_util.tree_leaves_with_path(x, is_leaf=is_side_input):
             if not is_side_input(node) and not is_real(node.dtype):
                 raise ValueError(
-                    f"x{jax.tree_util.keystr(path)} has dtype {node.dtype}; expected real numbers, which have "
-                    "midpoints: mark what is not to be mixed, such as a mask, as jaxcode.SideInput"
+                    f"x{jax.tree_util.keystr(path)} has dtype {node.dtype}; expected real numbers, which can be "
+                    "mixed: mark what is not to be mixed, such as a mask, as jaxcode.SideInput"
                 )
         x = without_marks(x)
         if self.features is not None:
@@ -369,10 +371,16 @@ class KernelCode(AbstractCode):
 def _sites(context):
     """Returns the workers' sites and the inputs' places; equal pairs are one site."""
     num_data = context.data.shape[0]
-    first, second = jnp.min(context.pairs, axis=1), jnp.max(context.pairs, axis=1)
+    first, second = context.pairs[:, 0], context.pairs[:, 1]
+    # Halfway between two inputs is one site whichever is the first.
+    is_half = context.shares == 0.5
+    start, end = (
+        jnp.where(is_half, f(first, second), pair) for f, pair in ((jnp.minimum, first), (jnp.maximum, second))
+    )
+    label = jnp.where(is_half, num_data**2, 0) + start * num_data + end
     own = jnp.arange(num_data, dtype=jnp.int32)
     workers = context.data[first] if context.workers is None else context.workers
-    return Sites(workers, first * num_data + second), Sites(context.data, own * num_data + own)
+    return Sites(workers, label.astype(jnp.int32)), Sites(context.data, own * num_data + own)
 
 
 def _posterior(context, mask, has_mean):
@@ -407,16 +415,18 @@ def _apply_metric(features, metric):
     return features * metric[None] if metric.ndim == 1 else matmul(features, metric)
 
 
-def _midpoints(x, pairs):
-    """Returns midpoints of pairs; of side inputs those of the first."""
+def _mix(x, pairs, shares):
+    """Returns points between pairs; of side inputs those of the first."""
 
-    def midpoints(node):
+    def mix(node):
         if is_side_input(node):
             return SideInput(jax.tree.map(lambda leaf: jnp.asarray(leaf)[pairs[:, 0]], node.values))
         leaf = jnp.asarray(node)
-        return (leaf[pairs[:, 0]] + leaf[pairs[:, 1]]) / 2
+        leaf = leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else as_float(leaf)
+        share = shares.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+        return (1 - share) * leaf[pairs[:, 0]] + share * leaf[pairs[:, 1]]
 
-    return jax.tree.map(midpoints, x, is_leaf=is_side_input)
+    return jax.tree.map(mix, x, is_leaf=is_side_input)
 
 
 def _weigh(weights, rows):
@@ -427,25 +437,27 @@ def _weigh(weights, rows):
 @functools.cache
 def _compiled_placement(num_workers):
     def place(data, weight, process, late):
-        """Chooses the pairs of inputs whose midpoints the workers compute, int32 (N, 2)."""
+        """Chooses pairs of inputs and shares, int32 (N, 2) and (N,): workers compute points between them."""
         num_data = data.shape[0]
         own = np.arange(num_data, dtype=np.int32)
         squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
         _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
-        # Each input is its own nearest neighbour, of which the midpoint is a copy.
-        others = jnp.where(neighbours[:, :1] == own[:, None], neighbours[:, 1:], neighbours[:, :-1])
-        partners = jnp.concatenate([own, others.reshape(-1)])
-        firsts = jnp.concatenate([own, jnp.repeat(own, others.shape[1])])
-        candidates = (data[firsts] + data[partners]) / 2
+        # Each input is its own nearest neighbour.
+        others = jnp.where(neighbours[:, :1] == own[:, None], neighbours[:, 1:], neighbours[:, :-1]).reshape(-1)
+        num_pairs = len(others)
+        firsts = np.concatenate([own, *[np.repeat(own, num_pairs // num_data)] * len(_SHARES)])
+        seconds = jnp.concatenate([own, *[others] * len(_SHARES)])
+        shares = np.concatenate([np.zeros(num_data), *(np.full(num_pairs, share) for share in _SHARES)])
+        candidates = (1 - shares)[:, None] * data[firsts] + shares[:, None] * data[seconds]
         # Rows of Cholesky's factor of the candidates' covariance, first for the inputs and then for the workers chosen.
         covariance = process.correlation(squares) + JITTER * jnp.eye(num_data)
-        distances = jnp.sum((data[:, None] - candidates[None]) ** 2, axis=2)
-        cross = process.correlation(distances)
+        cross = process.correlation(jnp.sum((data[:, None] - candidates[None]) ** 2, axis=2))
         _, half = eliminate(covariance, jnp.concatenate([jnp.eye(num_data), cross], axis=1))
         inverse_factor, rows = half[:, :num_data], half[:, num_data:]
         gains = matmul(inverse_factor.T, rows)
         remaining = 1 + JITTER - jnp.sum(rows**2, axis=0)
         index = jnp.arange(len(firsts), dtype=jnp.int32)
+        odds = late / jnp.maximum(1 - late, 1e-3)
 
         def add_worker(state, step):
             precision, gains, remaining, chosen_rows = state
@@ -454,17 +466,16 @@ def _compiled_placement(num_workers):
             cost = jnp.sum(weight[:, None] * ((1 - late) * variance + late / precision[:, None]), axis=0)
             cost = jnp.where(jnp.isnan(cost), jnp.inf, cost)
             best = jnp.min(jnp.where(cost == jnp.min(cost), index, len(firsts) - 1))
-            place = candidates[best]
-            prior = process.correlation(jnp.sum((candidates - place) ** 2, axis=1))
+            prior = process.correlation(jnp.sum((candidates - candidates[best]) ** 2, axis=1))
             covariances = prior - _weigh(rows[:, best], rows) - _weigh(chosen_rows[:, best], chosen_rows)
             covariances = covariances.at[best].add(JITTER)
-            new_scale = scale[best]
             gain = gains[:, best]
+            # A worker that may be late tells as much as one whose answer has noise.
+            noise = odds * (scale[best] + jnp.max(gain**2 / precision))
+            new_scale = scale[best] + noise
             precision = precision + gain**2 / new_scale
-            # An equal worker's own variance stays: copies differ by the jitter.
             gains = gains - gain[:, None] * covariances[None] / new_scale
             remaining = remaining - covariances**2 / new_scale
-            remaining = remaining.at[best].add(JITTER)
             chosen_rows = chosen_rows.at[step].set(covariances / jnp.sqrt(new_scale))
             return (precision, gains, remaining, chosen_rows), best
 
@@ -472,7 +483,8 @@ def _compiled_placement(num_workers):
         chosen_rows = jnp.zeros((max(1, num_workers - num_data), len(firsts))) * remaining[:1]
         state = jnp.sum(inverse_factor**2, axis=0), gains, remaining, chosen_rows
         _, best = jax.lax.scan(add_worker, state, steps)
-        pairs = jnp.stack([firsts[best], partners[best]], axis=1)
-        return jnp.concatenate([jnp.stack([own, own], axis=1), pairs.astype(jnp.int32)]).astype(jnp.int32)
+        chosen = jnp.concatenate([own, best]).astype(jnp.int32)
+        pairs = jnp.stack([jnp.asarray(firsts)[chosen], seconds[chosen]], axis=1).astype(jnp.int32)
+        return pairs, jnp.asarray(shares, jnp.float32)[chosen]
 
     return in_float64(jax.jit(place))

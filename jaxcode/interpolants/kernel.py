@@ -4,7 +4,7 @@ Unlike a curve, whose only coordinate is the node, a Gaussian process reads site
 
 .. math:: k(x, x') = \rho(\|x - x'\| / \ell) + \eta \, [x \text{ and } x' \text{ are one site}]
 
-with Matérn's correlation :math:`\rho`, of smoothness 1/2, 5/2 or 9/2, a length :math:`\ell`, and a share
+with Matérn's correlation :math:`\rho`, of smoothness 1/2, 5/2, 9/2 or 13/2, a length :math:`\ell`, and a share
 :math:`\eta` of which other sites tell nothing: as :math:`\eta` grows, values away from the sites return to their
 mean. (A squared exponential, infinitely smooth, was tried: where it fits a few dozen values best, its curves between
 hundreds are wild.) Values at the sites themselves are kept in any case. The mean is zero, of residuals to a prior for
@@ -28,11 +28,21 @@ from .._float64 import in_float64
 from .._pytree import pytree
 from ..linops.dense import matmul
 
-__all__ = ["Process", "Sites", "eliminate", "fit_process", "posterior", "spread_of"]
+__all__ = ["SMOOTHNESSES", "Process", "Sites", "eliminate", "fit_process", "posterior", "spread_of"]
 
 # Added to the variance at each site, in units of the correlation at distance zero. Sites so near to each other that
 # values at one tell those at the other to five digits, of which float32 has seven, count as one.
 JITTER = 1e-10
+
+# Of processes; p + 1/2 for p = 0, 2, 4 and 6.
+SMOOTHNESSES = (0.5, 2.5, 4.5, 6.5)
+# Coefficients, by powers, of the reverse Bessel polynomials of degree p. Matérn's correlation is such a polynomial of the
+# scaled distance over its value at 0, times an exponential (Rasmussen and Williams, equation 4.16). They are integers
+# because constants of float64 lose their digits where a program in float32 is compiled around this one.
+_POLYNOMIALS = np.array(
+    [[1, 0, 0, 0, 0, 0, 0], [3, 3, 1, 0, 0, 0, 0], [105, 105, 45, 10, 1, 0, 0], [10395, 10395, 4725, 1260, 210, 21, 1]],
+    np.int32,
+)
 
 # Processes that `fit_process` chooses from: lengths, in units of the largest distance between sites, and shares without
 # correlation. From values of a handful of sites, steps that are finer cannot be distinguished.
@@ -46,7 +56,7 @@ class Process:
     r"""Holds the parameters of a covariance.
 
     Attributes:
-        smoothness: 0.5, 2.5 or 4.5: paths have no derivative, two or four.
+        smoothness: 0.5, 2.5, 4.5 or 6.5: paths have no derivative, two, four or six.
         length: :math:`\ell > 0`, in the unit of the features.
         nugget: :math:`\eta \ge 0`.
     """
@@ -60,12 +70,13 @@ class Process:
         # The root has no derivative at 0, where the correlation has one, which is 0.
         is_apart = squares > 0
         distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1)), 0) / self.length
-        smoothness = jnp.asarray(self.smoothness)
-        is_rough, is_smooth = smoothness < 1.5, smoothness > 3.5
-        root = jnp.where(is_smooth, 3.0, jnp.where(is_rough, 1.0, jnp.sqrt(5.0))) * distance
-        quadratic = 1 + root + root**2 / 3
-        quartic = 1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105
-        return jnp.where(is_smooth, quartic, jnp.where(is_rough, 1.0, quadratic)) * jnp.exp(-root)
+        number = jnp.clip(jnp.round((jnp.asarray(self.smoothness) - 0.5) / 2), 0, len(SMOOTHNESSES) - 1)
+        root = jnp.sqrt(4 * number + 1) * distance
+        coefficients = jnp.asarray(_POLYNOMIALS)[number.astype(jnp.int32)].astype(root.dtype)
+        polynomial = functools.reduce(
+            lambda value, power: value * root + coefficients[power], range(5, -1, -1), coefficients[6]
+        )
+        return polynomial / coefficients[0] * jnp.exp(-root)
 
 
 class Sites(NamedTuple):
@@ -96,9 +107,11 @@ def posterior(process, sites, points, live, has_mean):
         Weights, float64 (q, n), 0 for sites without values; where a point is a site with a value, that value alone has
         weight. And variances, float64 (q,), in units of the variance that `fit_process` estimates.
     """
-    covariance = _covariance(process, sites, _squares(sites.features, sites.features), live)
+    num_sites = live.shape[0]
+    squares = _squares(jnp.concatenate([sites.features, points.features]))[:, :num_sites]
+    covariance = _covariance(process, sites, squares[:num_sites], live)
     same = (points.label[:, None] == sites.label[None]) & live[None]
-    cross = process.correlation(_squares(points.features, sites.features)) + process.nugget * same
+    cross = process.correlation(squares[num_sites:]) + process.nugget * same
     cross = jnp.where(live[None], cross, 0.0)
     ones = jnp.where(live, has_mean, 0.0)
     solutions = _solve(covariance, jnp.concatenate([cross, ones[None]]).T)
@@ -144,7 +157,7 @@ def fit_process(sites, live, values, has_mean, process=None):
     values = jnp.where(live[:, :, None], values, 0.0)
     if process is None:
         extent = spread_of(sites.features)
-        grid = np.array([(s, length, nugget) for s in (2.5, 4.5) for length in _LENGTHS for nugget in _NUGGETS])
+        grid = np.array([(s, length, nugget) for s in SMOOTHNESSES[1:] for length in _LENGTHS for nugget in _NUGGETS])
         smoothness, length, nugget = jnp.asarray(grid).T
         candidates = Process(smoothness, length * extent, nugget)
     else:
@@ -155,7 +168,7 @@ def fit_process(sites, live, values, has_mean, process=None):
 
     # Which candidate is best is constant to derivatives; the length of the one chosen moves with the sites.
     sites, values = jax.lax.stop_gradient((sites, values))
-    distances = jax.vmap(_squares)(sites.features, sites.features)
+    distances = jax.vmap(_squares)(sites.features)
     log_determinants, squares = jax.lax.map(measure, jax.lax.stop_gradient(candidates))
     # (candidates, sets) and (candidates, sets, features).
     num_sets = live.shape[0]
@@ -173,7 +186,7 @@ def fit_process(sites, live, values, has_mean, process=None):
 
 def spread_of(features: Float[Array, "groups sites features"]) -> Float[Array, ""]:
     """Computes the mean over groups of the largest distance between places; 1 where it is zero."""
-    largest = jnp.max(jax.vmap(lambda places: _squares(places, places))(features), axis=(1, 2))
+    largest = jnp.max(jax.vmap(_squares)(features), axis=(1, 2))
     is_apart = largest > 0
     spread = jnp.mean(jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, largest, 1.0)), 0.0))
     return jnp.where(spread > 0, spread, 1.0)
@@ -233,10 +246,13 @@ def _solve(matrix, rows):
     return jax.lax.custom_linear_solve(lambda solution: matmul(matrix, solution), rows, solve, symmetric=True)
 
 
-def _squares(a: Float[Array, "a features"], b: Float[Array, "b features"]) -> Float[Array, "a b"]:
-    """Computes squared distances, as one product of matrices."""
-    centre = jax.lax.stop_gradient(jnp.mean(a, axis=0, keepdims=True))
-    a, b = a - centre, b - centre
-    products = matmul(a, b.T)
-    squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None] - 2 * products
-    return jnp.maximum(squares, 0.0)
+def _squares(places: Float[Array, "n features"]) -> Float[Array, "n n"]:
+    """Computes squared distances, as one product of matrices.
+
+    Only of all places at once: XLA may compute float32 features again for each use, with other rounding, which is more
+    than near sites differ by.
+    """
+    places = places - jax.lax.stop_gradient(jnp.mean(places, axis=0, keepdims=True))
+    products = matmul(places, places.T)
+    norms = jnp.sum(jnp.where(np.eye(len(places), dtype=bool), products, 0.0), axis=1)
+    return jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0.0)

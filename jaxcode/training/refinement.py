@@ -163,7 +163,7 @@ def refine(
     >>> from jaxcode import KernelCode, stragglers
     >>> x = np.random.default_rng(0).uniform(size=(320, 2)).astype(np.float32)
     >>> f = lambda x: jnp.sin(6 * x[:, :1]) + 0.1 * x[:, 1:]  # hardly depends on the second number
-    >>> code = KernelCode(8, 12, midpoints=False)
+    >>> code = KernelCode(8, 12, mixes=False)
     >>> refined = refine(f, code, x, stragglers.Uniform(2), steps=40, progress=False)
     >>> refined.is_better, refined.after < 0.5 * refined.before
     (True, True)

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from ..interpolants.kernel import JITTER, Process, spread_of
+from ..interpolants.kernel import JITTER, SMOOTHNESSES, Process, spread_of
 from ..outputs import OutputSpace
 from .losses import Loss, squared_error
 
 # Processes that are tried: of each smoothness, lengths in units of the largest distance between inputs of a batch, and
 # shares without correlation. Inputs of many dimensions are all at about the same distance, and a length of many times
 # that makes a nearly linear function; of one dimension, hundreds tell shapes a fiftieth of their range.
-_SMOOTHNESSES = (0.5, 2.5, 4.5)
 _LENGTHS = tuple(np.geomspace(0.02, 8.0, 10))
 _NUGGETS = (0.0, 1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 # Inputs whose processes are compared, at most: the time grows with their number and the square of the batch.
@@ -64,7 +63,7 @@ def fit_by_leaving_out(
     extent = float(spread_of(jnp.asarray(features, jnp.float32)))
     squares = _squared_distances(features)
     best, best_rank = Process(2.5, extent, _NUGGETS[-1]), (np.inf, np.inf)
-    for smoothness in _SMOOTHNESSES:
+    for smoothness in SMOOTHNESSES:
         for length in _LENGTHS:
             process = Process(smoothness, length * extent, 0.0)
             with jax.enable_x64(True):

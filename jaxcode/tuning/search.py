@@ -71,7 +71,7 @@ def tune(
     layouts, from replication to the paper's, crossed with orders of the batch and with the spaces in which
     probabilities can be decoded; and all of them with a prior, if one is given, of which replication with copies for
     the inputs whose guesses are worst is one. Replication is also tried with its lost inputs predicted from the other
-    answers of the batch: by a Gaussian process over the inputs (`KernelCode` without midpoints), of which smoothness,
+    answers of the batch: by a Gaussian process over the inputs (`KernelCode` that does not mix), of which smoothness,
     length and noise are those that predict answers of the sample best from others. All candidates decode under the same
     straggler sets, and are compared with what the model itself answers to the sample; no labels are needed.
 
@@ -102,7 +102,8 @@ def tune(
             counts as a disagreement, and makes any other loss infinite.
         layouts: Candidates by name, codes of K and N. If not given, `standard_layouts`, replication by a fitted process
             where inputs and answers are numbers, and, where curves tell that the model is smooth on the scale of a
-            group, `kernel_layouts`. Smoothing is tuned for those whose interpolants have it. With a prior, inputs that
+            group, `kernel_layouts`. Kernel codes that fit a process to the answers of each batch are also tried with
+            one fitted to the sample. Smoothing is tuned for those whose interpolants have it. With a prior, inputs that
             cannot be mixed, such as tokens, get replication alone.
         orders: Orders of the batch by name, None for its own; `standard_orders` if not given.
         num_masks: Straggler sets to average over, at least 2. Those with fewer than two answers, from which no curve
@@ -153,6 +154,7 @@ def tune(
     if orders is None:
         orders = {"as given": None} if copies_only else standard_orders(f, x_sample, model_batch)
     tries_kernels = layouts is None and not copies_only and num_workers >= num_data
+    kernels = {name: code for name, code in (layouts or {}).items() if isinstance(code, KernelCode)}
     if layouts is None:
         layouts = standard_layouts(num_data, num_workers)
         if copies_only:
@@ -189,16 +191,18 @@ def tune(
     )
     evaluator, output_spaces = Evaluator(masks, loss_function, num_groups), _output_spaces(targets)
     ranked = select(evaluator, make_options_of(layouts), output_spaces, num_groups, deadline, progress)
-    tries_kernels = tries_kernels and _are_numbers(x_sample, targets)
+    layouts_to_fit = _to_fit(kernels)
     if tries_kernels and time.monotonic() < deadline:
-        layouts_to_fit: dict[str, KernelCode] = {_REGRESSION: KernelCode(num_data, num_workers, midpoints=False)}
+        layouts_to_fit = {_REGRESSION: KernelCode(num_data, num_workers, mixes=False)}
         if _is_smooth(ranked, targets, num_data, masks):
             kernels = kernel_layouts(num_data, num_workers, late=1 - float(np.mean(masks)))
             if batch_size < 2 * num_data:
                 # Requests may differ from each other in scale: a process is fitted to the answers of each as well.
                 trials = select(evaluator, make_options_of(kernels), output_spaces, num_groups, deadline, progress)
                 ranked = merge((ranked, trials), num_groups)
-            layouts_to_fit |= {f"{name}, fitted": code for name, code in kernels.items() if code.midpoints}
+            if num_workers > num_data:
+                layouts_to_fit |= _to_fit(kernels)
+    if layouts_to_fit and _are_numbers(x_sample, targets):
         regressions = make_regressions(
             model,
             x_sample,
@@ -274,10 +278,10 @@ def kernel_layouts(num_data: int, num_workers: int, *, late: float = 0.1) -> dic
         late: The share of workers that are late, such as S / N.
 
     Returns:
-        Kernel codes with midpoints for models of several lengths; of the inputs alone where N is K.
+        Kernel codes that mix, for models of several lengths; of the inputs alone where N is K.
     """
     if num_workers == num_data:
-        return {"kernel": KernelCode(num_data, num_workers, midpoints=False)}
+        return {"kernel": KernelCode(num_data, num_workers, mixes=False)}
     return {f"kernel, length {length}": KernelCode(num_data, num_workers, length, late) for length in _LENGTHS}
 
 
@@ -315,6 +319,11 @@ def _is_smooth(ranked: list[Trial], targets: PyTree[np.ndarray], num_data: int, 
     error_of_mean = np.sqrt(share_lost * variance)
     errors = [trial.measurement.rmse for trial in ranked if not (trial.option.copies_only or trial.option.has_prior)]
     return bool(errors) and bool(_EXACT * error_of_mean < min(errors) < _SMOOTH * error_of_mean)
+
+
+def _to_fit(kernels: Mapping[str, KernelCode]) -> dict[str, KernelCode]:
+    """Returns, by another name, those codes whose process is to be fitted."""
+    return {f"{name}, fitted": code for name, code in kernels.items() if code.process is None and code.mean is None}
 
 
 def _prefer_copies(ranked: list[Trial]) -> Trial:

@@ -38,7 +38,7 @@ def root_mean_square(tree, other):
     )
 
 
-@pytest.mark.parametrize("code", [CODE, jc.KernelCode(K, N, midpoints=False)], ids=["midpoints", "copies"])
+@pytest.mark.parametrize("code", [CODE, jc.KernelCode(K, N, mixes=False)], ids=["mixtures", "copies"])
 def test_own_answers_are_results_bit_for_bit(code):
     predict = jc.coded(curve, code)
     for returned in (None, RETURNED):
@@ -49,12 +49,13 @@ def test_own_answers_are_results_bit_for_bit(code):
             np.testing.assert_array_equal(result[exact], truth[exact])
 
 
-def test_workers_compute_the_inputs_and_then_copies_or_midpoints():
+def test_workers_compute_the_inputs_and_then_copies_or_points_between():
     x = X[:K]
     plan = CODE.plan(x)
-    pairs = np.asarray(plan.features.pairs)
+    pairs, shares = np.asarray(plan.features.pairs), np.asarray(plan.features.shares)[:, None]
+    assert set(shares[:, 0]) <= {0.0, 0.25, 0.5}
     np.testing.assert_array_equal(pairs[:K], np.arange(K)[:, None] + np.zeros((1, 2)))
-    np.testing.assert_allclose(CODE.encode(x, plan), (x[pairs[:, 0]] + x[pairs[:, 1]]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(CODE.encode(x, plan), (1 - shares) * x[pairs[:, 0]] + shares * x[pairs[:, 1]], rtol=1e-5)
     # The nearer to each other models' answers are correlated, the less others tell.
     is_copy = [
         np.mean(np.ptp(jc.KernelCode(K, 3 * K, length=length).plan(x).features.pairs[K:], axis=1) == 0)
@@ -77,15 +78,16 @@ def test_the_placement_is_the_best_of_all_candidates():
     x = X[:K].astype(np.float64)
     length, late = 0.4, 0.2
     code = jc.KernelCode(K, K + 1, length=length, late=late)
-    pair = np.asarray(code.plan(x.astype(np.float32)).features.pairs)[K]
+    placed = code.plan(x.astype(np.float32)).features
+    chosen = (*np.asarray(placed.pairs)[K].tolist(), float(placed.shares[K]))
     extent = max(np.linalg.norm(a - b) for a in x for b in x)
 
     def covariance(a, b):
         root = 3 * np.linalg.norm(a[:, None] - b[None], axis=2) / (length * extent)
         return (1 + root + 3 * root**2 / 7 + 2 * root**3 / 21 + root**4 / 105) * np.exp(-root)
 
-    def expected_variance(i, j):
-        sites = np.concatenate([x, [(x[i] + x[j]) / 2]])
+    def expected_variance(i, j, share):
+        sites = np.concatenate([x, [(1 - share) * x[i] + share * x[j]]])
         total = 0
         for k in range(K):
             for others, probability in (
@@ -97,8 +99,10 @@ def test_the_placement_is_the_best_of_all_candidates():
                 total += probability * (1 + 1e-10 - (c @ np.linalg.solve(gram, c.T))[0, 0])
         return total
 
-    costs = {(i, j): expected_variance(i, j) for i in range(K) for j in range(i, K)}
-    np.testing.assert_allclose(costs[tuple(sorted(pair))], min(costs.values()), rtol=1e-4)
+    nearest = np.argsort([[np.linalg.norm(a - b) for b in x] for a in x], axis=1)[:, 1:5]
+    between = [(i, j, share) for i in range(K) for j in nearest[i].tolist() for share in (0.25, 0.5)]
+    costs = {point: expected_variance(*point) for point in [*((i, i, 0.0) for i in range(K)), *between]}
+    np.testing.assert_allclose(costs[chosen], min(costs.values()), rtol=1e-4)
 
 
 def test_what_did_not_return_is_not_read():
@@ -189,7 +193,7 @@ def test_sweeps_are_decoded_better_than_by_splines_and_copies():
     for num_data, num_workers, num_late, share in ((20, 30, 5, 0.35), (8, 12, 2, 1.0), (20, 24, 3, 1.0)):
         codes = {
             "kernel": jc.KernelCode(num_data, num_workers, late=num_late / num_workers),
-            "copies": jc.KernelCode(num_data, num_workers, midpoints=False),
+            "copies": jc.KernelCode(num_data, num_workers, mixes=False),
             "spline": jc.SplineCode.mixed(num_data, num_workers, num_workers - num_data),
             "LeTCC": jc.SplineCode.chebyshev(num_data, num_workers),
         }
@@ -237,7 +241,7 @@ def test_a_known_process_and_mean_decode_as_scikit_learn_does():
     x, mean, (length, nugget) = X[:K].astype(np.float64), {"waves": np.array([0.3, -0.2]), "sum": 0.1}, (1.5, 0.2)
     mean = jax.tree.map(np.float32, mean)
     process = jc.interpolants.kernel.Process(0.5, length, nugget)
-    code = jc.KernelCode(K, N, midpoints=False, process=process, mean=mean)
+    code = jc.KernelCode(K, N, mixes=False, process=process, mean=mean)
     # The copies of input 1 are workers 1 and 7, those of input 4 worker 4 alone.
     returned = ~np.isin(np.arange(N), [1, 4, 7])
     plan = code.plan(X[:K])
@@ -258,7 +262,7 @@ def test_a_known_process_and_mean_decode_as_scikit_learn_does():
 
 
 def test_further_copies_of_answers_do_not_make_errors_smaller():
-    once, twice = (jc.KernelCode(K, count, midpoints=False) for count in (K, 2 * K))
+    once, twice = (jc.KernelCode(K, count, mixes=False) for count in (K, 2 * K))
     late = np.arange(K) == 2
     x = X[:K]
     errors = [
@@ -270,7 +274,7 @@ def test_further_copies_of_answers_do_not_make_errors_smaller():
 
 
 def test_an_error_that_a_prior_expects_counts_as_twenty_answers():
-    code, x = jc.KernelCode(K, N, midpoints=False), X[:K]
+    code, x = jc.KernelCode(K, N, mixes=False), X[:K]
     plan, values = code.plan(x), curve(X[:K])["sum"]
     answers = code.encode(values, plan)
     mask = np.arange(N) % K != 2
@@ -288,7 +292,7 @@ def test_an_error_that_a_prior_expects_counts_as_twenty_answers():
 def test_copies_go_where_a_prior_is_unsure():
     x = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
     prior = jc.surrogate(curve, x, cost=10.0, progress=False)
-    code = jc.KernelCode(K, N, midpoints=False)
+    code = jc.KernelCode(K, N, mixes=False)
     plan = jc.allocation.plan(code, X[:K], prior=prior, stragglers=Uniform(3))
     expected = jc.allocation.plan(jc.ReplicationCode(K, N), X[:K], prior=prior, stragglers=Uniform(3)).assignment
     np.testing.assert_array_equal(plan.features.pairs[:, 0], expected)

@@ -30,7 +30,7 @@ def covariance(smoothness, length, a, b):
     return kernels.Matern(length, nu=smoothness)(a, b)
 
 
-@pytest.mark.parametrize("smoothness", [0.5, 2.5, 4.5])
+@pytest.mark.parametrize("smoothness", [0.5, 2.5, 4.5, 6.5])
 @pytest.mark.parametrize("nugget", [0.0, 0.3])
 def test_agrees_with_scikit_learn_without_a_mean(smoothness, nugget):
     with jax.enable_x64(True):
@@ -81,7 +81,7 @@ def test_the_process_chosen_is_the_most_likely_one():
     found = [float(leaf) for leaf in (chosen.smoothness, chosen.length, chosen.nugget)]
     best, expected_variance = log_likelihood(found[0], *found[1:])
     np.testing.assert_allclose(float(variance[0]), expected_variance, rtol=1e-6)
-    for smoothness in (2.5, 4.5):
+    for smoothness in (2.5, 4.5, 6.5):
         for length in np.geomspace(0.05, 3.0, 8) * extent:
             for nugget in (0.0, 0.1, 1.0, 10.0):
                 assert log_likelihood(smoothness, length, nugget)[0] <= best + 1e-6

@@ -92,7 +92,7 @@ def test_a_server_stops_as_soon_as_every_guess_that_is_left_is_sure_enough(pool,
 
 
 def test_a_kernel_code_without_redundancy_is_served(pool):
-    code = jc.KernelCode(K, K, midpoints=False)
+    code = jc.KernelCode(K, K, mixes=False)
     prediction = jc.CodedServer(code, pool, stop.answers(K))(X[:K])
     np.testing.assert_allclose(prediction.values, curve(X[:K]), atol=1e-5)
     assert prediction.exact.all()

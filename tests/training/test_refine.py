@@ -102,7 +102,7 @@ def objective(f, code):
         pytest.param(jc.SplineCode.chebyshev(K, N, 1e-3, 1e-3), marks=pytest.mark.long),
         pytest.param(jc.BerrutCode.chebyshev(K, N), marks=pytest.mark.long),
         pytest.param(jc.KernelCode(K, N), marks=pytest.mark.long),
-        jc.KernelCode(K, N, midpoints=False),
+        jc.KernelCode(K, N, mixes=False),
     ],
     ids=["systematic", "Chebyshev", "Berrut", "kernel", "kernel, copies"],
 )
