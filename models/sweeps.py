@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m models.sweeps", description=__doc__)
     parser.add_argument("--dataset", choices=datasets.NAMES, default="digits", help="images that move")
-    parser.add_argument("--requests", type=int, default=16, help="requests, to tune on and to measure on")
-    parser.add_argument("--sets", type=int, default=200, help="straggler sets of each request")
+    parser.add_argument("--requests", type=int, default=32, help="requests, to tune on and to measure on")
+    parser.add_argument("--sets", type=int, default=100, help="straggler sets of each request")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", help="folder of the data sets; JAXCODE_DATA if not given")
     parser.add_argument("--out", type=Path, default=Path("out/sweeps"), help="folder of trained weights")

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._sharding import call_with_auto_axes
 from ..checks import warn_not_finite
 from ..linops import AbstractLinop, apply_to_tree
 from ..nodes import Nodes
 from .plan import Plan
+
+# Coded inputs are the same where their weights of all inputs differ by less.
+_SAME_INPUT = 1e-6
 
 
 class AbstractCode(abc.ABC):
@@ -212,6 +215,18 @@ class AbstractCode(abc.ABC):
 def mixes_inputs(code: AbstractCode) -> bool:
     """Returns whether a code's coded inputs are sums of inputs, which need real numbers."""
     return code.mixes if code.needs_plan else code.encoder_linop().mixes  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def find_assignment(code: AbstractCode, plan: Plan | None = None) -> Int[Array, "workers"]:
+    """Returns which input each worker computes, or weighs most."""
+    return jnp.argmax(code.encoder_matrix(plan), axis=1).astype(jnp.int32)
+
+
+def find_copies(code: AbstractCode, plan: Plan | None = None) -> Bool[Array, "workers workers"]:
+    """Returns which pairs of different workers have the same coded input."""
+    rows = code.encoder_matrix(plan)
+    distances = jax.lax.map(lambda row: jnp.max(jnp.abs(rows - row[None]), axis=1), rows)
+    return (distances <= _SAME_INPUT) & ~np.eye(code.num_workers, dtype=bool)
 
 
 def adapt_group(code: AbstractCode, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan) -> Plan:

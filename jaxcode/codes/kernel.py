@@ -305,14 +305,16 @@ class KernelCode(AbstractCode):
         context = self._context(plan)
         assert context.variances is not None
         results = decode_as_planned(self, y, returned, plan)
+        # Products with other numbers stay in JAX's default precision.
         _, factors = _posterior(context, self._mask(returned), _has_mean(plan))
+        factors, of_outputs = as_float(factors), as_float(context.variances)
         leaves, structure = jax.tree.flatten(results)
         splits = np.cumsum([leaf.size // self.num_data for leaf in leaves])[:-1]
-        variances = [factors[:, None] * part[None] for part in jnp.split(context.variances, splits)]
+        variances = [factors[:, None] * part[None] for part in jnp.split(of_outputs, splits)]
         expected = None if plan.prior is None else plan.prior.errors
         if expected is not None and len(leaves) == 1:
             count = jnp.sum(self._mask(returned), dtype=jnp.int32).astype(factors.dtype)
-            unexplained = factors / (1 + context.process.nugget)
+            unexplained = factors / (1 + as_float(context.process.nugget))
             squares = (unexplained * jnp.square(jnp.asarray(expected).astype(factors.dtype)))[:, None]
             variances = [(count * variances[0] + _PRIOR_COUNT * squares) / (count + _PRIOR_COUNT)]
         errors = [

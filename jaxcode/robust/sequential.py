@@ -18,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._batched_model import BatchedModel
 from ..allocation import make_planner
 from ..checks import check_mask
-from ..codes import AbstractCode, KernelCode, Plan, ReplicationCode
-from ..codes.abstract import mixes_inputs
+from ..codes import AbstractCode, Plan
+from ..codes.abstract import find_copies, mixes_inputs
 from ..functions import Model, as_pure_function
-from ..interpolants.abstract import SAME_SITE
 from ..ordering import Ordering
 from ..outputs import OutputSpace, as_returned
 from ..pipeline import encode, flatten_groups, group_with_prior, transform_prior, unflatten_groups
@@ -262,7 +261,11 @@ def _compare(code, answers, valid, plans, baseline) -> _Comparison:
     # Squared distances of each worker's answers from those of all others, one worker at a time.
     distances = jax.lax.map(lambda row: jnp.mean(jnp.square(rows - row[None]), axis=2), rows)
     size = jnp.sum(jnp.mean(jnp.square(rows), axis=2), axis=0) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1)
-    same = _same_input(code, plans, num_groups) & valid[:, None, None] & valid[None, :, None]
+    if plans is None:
+        copies = find_copies(code)[:, :, None]
+    else:
+        copies = jax.vmap(lambda plan: find_copies(code, plan), out_axes=2)(plans)
+    same = copies & valid[:, None, None] & valid[None, :, None]
     agree = same & (distances <= tolerance**2 * size[None, None])
     differ = same & ~agree
     if prior is not None:
@@ -283,24 +286,6 @@ def _compare(code, answers, valid, plans, baseline) -> _Comparison:
     num_votes = jnp.einsum("nmg,mlg,nlg->ng", *(pairs.astype(jnp.float32) for pairs in (is_nearer, agree, differ)))
     log_score = jnp.where(num_votes > 0, jnp.inf, (jnp.log(score) - baseline[:, :1]) / baseline[:, 1:])
     return _Comparison(log_score, agree, differ)
-
-
-def _same_input(code, plans, num_groups):
-    """Returns which pairs of workers compute the same input, without themselves, (N, N, groups)."""
-    others = ~np.eye(code.num_workers, dtype=bool)[:, :, None]
-    if isinstance(code, ReplicationCode):
-        is_planned = plans is not None and plans.assignment is not None
-        assignment = plans.assignment.T if is_planned else np.asarray(code.assignment())[:, None]  # pyright: ignore[reportOptionalMemberAccess]
-        same = assignment[:, None] == assignment[None]
-    elif isinstance(code, KernelCode):
-        pairs = jnp.moveaxis(plans.features.pairs, 0, 1)
-        same = (pairs[:, None] == pairs[None]).all(axis=3)
-    elif code.nodes is not None:
-        nodes = jnp.asarray(code.nodes.workers)
-        same = (abs(nodes[:, None] - nodes[None]) <= SAME_SITE * (nodes[-1] - nodes[0]))[:, :, None]
-    else:
-        same = np.zeros((code.num_workers, code.num_workers, 1), bool)
-    return jnp.broadcast_to(same & others, (code.num_workers, code.num_workers, num_groups))
 
 
 @functools.partial(jax.jit, static_argnames="has_prior")

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..allocation import PriorPlanner
-from ..codes import Plan, ReplicationCode
+from ..codes import Plan
+from ..codes.abstract import find_assignment
 from ..ordering import Ordering
 from ..outputs import OutputSpace
 from ..pipeline import (
@@ -69,7 +70,7 @@ class Codec:
 
     Attributes:
         needs_plans: Whether groups are planned.
-        has_worth: Whether `worth` can be computed, as the code is replication.
+        has_worth: Whether `worth` can be computed, as each worker computes one input.
         num_planned: How many of the N coded inputs need a plan, the last ones.
         gathers_evidence: Whether the defence takes what earlier requests say about workers.
         rounds: Whether the number of groups is rounded up to a power of two.
@@ -88,7 +89,7 @@ class Codec:
         code = static_code.code
         self.rounds, self.gathers_evidence = not code.adapts, keeps_evidence(defence)
         self.needs_plans = code.needs_plan or planner is not None
-        self.has_worth = isinstance(code, ReplicationCode)
+        self.has_worth = code.assigns
         self._first_are_inputs = code.needs_plan or (planner is not None and planner.lost is not None)
         self.num_planned = code.num_workers - code.num_data if self._first_are_inputs else 0
 
@@ -112,8 +113,10 @@ class Codec:
         batch = EncodedBatch(layout, grouped, jax.device_get(coded_inputs))
         if self.has_worth:
             batch.risk = layout.occupied.astype(np.float32)
-            assignment = np.asarray(self._code.code.assignment())  # pyright: ignore[reportAttributeAccessIssue]
-            batch.assignment = np.broadcast_to(assignment[:, None], (len(assignment), batch.risk.shape[1]))
+            # Without a plan only those workers have work that compute their own inputs under any.
+            num_workers = self._code.code.num_workers
+            assignment = np.arange(num_workers) % num_data if self.needs_plans else _find_assignment(self._code)
+            batch.assignment = np.broadcast_to(assignment[:, None], (num_workers, batch.risk.shape[1]))
         return batch
 
     def plan(self, batch: EncodedBatch, planner: PriorPlanner | None) -> PyTree[np.ndarray] | None:
@@ -127,12 +130,9 @@ class Codec:
             The coded inputs that need a plan, leaves (num_planned, groups, ...); None if there are none.
         """
         occupied = jax.device_put(batch.layout.occupied)
-        batch.plans, risk, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
+        batch.plans, risk, assignment, others = _plan(self._code, self.num_planned, planner, batch.grouped, occupied)
         if self.has_worth:
-            batch.risk = jax.device_get(risk)
-            assignment = batch.plans.assignment  # pyright: ignore[reportOptionalMemberAccess]
-            if assignment is not None:
-                batch.assignment = jax.device_get(assignment).T
+            batch.risk, batch.assignment = jax.device_get((risk, assignment))
         return None if others is None else jax.device_get(others)
 
     def detect(
@@ -233,21 +233,28 @@ def _encode(static_code, x, index):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _plan(static_code, num_planned, planner, grouped, occupied):
-    """Returns the plans of all groups, the risks of their inputs, and the last coded inputs, leaves (num_planned, ...).
+    """Plans all groups.
 
-    Risks, (K, groups), are None without a prior.
+    Returns:
+        The plans; the risks of their inputs, (K, groups); which inputs workers compute, (N, groups), None where these
+        are sums; and the last coded inputs, leaves (num_planned, ...), None if num_planned is 0.
     """
     code = static_code.code
-    risk = None
     if planner is None:
-        plans = make_plans(code, None, grouped)
+        plans, risk = make_plans(code, None, grouped), occupied.astype(jnp.float32)
     else:
         guesses = unflatten_groups(planner.guess(flatten_groups(grouped)), code.num_data)
         risk = jnp.where(occupied, guesses.risk, 0)
         plans = plan_groups(code, planner, grouped, guesses, occupied)
-    if not num_planned:
-        return plans, risk, None
-    return plans, risk, jax.tree.map(lambda leaf: leaf[-num_planned:], encode(code, None, grouped, plans))
+    assignment = jax.vmap(lambda plan: find_assignment(code, plan), out_axes=1)(plans) if code.assigns else None
+    others = encode(code, None, grouped, plans) if num_planned else None
+    return plans, risk, assignment, jax.tree.map(lambda leaf: leaf[-num_planned:], others)
+
+
+@functools.lru_cache
+def _find_assignment(static_code):
+    """Returns which input each worker computes, (N,)."""
+    return np.asarray(find_assignment(static_code.code))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
