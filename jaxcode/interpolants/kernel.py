@@ -37,11 +37,13 @@ JITTER = 1e-10
 # Of processes; p + 1/2 for p = 0, 2, 4 and 6.
 SMOOTHNESSES = (0.5, 2.5, 4.5, 6.5)
 # Coefficients, by powers, of the reverse Bessel polynomials of degree p. Matérn's correlation is such a polynomial of the
-# scaled distance over its value at 0, times an exponential (Rasmussen and Williams, equation 4.16). They are integers
+# scaled distance over its value at 0, times an exponential (Rasmussen and Williams, equation 4.16). Whole numbers,
 # because constants of float64 lose their digits where a program in float32 is compiled around this one.
-_POLYNOMIALS = np.array(
-    [[1, 0, 0, 0, 0, 0, 0], [3, 3, 1, 0, 0, 0, 0], [105, 105, 45, 10, 1, 0, 0], [10395, 10395, 4725, 1260, 210, 21, 1]],
-    np.int32,
+_POLYNOMIALS = (
+    (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (3.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    (105.0, 105.0, 45.0, 10.0, 1.0, 0.0, 0.0),
+    (10395.0, 10395.0, 4725.0, 1260.0, 210.0, 21.0, 1.0),
 )
 
 # Processes that `fit_process` chooses from: lengths, in units of the largest distance between sites, and shares without
@@ -67,15 +69,17 @@ class Process:
 
     def correlation(self, squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Computes the correlation at squared distances."""
-        # The root has no derivative at 0, where the correlation has one, which is 0.
+        # The root has no derivative at 0, where the correlation has one, which is 0. Another number than 0 is as small
+        # because XLA may compute squares twice, of which by rounding only one is 0.
         is_apart = squares > 0
-        distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1)), 0) / self.length
+        distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1e-30)), 0) / self.length
         number = jnp.clip(jnp.round((jnp.asarray(self.smoothness) - 0.5) / 2), 0, len(SMOOTHNESSES) - 1)
         root = jnp.sqrt(4 * number + 1) * distance
-        coefficients = jnp.asarray(_POLYNOMIALS)[number.astype(jnp.int32)].astype(root.dtype)
-        polynomial = functools.reduce(
-            lambda value, power: value * root + coefficients[power], range(5, -1, -1), coefficients[6]
-        )
+        coefficients = [
+            sum(jnp.where(number == i, value, 0.0) for i, value in enumerate(values))
+            for values in zip(*_POLYNOMIALS, strict=True)
+        ]
+        polynomial = functools.reduce(lambda value, coefficient: value * root + coefficient, reversed(coefficients))
         return polynomial / coefficients[0] * jnp.exp(-root)
 
 

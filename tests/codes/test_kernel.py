@@ -11,7 +11,7 @@ from sklearn.gaussian_process import kernels
 
 import jaxcode as jc
 from jaxcode import placement, tuning
-from jaxcode.codes.abstract import adapt_group
+from jaxcode.codes.abstract import adapt_group, find_assignment, find_copies
 from jaxcode.stragglers import Uniform
 
 from ..strict_modes import STRICT_MODES
@@ -151,6 +151,20 @@ def test_derivatives_are_right():
         np.testing.assert_allclose(np.sum(jax.grad(total)(x) * direction), difference, rtol=1e-5)
 
 
+def test_who_computes_the_same_is_read_from_the_encoder():
+    for code in (jc.ReplicationCode(K, N), jc.KernelCode(K, N, mixes=False), jc.KernelCode(K, N, length=1e-3)):
+        plan = code.plan(X[:K]) if code.needs_plan else None
+        coded = np.asarray(code.encode(X[:K], plan))
+        same = np.array([[(a == b).all() for a in coded] for b in coded]) & ~np.eye(N, dtype=bool)
+        assert same.any()
+        np.testing.assert_array_equal(find_copies(code, plan), same)
+        np.testing.assert_array_equal(X[:K][find_assignment(code, plan)], coded)
+    # Points between the same inputs are not the same.
+    plan = CODE.plan(X[:K])
+    shares = jnp.where(plan.features.shares > 0, jnp.linspace(0.1, 0.4, N), 0)
+    assert not find_copies(CODE, dataclasses.replace(plan, features=plan.features._replace(shares=shares)))[K + 1 :].any()
+
+
 def test_transformations_agree():
     masks = np.stack([RETURNED, np.roll(RETURNED, 3), np.ones(N, bool)])
     predict = jc.coded(curve, CODE)
@@ -160,6 +174,16 @@ def test_transformations_agree():
     spread = jc.coded(curve, CODE, placement=placement.shard_map(mesh))
     for others in (mapped, jax.tree.map(lambda *leaves: np.stack(leaves), *(spread(X, mask) for mask in masks))):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), others, expected)
+
+
+def test_near_inputs_of_one_number_stay_apart_under_vmap():
+    """XLA computes a product over one number for each of its uses, and may round each in another way."""
+    x = np.linspace(0.3, 1.3, 20, dtype=np.float32)[:, None]
+    masks = np.stack([np.roll(np.arange(30) % 6 != 0, shift) for shift in range(6)])
+    for mixes in (True, False):
+        predict = jc.coded(sweep, jc.KernelCode(20, 30, mixes=mixes))
+        results = jax.jit(jax.vmap(predict, (None, 0)))(x, masks)
+        np.testing.assert_allclose(results, np.broadcast_to(sweep(x), results.shape), atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", STRICT_MODES)
