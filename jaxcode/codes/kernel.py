@@ -23,8 +23,8 @@ from .abstract import AbstractCode, adapt_group, decode_as_planned
 from .plan import Plan, Prior
 
 # Workers may compute points between an input and one of so many nearest others, at such a share of the way: of farther
-# ones the model's answer says less about either. Points near an input stand for it almost as well as copies do, and tell
-# more about others (`python -m models.sweeps`).
+# ones the model's answer says less about either. Points near an input stand for it almost as well as copies do, and
+# tell more about others (`python -m models.sweeps`).
 _NUM_NEIGHBOURS, _SHARES = 4, (0.25, 0.5)
 # The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
 # largest distance between inputs of the group.

@@ -36,8 +36,8 @@ JITTER = 1e-10
 
 # Of processes; p + 1/2 for p = 0, 2, 4 and 6.
 SMOOTHNESSES = (0.5, 2.5, 4.5, 6.5)
-# Coefficients, by powers, of the reverse Bessel polynomials of degree p. Matérn's correlation is such a polynomial of the
-# scaled distance over its value at 0, times an exponential (Rasmussen and Williams, equation 4.16). Whole numbers,
+# Coefficients, by powers, of the reverse Bessel polynomials of degree p. Matérn's correlation is such a polynomial of
+# the scaled distance over its value at 0, times an exponential (Rasmussen and Williams, equation 4.16). Whole numbers,
 # because constants of float64 lose their digits where a program in float32 is compiled around this one.
 _POLYNOMIALS = (
     (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
