@@ -3,15 +3,12 @@
 import argparse
 import csv
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
@@ -19,10 +16,10 @@ import jaxcode as jc
 from jaxcode.functions import Model, as_pure_function
 
 from .compare import Setting, read_setting
+from .regressions import CASES, Case
 
 _SETTINGS = ((12, 8, 2),)
 _BATCH_SIZE = 400
-_DIMENSION, _NUM_OUTPUTS, _NUM_CLASSES = 64, 6, 10
 # What is off by less, in units of the outputs' standard deviation, is exact but for rounding.
 _EXACT = 1e-4
 # Of these the engineer's kernel ridge regression has the best.
@@ -39,21 +36,6 @@ answered input, kernel ridge regression on the answers that came (its length and
 is tuned on), or a surrogate's guess; the same with copies by the surrogate's risk; and LeTCC as published. Without a
 surrogate: neither `tune` nor the baselines have one. {learn} inputs to distil the surrogate from, {tune} others to tune
 on, further ones to measure on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Holds a model, and how its inputs are drawn.
-
-    Attributes:
-        f: The model, of vectors.
-        draw: From a generator and a number to so many inputs, in no order.
-        losses: What is tuned for and measured, "squared_error" or "disagreement".
-    """
-
-    f: Model
-    draw: Callable[[np.random.Generator, int], Float[np.ndarray, "batch features"]]
-    losses: tuple[str, ...] = ("squared_error",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,22 +123,6 @@ class Row:
 
     def _error(self, losses):
         return np.sqrt(losses) if self.loss == "squared_error" else losses
-
-
-def make_cases(seed: int) -> dict[str, Case]:
-    """Makes the models of a seed, by name."""
-    near_surface = _make_surface(seed)
-    widths = (_DIMENSION, 128, 128)
-    classifier = _make_perceptron(seed + 2, (*widths, _NUM_CLASSES))
-    return {
-        "linear": Case(nnx.Linear(_DIMENSION, _NUM_OUTPUTS, rngs=nnx.Rngs(seed)), _draw_normal),
-        "perceptron, wide input": Case(_make_perceptron(seed, (*widths, _NUM_OUTPUTS)), _draw_normal),
-        "perceptron, surface": Case(_make_perceptron(seed + 1, (*widths, _NUM_OUTPUTS)), near_surface),
-        "autoencoder": Case(_train_autoencoder(seed, near_surface), near_surface),
-        "periodic": Case(_make_periodic(seed), lambda rng, count: _draw_uniform(rng, count, 1)),
-        "jumps": Case(_make_jumps(seed), lambda rng, count: _draw_uniform(rng, count, 2)),
-        "untrained classifier": Case(classifier, _draw_normal, ("squared_error", "disagreement")),
-    }
 
 
 def draw_sample(case: Case, *, num_learn: int, num_tune: int, num_measure: int, cost: float, seed: int) -> Sample:
@@ -287,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     largest = max(num_data for _, num_data, _ in settings)
     if args.tune < max(args.batch, 2 * largest):
         parser.error(f"--tune must be at least a batch and two requests, {max(args.batch, 2 * largest)}")
-    cases = make_cases(args.seed)
-    cases = {name: cases[name] for name in args.case or cases}
+    cases = {name: CASES[name](args.seed) for name in args.case or CASES}
     heads = (f"{kind}: best of others{'tuned':>8}{'regret':>22}" for kind in ("with a surrogate", "without"))
     print(f"{'':29} {'N,K,S':>8} {'B':>4} " + " ".join(f"{head:>62}" for head in heads))
     rows = []
@@ -378,76 +343,6 @@ def _disagreement(results, targets):
 _LOSSES = {"squared_error": _squared_error, "disagreement": _disagreement}
 
 
-def _draw_normal(rng, count):
-    return rng.normal(size=(count, _DIMENSION)).astype(np.float32)
-
-
-def _draw_uniform(rng, count, dimension):
-    return rng.uniform(size=(count, dimension)).astype(np.float32)
-
-
-def _make_surface(seed, dimension=3, noise=0.02):
-    """Makes a generator of inputs near a random curved surface of a few dimensions."""
-    weights = np.random.default_rng((seed, 1)).normal(size=(dimension + 1, _DIMENSION))
-
-    def draw(rng, count):
-        place = rng.uniform(-1, 1, size=(count, dimension))
-        points = np.sin(1.5 * place @ weights[1:] + np.pi * weights[0])
-        return (points + noise * rng.normal(size=points.shape)).astype(np.float32)
-
-    return draw
-
-
-def _make_perceptron(seed, widths):
-    """Makes an untrained perceptron, with biases."""
-    rngs, layers = nnx.Rngs(seed), []
-    weights, biases = jax.nn.initializers.he_normal(), jax.nn.initializers.normal(0.5)
-    for sizes in itertools.pairwise(widths):
-        layers += [nnx.Linear(*sizes, kernel_init=weights, bias_init=biases, rngs=rngs), jax.nn.relu]
-    return nnx.Sequential(*layers[:-1])
-
-
-def _train_autoencoder(seed, draw, num_steps=600):
-    """Trains an autoencoder, with a bottleneck of four numbers, on inputs from a generator."""
-    graph, params = nnx.split(_make_perceptron(seed, (_DIMENSION, 128, 4, 128, _DIMENSION)))
-    optimizer = optax.adam(2e-3)
-    batches = jnp.asarray(draw(np.random.default_rng((seed, 2)), 4096)).reshape(32, 128, _DIMENSION)
-
-    def loss(params, x):
-        return jnp.mean((nnx.merge(graph, params)(x) - x) ** 2)
-
-    def step(carry, i):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, batches[i % 32]), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    steps = jnp.arange(num_steps)
-    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, steps))((params, optimizer.init(params)))
-    return nnx.merge(graph, params)
-
-
-def _make_periodic(seed):
-    """Makes a sum of waves of one number, of which up to eight lie in its range."""
-    rng = np.random.default_rng((seed, 3))
-    frequency = rng.uniform(1, 8, size=(4, _NUM_OUTPUTS)).astype(np.float32)
-    phase = rng.uniform(0, 2 * np.pi, size=(4, _NUM_OUTPUTS)).astype(np.float32)
-    return lambda x: jnp.sum(jnp.sin(2 * np.pi * x[:, :, None] * frequency + phase), axis=1)
-
-
-def _make_jumps(seed):
-    """Makes a function of two numbers that jumps at lines, and is linear between them."""
-    rng = np.random.default_rng((seed, 4))
-    normals = rng.normal(size=(2, 8, _NUM_OUTPUTS)).astype(np.float32)
-    offsets = np.einsum("d,djo->jo", rng.uniform(0.3, 0.7, size=2), normals).astype(np.float32)
-    heights = rng.normal(size=(8, _NUM_OUTPUTS)).astype(np.float32)
-
-    def jump(x):
-        sides = jnp.einsum("bd,djo->bjo", x, normals) - offsets
-        return jnp.sum(heights * jnp.where(sides > 0, 1 + 0.3 * sides, 0.0), axis=1)
-
-    return jump
-
-
 def _write_csv(rows, path):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -465,7 +360,7 @@ def _write_csv(rows, path):
 def _make_parser():
     parser = argparse.ArgumentParser(prog="python -m models.regret", description=__doc__)
     add = parser.add_argument
-    add("--case", action="append", choices=list(_NAMES), help="a model; may be repeated (default: all)")
+    add("--case", action="append", choices=list(CASES), help="a model; may be repeated (default: all)")
     add("--setting", type=read_setting, action="append", metavar="N,K,S", help="default: 12,8,2; may be repeated")
     add("--batch", type=int, default=_BATCH_SIZE, help="inputs that come together (default: %(default)s)")
     add("--learn", type=int, default=1000, help="inputs to distil surrogates from (default: %(default)s)")
@@ -477,17 +372,6 @@ def _make_parser():
     add("--seed", type=int, default=0, help="of models, inputs and straggler sets (default: %(default)s)")
     add("--out", type=Path, default=Path("out/regret"), help="folder to write to (default: %(default)s)")
     return parser
-
-
-_NAMES = (
-    "linear",
-    "perceptron, wide input",
-    "perceptron, surface",
-    "autoencoder",
-    "periodic",
-    "jumps",
-    "untrained classifier",
-)
 
 
 if __name__ == "__main__":
