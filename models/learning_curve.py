@@ -28,6 +28,7 @@ from .training import compute_logits
 _SETTINGS = ((30, 20, 5), (20, 8, 3), (12, 8, 2), (10, 8, 1), (12, 10, 1), (60, 20, 20), (100, 20, 60), (9, 8, 1))
 _BATCH_SIZE = 400
 _PASSING = "then passing answers"
+_TRAINING = "the network's training"
 # Answers in a request whose answers a learner observes.
 _REQUEST = 100
 _FOOTNOTE = """\
@@ -46,12 +47,14 @@ class Row:
     Attributes:
         label: Says what it was learned from.
         count: From how many answers.
+        most: How much it may cost, over the network.
         prior: The surrogate.
         seconds: That learning took.
     """
 
     label: str
     count: int
+    most: float
     prior: jc.Surrogate
     seconds: float
 
@@ -119,16 +122,19 @@ def distil(
     model: nnx.Module, data: datasets.Dataset, args: argparse.Namespace, apply: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[Row]:
     """Learns surrogates in all the ways that are compared."""
+    most, *others = args.cost
 
-    def learn(label, inputs):
+    def learn(label, inputs, most=most):
         start = time.perf_counter()
-        prior = jc.surrogate(model, inputs, cost=args.cost, seed=args.seed)
-        return Row(label, len(inputs), prior, time.perf_counter() - start)
+        prior = jc.surrogate(model, inputs, cost=most, seed=args.seed)
+        return Row(label, len(inputs), most, prior, time.perf_counter() - start)
 
-    first = learn(f"the network's training {data.noun}", data.x_train[: args.inputs[0]])
+    first = learn(f"{_TRAINING} {data.noun}", data.x_train[: args.inputs[0]])
     yield first
     for count in args.inputs[1:]:
-        yield learn(f"the network's training {data.noun}", data.x_train[:count])
+        yield learn(f"{_TRAINING} {data.noun}", data.x_train[:count])
+    for other in others:
+        yield learn(f"{_TRAINING} {data.noun}", data.x_train[: args.inputs[-1]], other)
     yield learn(f"{data.noun} it was not trained on", data.x_test[: min(args.inputs[-1], len(data.x_test) // 2)])
     start = time.perf_counter()
     with jc.surrogates.Learner(first.prior, seed=args.seed) as learner:
@@ -138,7 +144,8 @@ def distil(
                 learner.observe(inputs, apply(inputs))
                 learner.wait()
             total = count
-            yield Row(f"{args.inputs[0]:,}, {_PASSING}", count, learner.surrogate, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            yield Row(f"{args.inputs[0]:,}, {_PASSING}", count, most, learner.surrogate, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logits = apply(inputs)
     classes = logits.argmax(axis=1)
     print(f"{name} on {args.dataset}, {len(inputs):,} test {data.noun}.\n")
-    table, losses = [], {}
+    table, curves, front = [], {}, {}
     for row in distil(model, data, args, apply):
         guesses, risk, squares = (
             np.concatenate(parts)
@@ -192,19 +199,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             flush=True,
         )
         for setting in settings:
-            num_data = setting[1]
+            num_data, pair = setting[1], []
             for batch_size in (num_data, max(1, min(_BATCH_SIZE, len(inputs)) // num_data) * num_data):
                 loss = expected_loss(risk, row.prior.cost, is_wrong, setting, batch_size)
-                losses[row.label, row.count, setting, batch_size == num_data] = loss
+                pair.append(loss)
                 table.append([row.label, row.count, *setting, batch_size, *_numbers(loss, row), is_wrong.mean()])
-            single, together = (losses[row.label, row.count, setting, is_single] for is_single in (True, False))
+            single, together = pair
             print(f"  {','.join(map(str, setting)):>10}  B = K: {single.format()}   batches: {together.format()}")
+            if setting == settings[0] and row.most == args.cost[0]:
+                curves.setdefault(row.label, []).append((row.count, single.guessed.mean() / single.replication))
+            if setting == settings[0] and row.label.startswith(_TRAINING) and row.count == args.inputs[-1]:
+                work = single.guessed.mean() / np.array([single.replication, single.same_work])
+                front[row.prior.cost] = (row.seconds, *work)
     with (args.out / "figures.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         heads = "learned from", "answers", "N", "K", "S", "B", "multiple of replication's loss", "at the same work"
         writer.writerow([*heads, "cost", "seconds", "of another class"])
         writer.writerows(table)
-    _plot(losses, settings[0], f"{name} on {args.dataset}", args.out / "curve.png")
+    if len(front) > 1:
+        print(f"\n{'cost':>6} {'seconds':>8} {'loss':>8} {'at the same work':>17}")
+        for cost, (seconds, multiple, same_work) in sorted(front.items()):
+            print(f"{cost:6.3f} {seconds:8.0f} {multiple:8.4f} {same_work:17.4f}")
+    _plot(curves, front, f"{name} on {args.dataset}, (N, K, S) = {settings[0]}", args.out / "curve.png")
     print(f"\n{_FOOTNOTE}\nIn {args.out}/: figures.csv, curve.png")
 
 
@@ -218,27 +234,32 @@ def batches(inputs: Shaped[np.ndarray, "inputs ..."], size: int) -> list[Shaped[
     return [inputs[start : start + size] for start in range(0, len(inputs), size)]
 
 
-def _plot(losses, setting, title, path):
-    """Draws the loss at one size against the number of answers."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for (label, count, other, is_single), loss in losses.items():
-        if other == setting and is_single:
-            first = next(iter(curves.values()))[:1] if label.endswith(_PASSING) else []
-            curves.setdefault(label, first).append((count, loss.guessed.mean() / loss.replication))
+def _plot(curves, front, title, path):
+    """Draws the loss of single requests against the number of answers and, of several costs, against the cost."""
+    figure = Figure(figsize=(6 if len(front) < 2 else 10, 4), layout="constrained")
+    axes = figure.add_subplot(1, 1 if len(front) < 2 else 2, 1)
+    first = next(iter(curves.values()))[:1]
     for (label, points), color in zip(curves.items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
+        points = first + points if label.endswith(_PASSING) else points
         axes.plot(*np.transpose(points), color=color, marker="o", label=label)
     axes.set_xscale("log")
     axes.minorticks_off()
     counts = sorted({count for points in curves.values() for count, _ in points})
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("answers learned from")
-    axes.set_ylabel("loss over replication's")
-    axes.set_title(f"{title}, (N, K, S) = {setting}, one request at a time", fontsize=10)
-    axes.legend(frameon=False)
-    plots.tidy(axes)
+    axes.set_ylabel("loss over replication's, one request at a time")
+    every = [axes]
+    if len(front) > 1:
+        costs, figures = zip(*sorted(front.items()), strict=True)
+        every.append(figure.add_subplot(1, 2, 2))
+        for column, label, color in ((1, "same workers", "#0072B2"), (2, "same work", "#D55E00")):
+            every[1].plot(costs, [row[column] for row in figures], color=color, marker="o", label=label)
+        every[1].set_xlabel("cost of the surrogate, over the network's")
+    for axes in every:
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        plots.tidy(axes)
+    figure.suptitle(title, fontsize=10)
     plots.save(figure, path)
 
 
@@ -249,7 +270,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--network", help="network; that of the stored weights if not given")
     add("--inputs", type=int, nargs="+", default=[400, 1000], metavar="n", help="answers (default: 400 1000)")
     add("--setting", type=read_setting, action="append", metavar="N,K,S", help="workers, inputs, late; may be repeated")
-    add("--cost", type=float, default=0.1, help="of a surrogate, over the network's (default: %(default)s)")
+    text = "most that surrogates may cost, over the network; more than one: of the front (default: 0.1)"
+    add("--cost", type=float, nargs="+", default=[0.1], metavar="c", help=text)
     add("--seed", type=int, default=0)
     add("--data-dir", help="folder of the data sets; JAXCODE_DATA if not given")
     add("--out", type=Path, default=Path("out/learning_curve"), help="folder to write to (default: %(default)s)")

@@ -64,13 +64,13 @@ class KernelCode(AbstractCode):
     Worker k < K computes input k. The others compute whatever lowers the expected variance of the results most, one
     after the other: copies of inputs, or points :math:`(1 - s) x_i + s x_j` between neighbours, s = 1/4 or 1/2,
 
-    .. math:: \max_c \sum_k w_k \, C_k(x_k, c)^2 / C_k(c, c), \qquad
-        C_k \leftarrow C_k - (1 - p) \, C_k(\cdot, c) \, C_k(c, \cdot) / C_k(c, c)
+    .. math:: \min_c \sum_k w_k \, [(1 - p) \, v_k(c) + p \, v_k]
 
-    with :math:`C_k` the covariance that is expected given the answers to all inputs but the k-th, of the workers placed
-    before with probability 1 - p, p the share of workers that are late, and weights w, the prior's risks if there is
-    one. Where a model is smooth on the scale of the group, a point between inputs tells about several of them; where it
-    is not, it tells nothing and copies are chosen.
+    with :math:`v_k` the variance of input k given the answers of all workers but its own, :math:`v_k(c)` the same after
+    candidate c, p the share of workers that are late, and weights w, the prior's risks if there is one. A worker placed
+    before, which may be late, counts as an answer with noise of p / (1 - p) times its largest variance given the
+    answers to all inputs but one. Where a model is smooth on the scale of the group, a point between inputs tells about
+    several of them; where it is not, it tells nothing and copies are chosen.
 
     The process is fitted to the answers that came, by maximum likelihood: whether it is smooth, its length, and the
     share that other inputs tell nothing about. From a handful of answers little can be fitted: a process and a mean

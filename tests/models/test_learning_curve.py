@@ -51,13 +51,16 @@ def test_the_expected_loss_is_the_mean_over_straggler_sets(setting, batch_size):
 def test_the_command_prints_every_surrogate_and_writes_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distil, "_LEAST_STEPS", 60)
     monkeypatch.setattr(distil, "_MAX_STEPS", 60)
-    main(["--inputs", "200", "600", "--setting", "12,8,2", "--out", str(tmp_path)])
+    main(["--inputs", "200", "600", "--setting", "12,8,2", "--cost", "0.1", "0.3", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     for label in ("600 answers, the network's training images", "200 answers, images it was not trained on"):
         assert label in printed
     assert "600 answers, 200, then passing answers" in printed
     rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
-    assert len(rows) == 4 * 2
+    assert len(rows) == 5 * 2
+    costs = sorted(float(row["cost"]) for row in rows)
+    assert costs[-1] > 1.5 * costs[0]
+    assert "at the same work" in printed
     assert {row["B"] for row in rows} == {"8", "200"}
     for row in rows:
         assert 0 <= float(row["multiple of replication's loss"]) <= float(row["at the same work"]) < 1
