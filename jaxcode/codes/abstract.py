@@ -224,9 +224,14 @@ def find_assignment(code: AbstractCode, plan: Plan | None = None) -> Int[Array, 
 
 def find_copies(code: AbstractCode, plan: Plan | None = None) -> Bool[Array, "workers workers"]:
     """Returns which pairs of different workers have the same coded input."""
-    rows = code.encoder_matrix(plan)
+    return _find_equal(code.encoder_matrix(plan))
+
+
+@jax.jit
+def _find_equal(rows):
+    """Returns which pairs of different rows are equal, one row at a time."""
     distances = jax.lax.map(lambda row: jnp.max(jnp.abs(rows - row[None]), axis=1), rows)
-    return (distances <= _SAME_INPUT) & ~np.eye(code.num_workers, dtype=bool)
+    return (distances <= _SAME_INPUT) & ~np.eye(len(rows), dtype=bool)
 
 
 def adapt_group(code: AbstractCode, y: PyTree[ArrayLike], returned: Bool[ArrayLike, "workers"], plan: Plan) -> Plan:

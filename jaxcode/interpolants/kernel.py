@@ -69,8 +69,8 @@ class Process:
 
     def correlation(self, squares: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Computes the correlation at squared distances."""
-        # The root has no derivative at 0, where the correlation has one, which is 0. Another number than 0 is as small
-        # because XLA may compute squares twice, of which by rounding only one is 0.
+        # The root has no derivative at 0, where the correlation has one, which is 0. What replaces 0 is as good as 0,
+        # because XLA may compute squares once for the condition and again for the root, and only one of them is 0.
         is_apart = squares > 0
         distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1e-30)), 0) / self.length
         number = jnp.clip(jnp.round((jnp.asarray(self.smoothness) - 0.5) / 2), 0, len(SMOOTHNESSES) - 1)

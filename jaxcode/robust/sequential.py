@@ -241,13 +241,23 @@ class _Comparison(NamedTuple):
     differ: Bool[Array, "workers workers groups"]
 
 
-@jax.jit
 def _compare(code, answers, valid, plans, baseline) -> _Comparison:
     """Compares answers, leaves (N, groups, ...); those that are not valid are not read."""
-    num_workers = code.num_workers
-    prior = None if plans is None else plans.prior
+    # Without plans the encoder is known to the host, where nothing is compiled for it.
+    copies = find_copies(code)[:, :, None] if plans is None else _find_planned_copies(code, plans)
+    return _compare_copies(answers, valid, None if plans is None else plans.prior, copies, baseline)
+
+
+@jax.jit
+def _find_planned_copies(code, plans):
+    """Returns which pairs of workers have the same coded input, (N, N, groups)."""
+    return jax.vmap(lambda plan: find_copies(code, plan), out_axes=2)(plans)
+
+
+@jax.jit
+def _compare_copies(answers, valid, prior, copies, baseline) -> _Comparison:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(answers)]
-    num_groups = leaves[0].shape[1]
+    num_workers, num_groups = leaves[0].shape[:2]
     rounding = max(
         float(jnp.finfo(leaf.dtype).eps) if jnp.issubdtype(leaf.dtype, jnp.floating) else 0.0 for leaf in leaves
     )
@@ -261,10 +271,6 @@ def _compare(code, answers, valid, plans, baseline) -> _Comparison:
     # Squared distances of each worker's answers from those of all others, one worker at a time.
     distances = jax.lax.map(lambda row: jnp.mean(jnp.square(rows - row[None]), axis=2), rows)
     size = jnp.sum(jnp.mean(jnp.square(rows), axis=2), axis=0) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1)
-    if plans is None:
-        copies = find_copies(code)[:, :, None]
-    else:
-        copies = jax.vmap(lambda plan: find_copies(code, plan), out_axes=2)(plans)
     same = copies & valid[:, None, None] & valid[None, :, None]
     agree = same & (distances <= tolerance**2 * size[None, None])
     differ = same & ~agree
