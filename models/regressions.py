@@ -128,7 +128,8 @@ def _make_perceptron(seed, widths):
 
 def _train_autoencoder(seed, draw, num_steps=600):
     """Trains an autoencoder, with a bottleneck of four numbers, on inputs from a generator."""
-    graph, params = nnx.split(_make_perceptron(seed, (_DIMENSION, 128, 4, 128, _DIMENSION)))
+    encoder, decoder = _make_perceptron(seed, (_DIMENSION, 128, 4)), _make_perceptron(seed, (4, 128, _DIMENSION))
+    graph, params = nnx.split(nnx.Sequential(encoder, decoder))
     optimizer = optax.adam(2e-3)
     batches = jnp.asarray(draw(np.random.default_rng((seed, 2)), 4096)).reshape(32, 128, _DIMENSION)
 
