@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from ..codes import AbstractCode, InterpolatingCode, KernelCode
-from ..interpolants.kernel import Process
+from ..interpolants.kernel import SMOOTHNESSES, Process
 from ..nodes import Nodes
 from ..surrogates import Surrogate
 from ..surrogates.predictors import LinearPredictor, ModulePredictor
@@ -129,7 +129,7 @@ def _kernel_parameters(code, features):
         starts = [(np.float64(code.metric) / process.length, process.smoothness, process.nugget)]
     else:
         metric = 1 / (scale * np.sqrt(2 * count)) if code.metric is None else np.float64(code.metric)
-        smoothnesses = np.float64(2.5), np.float64(4.5)
+        smoothnesses = np.asarray(SMOOTHNESSES[1:])
         starts = [(metric / length, smooth, np.float64(_NUGGET)) for smooth in smoothnesses for length in _LENGTHS]
     is_matrix = starts[0][0].ndim == 2 or count <= _MOST_FOR_MATRIX
     if is_matrix and starts[0][0].ndim == 1:

@@ -46,6 +46,8 @@ _CODE_RATE = 0.05
 _PRIOR_RATE = 0.002
 # A gain counts from so many standard errors.
 _SIGNIFICANT = 2.0
+# Losses below such a share of the mean count as alike.
+_FLOOR = 1e-3
 # Guesses from which the prior's risk is calibrated again.
 _LEAST_TO_CALIBRATE = 200
 
@@ -129,8 +131,9 @@ def refine(
     from being trained on all guesses alike, and far less than from being distilled anew from these inputs too
     (`python -m models.refine`, without and with `--dataset cifar10`).
 
-    A quarter of the batches is held out. What was trained is kept only if these lose less by more than two standard
-    errors, over groups of inputs and straggler sets; otherwise code and prior are returned as they were given.
+    A quarter of the batches is held out. What was trained is kept only if these lose less, by more than two standard
+    errors over groups of inputs and straggler sets, of the losses or of their logarithms, as a few groups may have most
+    of the loss; otherwise code and prior are returned as they were given.
 
     Args:
         f: The model, as `jaxcode.coded` takes it.
@@ -193,14 +196,21 @@ def refine(
         if prior is not None and trained_prior is not None:
             trained_prior = _calibrate(trained_prior, *sample.held_out)
         after = evaluate(trained_code, trained_prior)
-    gain = before - after
-    # NaN where a result was lost, or is not finite; then nothing is kept.
-    error = standard_error(gain)
-    is_better = bool(gain.mean() > _SIGNIFICANT * error)
+    error = standard_error(before - after)
+    is_better = _is_better(before, after)
     if is_better:
         code, prior = trained_code, trained_prior
     losses = float(before.mean()), float(after.mean())
     return Refined(code, prior, order, output, late, loss, is_better, *losses, float(error))
+
+
+def _is_better(before, after):
+    """Returns whether losses, (sets, groups), are lower after than before by more than chance; not if any is NaN."""
+    floor = _FLOOR * before.mean() + np.finfo(np.float64).tiny
+    with np.errstate(invalid="ignore"):
+        gain, ratio = before - after, np.log(before + floor) - np.log(after + floor)
+    is_significant = any(gains.mean() > _SIGNIFICANT * standard_error(gains) for gains in (gain, ratio))
+    return bool(gain.mean() > 0 and is_significant)
 
 
 @final

@@ -13,6 +13,7 @@ from jaxcode import stragglers
 from jaxcode.functions import as_pure_function
 from jaxcode.training.objective import Objective
 from jaxcode.training.parameters import code_parameters, prior_parameters
+from jaxcode.training.refinement import _is_better
 
 K, N, LATE = 6, 9, stragglers.Uniform(2)
 refine = functools.partial(jc.training.refine, progress=False)
@@ -180,6 +181,20 @@ def test_a_prior_and_a_code_that_mixes_are_trained_together():
     gradients = jax.jit(jax.grad(loss))(moved.values)
     chex.assert_tree_all_finite(gradients)
     assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_what_is_better_by_chance_is_not_kept():
+    rng = np.random.default_rng(0)
+    # A few groups have most of the loss, so that the mean's standard error is as large as the mean.
+    heavy, noise = (rng.lognormal(0.0, sigma, size=(1, 10)) * np.ones((8, 1)) for sigma in (3.0, 0.3))
+    assert heavy.mean() < 2 * heavy.std(ddof=1) / 10**0.5
+    assert _is_better(heavy, 0.3 * heavy * noise)
+    assert not _is_better(heavy, heavy * noise / noise.mean())
+    assert not _is_better(noise, noise[:, ::-1])
+    # Most groups lose less, but the mean is larger.
+    assert not _is_better(heavy, np.where(heavy == heavy.max(), 2 * heavy, 0.3 * heavy))
+    for lost in (np.nan, np.inf):
+        assert not _is_better(np.where(heavy == heavy.max(), lost, heavy), heavy)
 
 
 def test_trained_codes_are_saved(refined, tmp_path):
