@@ -207,10 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             single, together = pair
             print(f"  {','.join(map(str, setting)):>10}  B = K: {single.format()}   batches: {together.format()}")
             if setting == settings[0] and row.most == args.cost[0]:
-                curves.setdefault(row.label, []).append((row.count, single.guessed.mean() / single.replication))
+                curves.setdefault(row.label, []).append((row.count, _numbers(single, row)[0]))
             if setting == settings[0] and row.label.startswith(_TRAINING) and row.count == args.inputs[-1]:
-                work = single.guessed.mean() / np.array([single.replication, single.same_work])
-                front[row.prior.cost] = (row.seconds, *work)
+                front[row.prior.cost] = _numbers(single, row)
     with (args.out / "figures.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         heads = "learned from", "answers", "N", "K", "S", "B", "multiple of replication's loss", "at the same work"
@@ -218,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         writer.writerows(table)
     if len(front) > 1:
         print(f"\n{'cost':>6} {'seconds':>8} {'loss':>8} {'at the same work':>17}")
-        for cost, (seconds, multiple, same_work) in sorted(front.items()):
+        for cost, (multiple, same_work, _, seconds) in sorted(front.items()):
             print(f"{cost:6.3f} {seconds:8.0f} {multiple:8.4f} {same_work:17.4f}")
     _plot(curves, front, f"{name} on {args.dataset}, (N, K, S) = {settings[0]}", args.out / "curve.png")
     print(f"\n{_FOOTNOTE}\nIn {args.out}/: figures.csv, curve.png")
@@ -252,7 +251,7 @@ def _plot(curves, front, title, path):
     if len(front) > 1:
         costs, figures = zip(*sorted(front.items()), strict=True)
         every.append(figure.add_subplot(1, 2, 2))
-        for column, label, color in ((1, "same workers", "#0072B2"), (2, "same work", "#D55E00")):
+        for column, label, color in ((0, "same workers", "#0072B2"), (1, "same work", "#D55E00")):
             every[1].plot(costs, [row[column] for row in figures], color=color, marker="o", label=label)
         every[1].set_xlabel("cost of the surrogate, over the network's")
     for axes in every:
