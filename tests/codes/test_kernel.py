@@ -218,7 +218,7 @@ def test_sweeps_are_decoded_better_than_by_splines_and_copies():
     for num_data, num_workers, num_late, end, share in (
         (20, 30, 5, 3.0, 0.35),
         (8, 12, 2, 1.8, 1.0),
-        (20, 24, 3, 3.0, 1.0),
+        (20, 24, 3, 1.8, 1.0),
     ):
         codes = {
             "kernel": jc.KernelCode(num_data, num_workers, late=num_late / num_workers),
