@@ -16,16 +16,13 @@ from .._float64 import in_float64
 from .._pytree import pytree
 from .._side_input import SideInput, is_side_input, without_marks
 from ..checks import batch_size, check_count, check_mask, check_scalar, is_real, static_value
-from ..interpolants.kernel import JITTER, Process, Sites, eliminate, fit_process, posterior, spread_of
+from ..interpolants.kernel import Process, Sites, fit_process, posterior, spread_of
 from ..linops import AbstractLinop, Dense, Gather, split
 from ..linops.dense import matmul
 from .abstract import AbstractCode, adapt_group, decode_as_planned
+from .kernel_placement import compiled_placement
 from .plan import Plan, Prior
 
-# Workers may compute points between an input and one of so many nearest others, at such a share of the way: of farther
-# ones the model's answer says less about either. Points near an input stand for it almost as well as copies do, and
-# tell more about others (`python -m models.sweeps`).
-_NUM_NEIGHBOURS, _SHARES = 4, (0.25, 0.5)
 # The length by which workers are placed and with which answers are decoded that have not been fitted, in units of the
 # largest distance between inputs of the group.
 _DEFAULT_LENGTH = 0.3
@@ -179,7 +176,7 @@ class KernelCode(AbstractCode):
         process, placing = self._processes(data)
         if self.mixes:
             weight = jnp.ones(self.num_data, data.dtype) if risk is None else jnp.asarray(risk)
-            place = _compiled_placement(self.num_workers)
+            place = compiled_placement(self.num_workers)
             pairs, shares = place(*jax.lax.stop_gradient((data, weight, placing, self.late)))
         else:
             copies = jnp.arange(self.num_workers, dtype=jnp.int32) % self.num_data
@@ -394,7 +391,7 @@ def _posterior(context, mask, has_mean):
     num_workers, num_data = mask.shape[0], context.data.shape[0]
     computed, number = context.pairs[:, 0], jnp.arange(num_workers, dtype=jnp.int32)
     first = jnp.full(num_data, num_workers, jnp.int32).at[computed].min(jnp.where(mask, number, num_workers))
-    weights, variances = posterior(context.process, data, data, first < num_workers, has_mean)
+    weights, variances = posterior(context.process, data, None, first < num_workers, has_mean)
     return _expand(weights, computed, first[computed] == number), variances
 
 
@@ -429,64 +426,3 @@ def _mix(x, pairs, shares):
         return (1 - share) * leaf[pairs[:, 0]] + share * leaf[pairs[:, 1]]
 
     return jax.tree.map(mix, x, is_leaf=is_side_input)
-
-
-def _weigh(weights, rows):
-    """Computes the weighted sum of rows."""
-    return jnp.sum(weights[:, None] * rows, axis=0)
-
-
-@functools.cache
-def _compiled_placement(num_workers):
-    def place(data, weight, process, late):
-        """Chooses pairs of inputs and shares, int32 (N, 2) and (N,): workers compute points between them."""
-        num_data = data.shape[0]
-        own = np.arange(num_data, dtype=np.int32)
-        squares = jnp.sum((data[:, None] - data[None]) ** 2, axis=2)
-        _, neighbours = jax.lax.top_k(-squares, min(num_data, _NUM_NEIGHBOURS + 1))
-        # Each input is its own nearest neighbour.
-        others = jnp.where(neighbours[:, :1] == own[:, None], neighbours[:, 1:], neighbours[:, :-1]).reshape(-1)
-        num_pairs = len(others)
-        firsts = np.concatenate([own, *[np.repeat(own, num_pairs // num_data)] * len(_SHARES)])
-        seconds = jnp.concatenate([own, *[others] * len(_SHARES)])
-        shares = np.concatenate([np.zeros(num_data), *(np.full(num_pairs, share) for share in _SHARES)])
-        candidates = (1 - shares)[:, None] * data[firsts] + shares[:, None] * data[seconds]
-        # Rows of Cholesky's factor of the candidates' covariance, first for the inputs and then for the workers chosen.
-        covariance = process.correlation(squares) + JITTER * jnp.eye(num_data)
-        cross = process.correlation(jnp.sum((data[:, None] - candidates[None]) ** 2, axis=2))
-        _, half = eliminate(covariance, jnp.concatenate([jnp.eye(num_data), cross], axis=1))
-        inverse_factor, rows = half[:, :num_data], half[:, num_data:]
-        gains = matmul(inverse_factor.T, rows)
-        remaining = 1 + JITTER - jnp.sum(rows**2, axis=0)
-        index = jnp.arange(len(firsts), dtype=jnp.int32)
-        odds = late / jnp.maximum(1 - late, 1e-3)
-
-        def add_worker(state, step):
-            precision, gains, remaining, chosen_rows = state
-            scale = jnp.maximum(remaining, JITTER)
-            variance = 1 / (precision[:, None] + gains**2 / scale[None])
-            cost = jnp.sum(weight[:, None] * ((1 - late) * variance + late / precision[:, None]), axis=0)
-            cost = jnp.where(jnp.isnan(cost), jnp.inf, cost)
-            best = jnp.min(jnp.where(cost == jnp.min(cost), index, len(firsts) - 1))
-            prior = process.correlation(jnp.sum((candidates - candidates[best]) ** 2, axis=1))
-            covariances = prior - _weigh(rows[:, best], rows) - _weigh(chosen_rows[:, best], chosen_rows)
-            covariances = covariances.at[best].add(JITTER)
-            gain = gains[:, best]
-            # A worker that may be late tells as much as one whose answer has noise.
-            noise = odds * (scale[best] + jnp.max(gain**2 / precision))
-            new_scale = scale[best] + noise
-            precision = precision + gain**2 / new_scale
-            gains = gains - gain[:, None] * covariances[None] / new_scale
-            remaining = remaining - covariances**2 / new_scale
-            chosen_rows = chosen_rows.at[step].set(covariances / jnp.sqrt(new_scale))
-            return (precision, gains, remaining, chosen_rows), best
-
-        steps = jnp.arange(num_workers - num_data, dtype=jnp.int32)
-        chosen_rows = jnp.zeros((max(1, num_workers - num_data), len(firsts))) * remaining[:1]
-        state = jnp.sum(inverse_factor**2, axis=0), gains, remaining, chosen_rows
-        _, best = jax.lax.scan(add_worker, state, steps)
-        chosen = jnp.concatenate([own, best]).astype(jnp.int32)
-        pairs = jnp.stack([jnp.asarray(firsts)[chosen], seconds[chosen]], axis=1).astype(jnp.int32)
-        return pairs, jnp.asarray(shares, jnp.float32)[chosen]
-
-    return in_float64(jax.jit(place))

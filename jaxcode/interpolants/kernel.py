@@ -71,8 +71,8 @@ class Process:
         """Computes the correlation at squared distances."""
         # The root has no derivative at 0, where the correlation has one, which is 0. What replaces 0 is as good as 0,
         # because XLA may compute squares once for the condition and again for the root, and only one of them is 0.
-        is_apart = squares > 0
-        distance = jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, squares, 1e-30)), 0) / self.length
+        is_positive = squares > 0
+        distance = jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, squares, 1e-30)), 0) / self.length
         number = jnp.clip(jnp.round((jnp.asarray(self.smoothness) - 0.5) / 2), 0, len(SMOOTHNESSES) - 1)
         root = jnp.sqrt(4 * number + 1) * distance
         coefficients = [
@@ -103,7 +103,7 @@ def posterior(process, sites, points, live, has_mean):
     Args:
         process: A `Process`, of scalars.
         sites: `Sites`, n of them.
-        points: `Sites`, q of them.
+        points: `Sites`, q of them; the sites themselves if None.
         live: Which sites have values, bool (n,), at least one of them.
         has_mean: 1.0 for an unknown constant mean, 0.0 for a mean of zero.
 
@@ -112,10 +112,15 @@ def posterior(process, sites, points, live, has_mean):
         weight. And variances, float64 (q,), in units of the variance that `fit_process` estimates.
     """
     num_sites = live.shape[0]
-    squares = _squares(jnp.concatenate([sites.features, points.features]))[:, :num_sites]
-    covariance = _covariance(process, sites, squares[:num_sites], live)
+    if points is None:
+        points, between_sites = sites, _squares(sites.features)
+        to_points = between_sites
+    else:
+        squares = _squares(jnp.concatenate([sites.features, points.features]))[:, :num_sites]
+        between_sites, to_points = squares[:num_sites], squares[num_sites:]
+    covariance = _covariance(process, sites, between_sites, live)
     same = (points.label[:, None] == sites.label[None]) & live[None]
-    cross = process.correlation(squares[num_sites:]) + process.nugget * same
+    cross = process.correlation(to_points) + process.nugget * same
     cross = jnp.where(live[None], cross, 0.0)
     ones = jnp.where(live, has_mean, 0.0)
     solutions = _solve(covariance, jnp.concatenate([cross, ones[None]]).T)
@@ -191,8 +196,8 @@ def fit_process(sites, live, values, has_mean, process=None):
 def spread_of(features: Float[Array, "groups sites features"]) -> Float[Array, ""]:
     """Computes the mean over groups of the largest distance between places; 1 where it is zero."""
     largest = jnp.max(jax.vmap(_squares)(features), axis=(1, 2))
-    is_apart = largest > 0
-    spread = jnp.mean(jnp.where(is_apart, jnp.sqrt(jnp.where(is_apart, largest, 1.0)), 0.0))
+    is_positive = largest > 0
+    spread = jnp.mean(jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, largest, 1.0)), 0.0))
     return jnp.where(spread > 0, spread, 1.0)
 
 
